@@ -1,0 +1,44 @@
+"""Small constant tensors (bins, bases), built once per size and device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Remember what ``build`` returns for its (hashable) arguments.
+
+    While a compiler traces, nothing is remembered: the compiler folds constants itself, and a traced tensor must
+    not outlive its trace. Nor is a tensor subclass (a fake tensor, say) remembered. The tensors are built outside
+    inference mode, so that autograd may save them later.
+    """
+    memory: dict[object, Tensor] = {}
+
+    @functools.wraps(build)
+    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return build(*args, **kwargs)
+        key = (args, tuple(kwargs.items()))
+        value = memory.get(key)
+        if value is None:
+            with torch.inference_mode(False), torch.no_grad():
+                value = build(*args, **kwargs)
+            if type(value) is Tensor:
+                while len(memory) >= 64:
+                    memory.pop(next(iter(memory)))
+                memory[key] = value
+        return value
+
+    return get
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: float64, or float32 where there is none."""
+    return torch.float32 if device.type in ("mps", "xpu") else torch.float64

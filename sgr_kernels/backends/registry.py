@@ -1,0 +1,126 @@
+"""Which backend serves a call: one record each, and the rule that chooses."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from sgr_kernels.geometry import Size
+
+logger = logging.getLogger("sgr_kernels")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call needs: the operator, and the problem it is applied to."""
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    channels: int
+    size: Size
+    form: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the operators.
+
+    ``can_run`` returns None, or the reason why this backend cannot serve a request.
+    """
+
+    name: str
+    can_run: Callable[[Request], str | None]
+
+
+_registered: dict[str, Backend] = {}
+_logged: set[tuple[object, ...]] = set()
+_choice = os.environ.get("SGR_BACKEND") or "auto"
+
+
+def register(backend: Backend) -> None:
+    """Add a backend; `choose` tries them in the order of their registration."""
+    _registered[backend.name] = backend
+
+
+def names() -> list[str]:
+    """All names that a ``backend`` argument accepts."""
+    return ["auto", *_registered]
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in _registered:
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, names()))}, got {name!r}")
+
+
+def available(device: torch.device | str = "cpu") -> list[str]:
+    """Names of the backends that can multiply an ordinary float32 image batch on ``device``, fastest first."""
+    request = Request("product", torch.device(device), torch.float32, 1, 1, (28, 28), "even")
+    return [b.name for b in _registered.values() if b.can_run(request) is None]
+
+
+def choose(name: str, request: Request) -> str:
+    """Resolve a ``backend`` argument to the name of a backend that can run.
+
+    Raises:
+        ValueError: If the name is unknown.
+        RuntimeError: If a backend was asked for by name that cannot serve the request; the message says why.
+    """
+    source = "backend"
+    if name == "auto":
+        name, source = _choice, "use_backend() or SGR_BACKEND"
+    _check_name(name, source)
+    if name != "auto":
+        reason = _registered[name].can_run(request)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {request.operator}: {reason}")
+        return name
+    for backend in _registered.values():
+        if backend.can_run(request) is None:
+            if not torch.compiler.is_compiling():
+                _log_once(backend.name, request)
+            return backend.name
+    raise RuntimeError(f"no backend can run {request.operator} on {request.device}")
+
+
+def _log_once(name: str, request: Request) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    shape_class = (request.operator, request.device.type, request.dtype, request.channels, request.size, request.form)
+    if shape_class not in _logged:
+        _logged.add(shape_class)
+        logger.debug("%s: backend %r for %s", request.operator, name, request)
+
+
+class use_backend:  # noqa: N801 - used like a function
+    """Choose the backend of every call that leaves ``backend="auto"``.
+
+    Takes effect at once, for the whole process; as a context manager, until the end of its block.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"torch"``, ``"native"`` or ``"triton"``.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _choice
+        _check_name(name, "name")
+        self._previous, _choice = _choice, name
+
+    def __enter__(self) -> None:
+        """Nothing: the choice took effect when it was made."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore the choice that was in force before."""
+        global _choice
+        _choice = self._previous

@@ -1,0 +1,146 @@
+"""The spectral algorithm in plain PyTorch: four matrix products an image, in chunks that stay in cache.
+
+For every axis ``basis`` holds cosines and sines side by side, so that one product yields all parities:
+``Z = A_h^T X A_w`` is (2Fh, 2Fw), its four quadrants the parities. Channels mix frequency by frequency, and
+``V = A_h Y A_w^T`` comes back. (Splitting the parities before the products halves the arithmetic but costs two passes
+over memory; on CPUs that is no gain up to 64 x 64.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgr_kernels.spectrum import basis, symmetric_part
+
+_CACHE_BYTES = 1 << 20
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient of ``dtype`` is computed in: float32 or better."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
+    """Images whose transforms fit the cache on a CPU; on other devices, what keeps scratch below the input's size."""
+    per_image = 8 * frequencies * itemsize * gradient.shape[1]
+    if gradient.device.type == "cpu":
+        return max(1, _CACHE_BYTES // max(1, per_image))
+    return max(1, (256 << 20) // max(1, per_image))
+
+
+class _Transform:
+    """Forward and inverse transform of images of one size into given frequencies."""
+
+    def __init__(self, gradient: Tensor, frequencies: tuple[int, int]) -> None:
+        self.dtype = compute_dtype(gradient.dtype)
+        height, width = gradient.shape[-2:]
+        self.rows = basis(height, frequencies[0], self.dtype, gradient.device)
+        self.columns = basis(width, frequencies[1], self.dtype, gradient.device)
+        self.chunk = _chunk(gradient, frequencies[0] * frequencies[1], self.dtype.itemsize)
+        self.quadrants = (2, frequencies[0], 2, frequencies[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (n, C, H, W) to quadrants (n, C, 2, Fh, 2, Fw)."""
+        n, channels, height, width = images.shape
+        half = images.to(self.dtype).reshape(n * channels * height, width) @ self.columns
+        whole = self.rows.mT @ half.view(n, channels, height, -1)
+        return whole.view(n, channels, *self.quadrants)
+
+    def inverse(self, quadrants: Tensor) -> Tensor:
+        """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W)."""
+        n, channels = quadrants.shape[:2]
+        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], -1)
+        images = half.reshape(-1, half.shape[-1]) @ self.columns.mT
+        return images.view(n, channels, self.rows.shape[0], self.columns.shape[0])
+
+
+def _turn(quadrants: Tensor, axis: int) -> Tensor:
+    """Cosine and sine coefficients to sine and minus cosine: an odd part's action along an axis."""
+    cosine, sine = quadrants.unbind(axis)
+    return torch.stack([sine, -cosine], axis)
+
+
+def _parts(quadrants: Tensor, signed: bool) -> list[Tensor]:
+    """What each part of a spectrum multiplies; an even table has one part, a signed one four."""
+    if not signed:
+        return [quadrants]
+    odd_rows, odd_columns = _turn(quadrants, 2), _turn(quadrants, 4)
+    return [quadrants, odd_rows, odd_columns, _turn(odd_rows, 4)]
+
+
+def _mix(spectrum: Tensor, quadrants: Tensor) -> Tensor:
+    """Multiply by Lambda, channels within each frequency: (n, C, 2, Fh, 2, Fw) to the same."""
+    channels = quadrants.shape[1]
+    total: Tensor | None = None
+    signed = spectrum.dim() == 5
+    for block, z in zip(spectrum if signed else spectrum[None], _parts(quadrants, signed)):
+        if channels <= 4:
+            lam = block[:, :, None, :, None, :]  # (C, C', 1, Fh, 1, Fw)
+            part = torch.empty_like(z)
+            for c in range(channels):
+                row = torch.mul(z[:, 0], lam[c, 0], out=part[:, c])
+                for d in range(1, channels):
+                    row.addcmul_(z[:, d], lam[c, d])
+        else:
+            part = torch.einsum("cdkl,ndpkrl->ncpkrl", block, z)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
+    """``v = Sigma g``."""
+    transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
+    spectrum = spectrum.to(transform.dtype)
+    result = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    for images, out in zip(gradient.split(transform.chunk), result.split(transform.chunk)):
+        out.copy_(transform.inverse(_mix(spectrum, transform.forward(images))))
+    return result
+
+
+def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, precision: str) -> tuple[Tensor, Tensor]:
+    """``q_b = g_b^T Sigma g_b`` and, if asked for, ``v = Sigma g``; both of the symmetric part of Sigma."""
+    transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
+    spectrum = symmetric_part(spectrum).to(transform.dtype)
+    q = torch.empty(gradient.shape[0], dtype=transform.dtype, device=gradient.device)
+    shape = gradient.shape if with_product else (0,)
+    v = torch.empty(shape, dtype=gradient.dtype, device=gradient.device)
+    for start in range(0, gradient.shape[0], transform.chunk):
+        stop = start + transform.chunk
+        z = transform.forward(gradient[start:stop])
+        y = _mix(spectrum, z)
+        q[start:stop] = (z * y).flatten(1).sum(1)
+        if with_product:
+            v[start:stop] = transform.inverse(y)
+    return q, v
+
+
+def _gram(za: Tensor, zb: Tensor) -> Tensor:
+    """Sum of ``za_c zb_c'`` over images and parities, (C, C, Fh, Fw)."""
+    channels = za.shape[1]
+    if channels > 4:
+        return torch.einsum("ncpkrl,ndpkrl->cdkl", za, zb)
+    sums = za.new_empty(channels, channels, za.shape[3], za.shape[5])
+    for c in range(channels):
+        for d in range(channels):
+            sums[c, d] = (za[:, c] * zb[:, d]).sum((0, 1, 3))
+    return sums
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype)
+
+
+def cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, precision: str) -> Tensor:
+    """``S[c, c', k, l] = sum Z^a_c Z^b_c'`` over samples and parities; its four parts for a signed table."""
+    channels, same = a.shape[1], _same(a, b)
+    transform = _Transform(a, (rows, columns))
+    parts = 4 if signed else 1
+    total = torch.zeros(parts, channels, channels, rows, columns, dtype=transform.dtype, device=a.device)
+    for xa, xb in zip(a.split(transform.chunk), b.split(transform.chunk)):
+        za = transform.forward(xa)
+        zb = za if same else transform.forward(xb)
+        for part, z in zip(total, _parts(zb, signed)):
+            part += _gram(za, z)
+    return total if signed else total[0]

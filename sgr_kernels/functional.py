@@ -1,0 +1,202 @@
+"""The differentiable operators: ``v = Sigma g``, ``q = g^T Sigma g``, and the covariance of a displacement.
+
+All three are linear or quadratic in each argument and differentiable to any order in all of them, in reverse and in
+forward mode, under ``torch.compile`` and under ``torch.func``. They check shapes, dtypes and devices but never values;
+NaN propagates. Accumulation is in float32, or in float64 for float64 gradients, also under autocast.
+``torch.set_float32_matmul_precision`` applies to them on GPUs as it does to matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgr_kernels import checks
+from sgr_kernels.backends import Request, choose, reference
+from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.geometry import Size, bin_count, even_from_radial, pair_counts, radial_from_even, reach_of_bins
+from sgr_kernels.ops import call
+from sgr_kernels.spectrum import frequency_counts, spectrum_from_table, table_from_cross_spectrum
+
+__all__ = ["covariance_product", "covariance_quadratic_form", "displacement_covariance"]
+
+
+def _request(operator: str, images: Tensor, form: str) -> Request:
+    batch, channels = images.shape[:2]
+    size = (images.shape[2], images.shape[3])
+    return Request(operator, images.device, images.dtype, batch, channels, size, form)
+
+
+def _precision(device: torch.device) -> str:
+    return "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
+
+
+def reach(table: Tensor, form: str) -> Size:
+    """Number of displacements (h, w), zero included, that an even or signed table holds along each axis."""
+    height, width = table.shape[-2:]
+    return (height, width) if form == "even" else ((height + 1) // 2, (width + 1) // 2)
+
+
+def _arguments(gradient: Tensor, covariance: Tensor, form: str | None) -> tuple[Tensor, Tensor, str]:
+    """Check, and bring to the kernels' terms: images (B, C, H, W) and an even or signed table."""
+    checks.check_images("gradient", gradient)
+    form = checks.covariance_form(covariance, form)
+    checks.check_same_device("covariance", covariance, "gradient", gradient)
+    size = checks.image_size(gradient)
+    checks.check_table("covariance", covariance, gradient.shape[1], size, form)
+    if form == "radial":
+        return checks.as_images(gradient), even_from_radial(covariance, size), "even"
+    return checks.as_images(gradient), covariance, form
+
+
+def _spectrum(images: Tensor, table: Tensor, form: str) -> Tensor:
+    frequencies = frequency_counts((images.shape[2], images.shape[3]), reach(table, form))
+    return spectrum_from_table(table, frequencies, form, compute_dtype(images.dtype))
+
+
+def product_from_spectrum(images: Tensor, spectrum: Tensor, backend: str) -> Tensor:
+    """``v = Sigma g`` for images (B, C, H, W) and a spectrum in the compute dtype; a spectral backend by name."""
+    return call("product", backend, images, spectrum, _precision(images.device))
+
+
+def quadratic_form_from_spectrum(images: Tensor, spectrum: Tensor, backend: str) -> Tensor:
+    """``q_b = g_b^T Sigma g_b`` for images (B, C, H, W) and a spectrum in the compute dtype."""
+    # Half of the backward is already there if the product is computed with the value.
+    with_product = torch.is_grad_enabled() and images.requires_grad
+    q, _ = call("quadratic_form", backend, images, spectrum, with_product, _precision(images.device))
+    return q
+
+
+def covariance_product(
+    gradient: Tensor, covariance: Tensor, *, form: str | None = None, backend: str = "auto"
+) -> Tensor:
+    """Multiply gradients by a displacement-indexed covariance: ``v[c, i] = sum_{c', j} Sigma[(c, i), (c', j)] g[c', j]``.
+
+    ``Sigma[(c, i), (c', j)] = f[c, c', displacement from pixel i to pixel j]`` (paper, Eq. 16) is never formed. Its
+    adjoint uses f transposed in its channels.
+
+    Args:
+        gradient: (B, C, H, W), or (B, C, L) for signals; any floating-point dtype, any strides.
+        covariance: By form: ``"radial"`` (C, C, K), K up to round(hypot(H-1, W-1)) + 1 bins of rounded distance;
+            ``"even"`` (C, C, h, w), indexed by (abs dy, abs dx); ``"signed"`` (C, C, 2h-1, 2w-1), indexed by
+            (h-1+dy, w-1+dx). Shorter than the image means zero beyond. Any floating-point dtype.
+        form: Name of the form; None takes rank 3 as radial and rank 4 as even.
+        backend: ``"auto"`` or the name of a backend.
+
+    Returns:
+        The product, like ``gradient``.
+
+    Raises:
+        TypeError: If an argument is not a real floating-point tensor.
+        ValueError: If shapes, form, devices or the backend's name do not fit.
+        RuntimeError: If the named backend cannot run.
+    """
+    images, table, form = _arguments(gradient, covariance, form)
+    name = choose(backend, _request("product", images, form))
+    if name == "reference":
+        return reference.product(images, table, form).view(gradient.shape)
+    return product_from_spectrum(images, _spectrum(images, table, form), name).view(gradient.shape)
+
+
+def covariance_quadratic_form(
+    gradient: Tensor, covariance: Tensor, *, form: str | None = None, backend: str = "auto"
+) -> Tensor:
+    """Quadratic form of each gradient in the metric of a covariance: ``q_b = g_b^T Sigma g_b`` (paper, Eq. 11).
+
+    It depends on the symmetric part of Sigma alone, and its derivative in the covariance is symmetric. Where the
+    gradient requires grad, ``Sigma g`` is computed in the same pass and kept for the backward.
+
+    Args:
+        gradient: (B, C, H, W), or (B, C, L) for signals; any floating-point dtype, any strides.
+        covariance: As for `covariance_product`.
+        form: As for `covariance_product`.
+        backend: ``"auto"`` or the name of a backend.
+
+    Returns:
+        (B,), float64 for float64 gradients, else float32.
+
+    Raises:
+        TypeError: If an argument is not a real floating-point tensor.
+        ValueError: If shapes, form, devices or the backend's name do not fit.
+        RuntimeError: If the named backend cannot run.
+    """
+    images, table, form = _arguments(gradient, covariance, form)
+    name = choose(backend, _request("quadratic_form", images, form))
+    if name == "reference":
+        return reference.quadratic_form(images, table, form).to(compute_dtype(gradient.dtype))
+    return quadratic_form_from_spectrum(images, _spectrum(images, table, form), name)
+
+
+def correlate(a: Tensor, b: Tensor, shape: Size, form: str, backend: str = "auto") -> Tensor:
+    """Sums over samples and ordered pixel pairs of ``a[c, i] b[c', j]`` at each displacement; float64.
+
+    The adjoint of `covariance_product`: ``<a, product(b, f)> = <f, correlate(a, b)>``.
+
+    Args:
+        a: (B, C, H, W).
+        b: (B, C, H, W), same dtype and device.
+        shape: Last two dimensions of the table to return, (h, w) or (2h-1, 2w-1).
+        form: ``"even"`` or ``"signed"``.
+        backend: ``"auto"`` or the name of a backend.
+    """
+    name = choose(backend, _request("cross_spectrum", a, form))
+    if name == "reference":
+        return reference.correlate(a, b, shape, form)
+    signed = form == "signed"
+    displacements = ((shape[0] + 1) // 2, (shape[1] + 1) // 2) if signed else shape
+    rows, columns = frequency_counts((a.shape[2], a.shape[3]), displacements)
+    spectrum = call("cross_spectrum", name, a, b, rows, columns, signed, _precision(a.device))
+    return table_from_cross_spectrum(spectrum, shape, form)
+
+
+def displacement_covariance(
+    perturbation: Tensor, *, form: str = "radial", max_displacement: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """Second moment of perturbations as a function of displacement (paper, Eq. 15 and 16).
+
+    The mean over samples and over all ordered pixel pairs at a displacement of ``xi[c, i] xi[c', j]``; not centred.
+    An empty batch gives zeros.
+
+    Args:
+        perturbation: (B, C, H, W), or (B, C, L) for signals; any floating-point dtype, any strides.
+        form: ``"radial"`` bins the rounded Euclidean displacement; ``"even"`` tells apart (abs dy, abs dx),
+            ``"signed"`` (dy, dx).
+        max_displacement: R keeps the bins 0..R, or the displacements up to R along each axis of a table.
+        backend: ``"auto"`` or the name of a backend.
+
+    Returns:
+        (C, C, K), (C, C, h, w) or (C, C, 2h-1, 2w-1); float64 for float64 perturbations, else float32.
+
+    Raises:
+        TypeError: If the perturbation is not a real floating-point tensor.
+        ValueError: If shape, form, max_displacement or the backend's name do not fit.
+        RuntimeError: If the named backend cannot run.
+    """
+    return binned_covariance(perturbation, form, "rounded", max_displacement, backend)
+
+
+def binned_covariance(
+    perturbation: Tensor, form: str, binning: str, max_displacement: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """`displacement_covariance` with the binning of the radial form as a choice."""
+    checks.check_images("perturbation", perturbation)
+    checks.check_form(form)
+    checks.check_max_displacement(max_displacement)
+    images, size = checks.as_images(perturbation), checks.image_size(perturbation)
+    dtype = compute_dtype(perturbation.dtype)
+    samples = max(1, perturbation.shape[0])
+    full = bin_count(size, binning) if form == "radial" else max(size)
+    bins = full if max_displacement is None else min(full, max_displacement + 1)
+    shape = reach_of_bins(bins, size)
+    if form == "radial":
+        sums = correlate(images, images, shape, "even", backend)
+        return (radial_from_even(sums, size, bins, binning) / samples).to(dtype)
+    if form == "even":
+        counts = pair_counts(size, shape, images.device)
+        return (correlate(images, images, shape, "even", backend) / (samples * counts)).to(dtype)
+    window = (2 * shape[0] - 1, 2 * shape[1] - 1)
+    overlaps = [
+        extent - torch.arange(1 - length, length, device=images.device).abs() for extent, length in zip(size, shape)
+    ]
+    counts = overlaps[0][:, None] * overlaps[1][None, :]
+    return (correlate(images, images, window, "signed", backend) / (samples * counts)).to(dtype)

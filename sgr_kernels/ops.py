@@ -1,0 +1,276 @@
+"""The registered operators: schemas, fake kernels, derivatives. One set per spectral backend, all alike.
+
+The set is closed under differentiation: ``product`` and ``cross_spectrum`` are each other's adjoints, so that every
+derivative, of any order, is made of the same operators. ``quadratic_form`` returns its product as a second output;
+twice that, times the incoming gradient, is its backward, and differentiating it again is differentiating the product.
+
+Each ``torch.autograd.Function`` below is the autograd kernel of its registered operator. The functional layer calls the
+Function itself, except while a compiler traces (a Function with a ``jvp`` breaks the trace; the operator does not).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sgr_kernels.backends import torch_spectral
+from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.spectrum import symmetric_part, transpose
+
+NAMESPACE = "sgr_kernels"
+SCHEMAS = {
+    "product": "(Tensor gradient, Tensor spectrum, str precision) -> Tensor",
+    "quadratic_form": "(Tensor gradient, Tensor spectrum, bool with_product, str precision) -> (Tensor, Tensor)",
+    "cross_spectrum": "(Tensor a, Tensor b, int rows, int columns, bool signed, str precision) -> Tensor",
+}
+SPECTRAL_BACKENDS = ("torch", "native", "triton")
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _implementation(backend: str, operator: str, *args: Any) -> Any:
+    """Run an operator's kernel, below autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
+
+
+def _fold(tensor: Tensor, dim: int) -> Tensor:
+    """Move a mapped dimension to the front and merge it with the batch."""
+    return tensor.movedim(dim, 0).flatten(0, 1)
+
+
+def _map_slices(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """Apply ``function`` slice by slice; the general rule for ``torch.func.vmap``."""
+    results = [
+        function(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+    return torch.stack(results), 0
+
+
+class Product(Function):
+    """``v = Sigma g``: (gradient (B, C, H, W), spectrum, backend, precision) -> like gradient."""
+
+    @staticmethod
+    def forward(gradient: Tensor, spectrum: Tensor, backend: str, precision: str) -> Tensor:
+        """Apply the backend's kernel."""
+        return _implementation(backend, "product", gradient, spectrum, precision)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivatives need."""
+        gradient, spectrum, ctx.backend, ctx.precision = inputs
+        ctx.save_for_backward(gradient, spectrum)
+        ctx.save_for_forward(gradient, spectrum)
+
+    @staticmethod
+    def backward(ctx: Any, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        """``Sigma^T grad_v`` and the cross spectrum of grad_v and g."""
+        gradient, spectrum = ctx.saved_tensors
+        options = (ctx.backend, ctx.precision)
+        grad_gradient = grad_spectrum = None
+        if ctx.needs_input_grad[0]:
+            grad_gradient = Product.apply(grad_v, transpose(spectrum), *options)
+        if ctx.needs_input_grad[1]:
+            grad_spectrum = _spectrum_gradient(grad_v, gradient, spectrum, *options)
+        return grad_gradient, grad_spectrum, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, gradient_t: Tensor | None, spectrum_t: Tensor | None, *_: None) -> Tensor | None:
+        """Bilinear: the product of each tangent with the other input."""
+        gradient, spectrum = ctx.saved_tensors
+        options = (ctx.backend, ctx.precision)
+        by_gradient = None if gradient_t is None else Product.apply(gradient_t, spectrum, *options)
+        by_spectrum = None if spectrum_t is None else Product.apply(gradient, spectrum_t, *options)
+        return _sum(by_gradient, by_spectrum)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, spectrum: Tensor, *options: str) -> Any:
+        """A mapped gradient is a larger batch."""
+        if in_dims[1] is None and in_dims[0] is not None:
+            v = Product.apply(_fold(gradient, in_dims[0]), spectrum, *options)
+            return v.unflatten(0, (info.batch_size, -1)) if v.shape[0] else v.view(info.batch_size, 0, *v.shape[1:]), 0
+        return _map_slices(Product.apply, info, in_dims, gradient, spectrum, *options)
+
+
+class QuadraticForm(Function):
+    """``q_b = g_b^T Sigma g_b`` with ``v = Sigma g``, of the symmetric part of Sigma.
+
+    (gradient (B, C, H, W), spectrum, with_product, backend, precision) -> (q (B,), v like gradient or (0,)).
+    """
+
+    @staticmethod
+    def forward(
+        gradient: Tensor, spectrum: Tensor, with_product: bool, backend: str, precision: str
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the backend's kernel."""
+        return _implementation(backend, "quadratic_form", gradient, spectrum, with_product, precision)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the derivatives need; the product, where it was computed, is half of the backward."""
+        gradient, spectrum, ctx.with_product, ctx.backend, ctx.precision = inputs
+        ctx.save_for_backward(gradient, spectrum, output[1])
+        ctx.save_for_forward(gradient, spectrum, output[1])
+        if not ctx.with_product:
+            ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
+        """``2 grad_q v + Sigma grad_v`` and the matching cross spectra."""
+        gradient, spectrum, v = ctx.saved_tensors
+        options = (ctx.backend, ctx.precision)
+        grad_gradient = grad_spectrum = None
+        if ctx.needs_input_grad[0]:
+            if grad_q is not None:
+                if not ctx.with_product:
+                    v = Product.apply(gradient, symmetric_part(spectrum), *options)
+                grad_gradient = _scaled(v, 2 * grad_q)
+            if grad_v is not None and ctx.with_product:
+                grad_gradient = _sum(grad_gradient, Product.apply(grad_v, symmetric_part(spectrum), *options))
+        if ctx.needs_input_grad[1]:
+            total = None
+            if grad_q is not None:
+                total = _spectrum_gradient(_scaled(gradient, grad_q), gradient, spectrum, *options)
+            if grad_v is not None and ctx.with_product:
+                total = _sum(total, _spectrum_gradient(grad_v, gradient, spectrum, *options))
+            grad_spectrum = None if total is None else symmetric_part(total)
+        return grad_gradient, grad_spectrum, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, gradient_t: Tensor | None, spectrum_t: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``q' = 2 v . g' + g^T Sigma' g``, ``v' = Sigma g' + Sigma' g``."""
+        gradient, spectrum, v = ctx.saved_tensors
+        options = (ctx.backend, ctx.precision)
+        q_t: Tensor | None = None
+        v_t: Tensor | None = None
+        if gradient_t is not None:
+            if not ctx.with_product:
+                v = Product.apply(gradient, symmetric_part(spectrum), *options)
+            wide = compute_dtype(gradient.dtype)
+            q_t = 2 * (v.to(wide) * gradient_t.to(wide)).sum((1, 2, 3))
+            if ctx.with_product:
+                v_t = Product.apply(gradient_t, symmetric_part(spectrum), *options)
+        if spectrum_t is not None:
+            q_s, v_s = QuadraticForm.apply(gradient, spectrum_t, ctx.with_product, *options)
+            q_t, v_t = _sum(q_t, q_s), _sum(v_t, v_s) if ctx.with_product else None
+        return q_t, v_t
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, spectrum: Tensor, *options: Any) -> Any:
+        """Slice by slice."""
+        return _map_slices(QuadraticForm.apply, info, in_dims, gradient, spectrum, *options)
+
+
+class CrossSpectrum(Function):
+    """``S[c, c', k, l] = sum Z^a_c Z^b_c'``: (a, b, rows, columns, signed, backend, precision) -> a spectrum."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, backend: str, precision: str) -> Tensor:
+        """Apply the backend's kernel."""
+        return _implementation(backend, "cross_spectrum", a, b, rows, columns, signed, precision)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivatives need."""
+        a, b, *ctx.options = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Products of the incoming spectrum with the other argument."""
+        a, b = ctx.saved_tensors
+        options = ctx.options[-2:]
+        grad_a = Product.apply(b, grad, *options).to(a.dtype) if ctx.needs_input_grad[0] else None
+        grad_b = Product.apply(a, transpose(grad), *options).to(b.dtype) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None, *_: None) -> Tensor | None:
+        """Bilinear."""
+        a, b = ctx.saved_tensors
+        by_a = None if a_t is None else CrossSpectrum.apply(a_t, b, *ctx.options)
+        by_b = None if b_t is None else CrossSpectrum.apply(a, b_t, *ctx.options)
+        return _sum(by_a, by_b)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *options: Any) -> Any:
+        """Slice by slice: every slice has a sum of its own."""
+        return _map_slices(CrossSpectrum.apply, info, in_dims, a, b, *options)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _scaled(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply each image by its factor, in the wider type; the result has the images' dtype."""
+    return (images.to(factor.dtype) * factor[:, None, None, None]).to(images.dtype)
+
+
+def _spectrum_gradient(a: Tensor, b: Tensor, spectrum: Tensor, backend: str, precision: str) -> Tensor:
+    rows, columns = spectrum.shape[-2:]
+    signed = spectrum.dim() == 5
+    return CrossSpectrum.apply(a, b, rows, columns, signed, backend, precision).to(spectrum.dtype)
+
+
+def _fake_product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+def _fake_quadratic_form(
+    gradient: Tensor, spectrum: Tensor, with_product: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    q = gradient.new_empty(gradient.shape[0], dtype=compute_dtype(gradient.dtype))
+    return q, gradient.new_empty(gradient.shape if with_product else (0,))
+
+
+def _fake_cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, precision: str) -> Tensor:
+    shape = (a.shape[1], a.shape[1], rows, columns)
+    return a.new_empty((4, *shape) if signed else shape, dtype=compute_dtype(a.dtype))
+
+
+_FAKES = {"product": _fake_product, "quadratic_form": _fake_quadratic_form, "cross_spectrum": _fake_cross_spectrum}
+FUNCTIONS: dict[str, type[Function]] = {
+    "product": Product,
+    "quadratic_form": QuadraticForm,
+    "cross_spectrum": CrossSpectrum,
+}
+
+
+def _define(backend: str, operator: str) -> None:
+    name = f"{backend}_{operator}"
+    function = FUNCTIONS[operator]
+
+    def autograd_kernel(*args: Any) -> Any:
+        *tensors_and_options, precision = args
+        return function.apply(*tensors_and_options, backend, precision)
+
+    _library.define(name + SCHEMAS[operator], tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, autograd_kernel, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[operator], lib=_library)
+
+
+for _backend in SPECTRAL_BACKENDS:
+    for _operator in SCHEMAS:
+        _define(_backend, _operator)
+for _operator in SCHEMAS:
+    _library.impl(f"torch_{_operator}", getattr(torch_spectral, _operator), "CompositeExplicitAutograd")
+
+
+def call(operator: str, backend: str, *args: Any) -> Any:
+    """Call an operator of a backend with its derivatives; ``args`` as in `SCHEMAS`."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
+    return FUNCTIONS[operator].apply(*args[:-1], backend, args[-1])
