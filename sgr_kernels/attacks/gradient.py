@@ -1,0 +1,278 @@
+"""Gradient attacks inside an L-infinity or L2 ball: the fast gradient methods and projected gradient ascent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sgr_kernels.attacks.guard import Model, plain, preserve
+from sgr_kernels.attacks.inputs import (
+    add_perturbation,
+    check_count,
+    check_images,
+    norms,
+    per_image,
+    private_generator,
+    shrink_to_ball,
+    working_dtype,
+)
+from sgr_kernels.attacks.levels import Bounds, Eps, check_eps, one_or_stacked, takes_many_eps
+from sgr_kernels.attacks.objective import (
+    ascent,
+    choose_labels,
+    clean_logits,
+    differentiable,
+    input_gradient,
+    inspect_logits,
+    logit_loss,
+    logits_of,
+)
+
+Norm = Literal["Linf", "L2"]
+
+
+@takes_many_eps(labels="own")
+def fgsm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    eps: Eps,
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fast gradient sign method: ``clip(x + eps sign(grad_x loss))`` (Goodfellow, Shlens, Szegedy 2015).
+
+    The gradient is the cross-entropy's; one gradient serves a whole list of strengths. Where it is exactly zero the
+    pixel stays. The model is left as it was: mode, gradients, flags, buffers, hooks, global random streams.
+
+    Args:
+        model: maps images to logits (B, classes); runs in evaluation mode.
+        images: (B, C, H, W), floating point, inside ``bounds``.
+        labels: (B,) classes to move away from, or the targets if ``targeted``. None: the model's own prediction, so
+            that no label leaks; if ``targeted``, another class drawn uniformly.
+        eps: largest change of a pixel, in pixel units such as 8/255; a list gives a stack (len(eps), B, C, H, W).
+        targeted: descend towards ``labels`` instead of ascending away from them.
+        bounds: range of the pixels; None if there is none.
+        generator: draws the targets; None means a private one with a fixed seed.
+
+    Returns:
+        Adversarial images, in the images' shape and dtype, detached; ``eps=0`` returns the images bit for bit.
+
+    Raises:
+        ValueError: a bad strength, images that are not floating point, finite and in bounds, labels out of range,
+            or a model without finite logits and input gradients.
+    """
+    return _one_step(model, images, labels, eps, "Linf", targeted, bounds, generator)
+
+
+@takes_many_eps(labels="own")
+def fgm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    eps: Eps,
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fast gradient method in L2: ``clip(x + eps g / ||g||)`` with ``g = grad_x loss``; as ``fgsm`` in all else.
+
+    ``eps`` bounds the L2 norm of an image's whole perturbation, in pixel units.
+    """
+    return _one_step(model, images, labels, eps, "L2", targeted, bounds, generator)
+
+
+@takes_many_eps(labels="own")
+def pgd(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    eps: Eps,
+    norm: Norm = "Linf",
+    steps: int = 20,
+    step_size: float | None = None,
+    random_start: bool = True,
+    restarts: int = 1,
+    targeted: bool = False,
+    early_stop: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018), keeping the best iterate.
+
+    Best is, over all restarts and iterates and the clean image: adversarial before not adversarial, then the largest
+    loss (smallest, for the target, if ``targeted``). Every iterate is judged exactly as it would be returned.
+
+    Args:
+        model: as in ``fgsm``, and so are ``images``, ``labels``, ``targeted`` and ``bounds``.
+        images: (B, C, H, W).
+        labels: (B,) or None.
+        eps: radius of the ball in pixel units; a list gives a stack (len(eps), B, C, H, W), each equal to a call of
+            its own with the generator in the same state.
+        norm: "Linf" (steps along the gradient's sign) or "L2" (along the normalised gradient).
+        steps: gradient steps in each run.
+        step_size: length of a step in pixel units; None means ``2.5 eps / steps``.
+        random_start: start uniformly inside the ball instead of at the image.
+        restarts: runs from fresh random starts.
+        targeted: descend towards ``labels``.
+        early_stop: leave an image at its first adversarial iterate. The same images are broken, at less cost, but
+            less deeply: keep it off for transfer attacks and training.
+        bounds: range of the pixels, or None.
+        generator: draws starts and targets; None means a private one with a fixed seed.
+
+    Returns:
+        Adversarial images, detached; ``eps=0`` returns the images bit for bit.
+
+    Raises:
+        ValueError: as ``fgsm``; also an unknown norm, fewer than one step or restart, a step size that is not
+            positive, or several restarts without a random start.
+    """
+    if norm not in ("Linf", "L2"):
+        raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"step_size: expected a number > 0, got {step_size}")
+    if restarts > 1 and not random_start:
+        raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
+    check_images(images, bounds)
+    generator = private_generator(generator)
+    with preserve(model):
+        images = plain(images)
+        clean = clean_logits(model, images)
+        classes = choose_labels(None if labels is None else plain(labels), clean, targeted, generator)
+        starts = [_unit_start(images, norm, generator) if random_start else None for _ in range(restarts)]
+        task = _Task(model, images, classes, clean, norm, targeted, early_stop, bounds)
+        results = []
+        for level in levels:
+            best = _Best(task)
+            if level > 0 and len(images):
+                for start in starts:
+                    _climb(task, best, start, level, steps, step_size or 2.5 * level / steps)
+            results.append(best.images)
+    return one_or_stacked(results, eps)
+
+
+def _one_step(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None,
+    eps: Eps,
+    norm: Norm,
+    targeted: bool,
+    bounds: Bounds,
+    generator: torch.Generator | None,
+) -> Tensor:
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
+    check_images(images, bounds)
+    with preserve(model):
+        leaf = differentiable(plain(images))
+        logits = logits_of(model, leaf)
+        inspect_logits(logits)
+        classes = choose_labels(None if labels is None else plain(labels), logits, targeted, generator)
+        gradient = input_gradient(logit_loss(logits, classes), leaf)
+    images = leaf.detach()
+    uphill = _direction(gradient.to(working_dtype(images)), norm)
+    results = []
+    for level in levels:
+        delta = (-level if targeted else level) * uphill
+        results.append(add_perturbation(images, shrink_to_ball(delta, level) if norm == "L2" else delta, bounds))
+    return one_or_stacked(results, eps)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One attack: what stays the same over strengths, restarts and steps."""
+
+    model: Model
+    images: Tensor
+    labels: Tensor
+    clean: Tensor  # logits (B, K)
+    norm: Norm
+    targeted: bool
+    early_stop: bool
+    bounds: Bounds
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The attacker's gain (B,) and whether the images are adversarial (B,)."""
+        loss = logit_loss(logits, labels)
+        return (-loss if self.targeted else loss), (logits.argmax(1) == labels) == self.targeted
+
+
+class _Best:
+    """The best iterate of each image so far, beginning with the clean image."""
+
+    def __init__(self, task: _Task) -> None:
+        self.images = task.images.clone()
+        self.gain, self.broken = task.judge(task.clean, task.labels)
+
+    def update(self, index: Tensor, images: Tensor, gain: Tensor, broken: Tensor) -> None:
+        """Takes over those of the candidates at batch positions ``index`` that are better."""
+        before, gain_before = self.broken[index], self.gain[index]
+        better = (broken & ~before) | ((broken == before) & (gain > gain_before))
+        self.images[index] = torch.where(per_image(better, images), images, self.images[index])
+        self.gain[index] = torch.where(better, gain, gain_before)
+        self.broken[index] = broken | before
+
+
+def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, steps: int, step_size: float) -> None:
+    """One run of projected ascent from ``eps * start`` on the images that still matter."""
+    index = torch.arange(len(task.images), device=task.images.device)
+    if task.early_stop:
+        index = index[~best.broken]
+    base = task.images[index].to(working_dtype(task.images))
+    delta = torch.zeros_like(base) if start is None else eps * start[index]
+    for step in range(steps + 1):
+        if len(index) == 0:
+            return
+        delta = _project(base, delta, task.norm, eps, task.bounds)
+        candidates = add_perturbation(task.images[index], delta, task.bounds)
+        labels = task.labels[index]
+        if step == steps:
+            with torch.no_grad():
+                gain, broken = task.judge(logits_of(task.model, candidates), labels)
+            best.update(index, candidates, gain, broken)
+            return
+        logits, _, gradient = ascent(task.model, candidates, labels)
+        gain, broken = task.judge(logits, labels)
+        best.update(index, candidates, gain, broken)
+        uphill = _direction(gradient.to(delta.dtype), task.norm)
+        delta = delta + (-step_size if task.targeted else step_size) * uphill
+        if task.early_stop:
+            index, base, delta = index[~broken], base[~broken], delta[~broken]
+
+
+def _project(base: Tensor, delta: Tensor, norm: Norm, eps: float, bounds: Bounds) -> Tensor:
+    """Into the ball, then into the box: the box holds the ball's centre, so its clipping cannot leave the ball."""
+    delta = delta.clamp(-eps, eps) if norm == "Linf" else shrink_to_ball(delta, eps)
+    return delta if bounds is None else (base + delta).clamp(*bounds) - base
+
+
+def _direction(gradient: Tensor, norm: Norm) -> Tensor:
+    """Steepest ascent for a step of unit norm; zero where the gradient is zero."""
+    if norm == "Linf":
+        return gradient.sign()
+    # Scaled first: squares of tiny gradients would underflow.
+    peak = per_image(gradient.abs().flatten(1).amax(1), gradient)
+    scaled = gradient / torch.where(peak > 0, peak, torch.ones_like(peak))
+    length = norms(scaled)
+    return scaled / per_image(torch.where(length > 0, length, torch.ones_like(length)), scaled).to(scaled.dtype)
+
+
+def _unit_start(images: Tensor, norm: Norm, generator: torch.Generator) -> Tensor:
+    """A uniform draw from the unit ball for each image, the same for every strength."""
+    shape, device, dtype = images.shape, generator.device, working_dtype(images)
+    if norm == "Linf":
+        return (2 * torch.rand(shape, generator=generator, device=device, dtype=dtype) - 1).to(images.device)
+    gauss = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    radius = torch.rand(len(images), generator=generator, device=device, dtype=dtype) ** (1 / math.prod(shape[1:]))
+    return (per_image(radius, gauss) * _direction(gauss, "L2")).to(images.device)

@@ -1,0 +1,103 @@
+"""What every attack does with its arguments: checks, random streams, and the last step, adding a perturbation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgr_kernels.attacks.levels import Bounds
+
+DEFAULT_SEED = 20180
+
+
+def check_images(images: Tensor, bounds: Bounds) -> None:
+    """Raises ValueError unless ``images`` is a batch of finite floating-point images inside ``bounds``."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")
+    if images.ndim < 2:
+        raise ValueError(f"images: expected a batch (B, C, H, W), got shape {tuple(images.shape)}")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
+    if images.numel() == 0:
+        return
+    low, high = (float(v) for v in images.aminmax())
+    if low != low or high != high:
+        raise ValueError("images: expected finite values, got NaN")
+    allowed = bounds if bounds is not None else (-torch.finfo(images.dtype).max, torch.finfo(images.dtype).max)
+    if low < allowed[0] or high > allowed[1]:
+        raise ValueError(
+            f"images: expected values in [{allowed[0]:g}, {allowed[1]:g}], got [{low:g}, {high:g}]; "
+            "normalise inside the model, or pass bounds="
+        )
+
+
+def check_labels(labels: Tensor, batch: int, classes: int) -> None:
+    """Raises ValueError unless ``labels`` is (batch,) of integers in [0, classes)."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected integer class indices, got {labels.dtype}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
+    if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError unless ``value`` is a whole number >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+
+
+def private_generator(generator: torch.Generator | None) -> torch.Generator:
+    """The given generator, or a new one on the CPU with the fixed seed 20180: the global stream is never used."""
+    return generator if generator is not None else torch.Generator().manual_seed(DEFAULT_SEED)
+
+
+def child_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator on ``device`` seeded with one number from ``generator``.
+
+    However much is drawn from the child, the parent has moved on by one number: what a later call draws does not
+    depend on when an earlier one could stop.
+    """
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return torch.Generator(device=device).manual_seed(int(seed))
+
+
+def working_dtype(images: Tensor) -> torch.dtype:
+    """Perturbations are computed in float32, or in float64 for float64 images."""
+    return torch.promote_types(images.dtype, torch.float32)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """A (B,) tensor shaped to broadcast over (B, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def norms(delta: Tensor) -> Tensor:
+    """L2 norm of each sample, (B,), accumulated in float64 so that a projection can rely on it."""
+    return torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)
+
+
+def shrink_to_ball(delta: Tensor, eps: float) -> Tensor:
+    """Projects each sample onto the L2 ball of radius ``eps``; an inner one is left as it is."""
+    length = norms(delta)
+    # One unit in the last place less, so that rounding the product cannot lead outside.
+    inside = eps * (1 - torch.finfo(delta.dtype).eps) / length
+    factor = torch.where(length > eps, inside, torch.ones_like(length))
+    return delta * per_image(factor.to(delta.dtype), delta)
+
+
+def add_perturbation(images: Tensor, delta: Tensor, bounds: Bounds) -> Tensor:
+    """``images + delta`` inside ``bounds``, in the images' dtype, with no pixel moved further than ``delta`` says.
+
+    Where rounding to the images' dtype would overshoot, the pixel is rounded towards the clean image instead, so a
+    perturbation inside a norm ball stays inside it in any precision, and a zero one returns the images bit for bit.
+    """
+    base = images.to(delta.dtype)
+    moved = base + delta
+    if bounds is not None:
+        moved = moved.clamp(*bounds)
+    result = moved.to(images.dtype)
+    beyond = (result.to(delta.dtype) - base).abs() > delta.abs()
+    result = torch.where(beyond, torch.nextafter(result, images), result)
+    return torch.where(delta == 0, images, result)

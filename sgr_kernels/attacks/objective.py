@@ -1,0 +1,120 @@
+"""What the gradient attacks climb: the cross-entropy, in a form that keeps its direction for confident models."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgr_kernels.attacks.guard import Model
+from sgr_kernels.attacks.inputs import check_labels, private_generator
+
+
+class Ascent(NamedTuple):
+    """Logits (B, K), loss (B,) and its gradient, shaped like the images."""
+
+    logits: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
+def logit_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log((1 - p_y) / p_y) = logsumexp_{k != y} z_k - z_y`` for each sample, (B,).
+
+    A strictly increasing function of the cross-entropy ``-log p_y``: it ranks images alike, and its input gradient is
+    that of the cross-entropy times ``1 / (1 - p_y)`` > 0, so signs and directions are the same. Unlike the
+    cross-entropy's, it does not vanish or lose its leading term once ``p_y`` rounds to one.
+    """
+    index = labels.unsqueeze(1)
+    others = logits.scatter(1, index, float("-inf")).logsumexp(1)
+    return others - logits.gather(1, index).squeeze(1)
+
+
+def logits_of(model: Model, images: Tensor) -> Tensor:
+    """The model's output (B, K) in float32 or better.
+
+    Raises:
+        ValueError: the output is not one row of at least two logits per image.
+    """
+    logits = model(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits of shape ({len(images)}, classes >= 2), got {got}")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def clean_logits(model: Model, images: Tensor) -> Tensor:
+    """``logits_of`` without a graph, with a look at the values."""
+    with torch.no_grad():
+        logits = logits_of(model, images)
+    inspect_logits(logits)
+    return logits
+
+
+def inspect_logits(logits: Tensor) -> None:
+    """Raises ValueError for NaN or infinite logits; warns when they look like probabilities."""
+    logits = logits.detach()
+    if not bool(logits.isfinite().all()):
+        count = int((~logits.isfinite()).any(1).sum())
+        raise ValueError(f"model: expected finite logits, got NaN or infinity for {count} of {len(logits)} images")
+    if len(logits) and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "model: the outputs are non-negative and sum to one; expected logits, not probabilities: a softmax before "
+            "the attack hides the gradient",
+            stacklevel=4,
+        )
+
+
+def choose_labels(
+    labels: Tensor | None, logits: Tensor, targeted: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """The classes an attack works with, (B,): those given, else the own prediction, or a random other class as target.
+
+    Raises:
+        ValueError: labels of the wrong shape or dtype, or out of range.
+    """
+    batch, classes = logits.shape
+    if labels is not None:
+        check_labels(labels, batch, classes)
+        return labels.to(device=logits.device, dtype=torch.int64)
+    own = logits.detach().argmax(1)
+    if not targeted:
+        return own
+    generator = private_generator(generator)
+    offset = torch.randint(1, classes, (batch,), generator=generator, device=generator.device)
+    return (own + offset.to(own.device)) % classes
+
+
+def differentiable(images: Tensor) -> Tensor:
+    """The images as a leaf that asks for a gradient; the caller's tensor is left alone."""
+    return images.detach().requires_grad_()
+
+
+def input_gradient(outputs: Tensor, images: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """Gradient of ``outputs.sum()`` with respect to the images only: parameters collect nothing.
+
+    Raises:
+        ValueError: the outputs do not depend differentiably on the images, or the gradient is not finite.
+    """
+    gradient = None
+    if outputs.requires_grad:
+        (gradient,) = torch.autograd.grad(outputs.sum(), images, retain_graph=retain_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError("model: expected logits that are differentiable in the images, got logits without a gradient")
+    if not bool(gradient.isfinite().all()):
+        count = int((~gradient.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(
+            f"model: expected finite input gradients, got NaN or infinity for {count} of {len(images)} images"
+        )
+    return gradient
+
+
+def ascent(model: Model, images: Tensor, labels: Tensor) -> Ascent:
+    """Logits, ``logit_loss`` and its input gradient at ``images`` for labels known to be in range."""
+    leaf = differentiable(images)
+    logits = logits_of(model, leaf)
+    loss = logit_loss(logits, labels)
+    gradient = input_gradient(loss, leaf)
+    return Ascent(logits.detach(), loss.detach(), gradient)
