@@ -1,7 +1,20 @@
 """Structured gradient regularization (SGR) for PyTorch."""
 
-from sgr_kernels import backends, functional
+from sgr_kernels import attacks, backends, functional
 from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
+from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels.loss import SGRLoss, cross_entropy_per_sample
 
-__all__ = ["__version__", "backends", "functional", "use_backend"]
+__all__ = [
+    "CovarianceFunction",
+    "FullCovariance",
+    "IdentityCovariance",
+    "SGRLoss",
+    "__version__",
+    "attacks",
+    "backends",
+    "cross_entropy_per_sample",
+    "functional",
+    "use_backend",
+]

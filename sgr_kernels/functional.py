@@ -21,7 +21,8 @@ from sgr_kernels.spectrum import frequency_counts, spectrum_from_table, table_fr
 __all__ = ["covariance_product", "covariance_quadratic_form", "displacement_covariance"]
 
 
-def _request(operator: str, images: Tensor, form: str) -> Request:
+def request(operator: str, images: Tensor, form: str) -> Request:
+    """What a backend needs to know of a call."""
     batch, channels = images.shape[:2]
     size = (images.shape[2], images.shape[3])
     return Request(operator, images.device, images.dtype, batch, channels, size, form)
@@ -70,7 +71,7 @@ def quadratic_form_from_spectrum(images: Tensor, spectrum: Tensor, backend: str)
 def covariance_product(
     gradient: Tensor, covariance: Tensor, *, form: str | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Multiply gradients by a displacement-indexed covariance: ``v[c, i] = sum_{c', j} Sigma[(c, i), (c', j)] g[c', j]``.
+    """Multiply gradients by a displacement-indexed covariance, ``v = Sigma g``.
 
     ``Sigma[(c, i), (c', j)] = f[c, c', displacement from pixel i to pixel j]`` (paper, Eq. 16) is never formed. Its
     adjoint uses f transposed in its channels.
@@ -92,7 +93,7 @@ def covariance_product(
         RuntimeError: If the named backend cannot run.
     """
     images, table, form = _arguments(gradient, covariance, form)
-    name = choose(backend, _request("product", images, form))
+    name = choose(backend, request("product", images, form))
     if name == "reference":
         return reference.product(images, table, form).view(gradient.shape)
     return product_from_spectrum(images, _spectrum(images, table, form), name).view(gradient.shape)
@@ -121,7 +122,7 @@ def covariance_quadratic_form(
         RuntimeError: If the named backend cannot run.
     """
     images, table, form = _arguments(gradient, covariance, form)
-    name = choose(backend, _request("quadratic_form", images, form))
+    name = choose(backend, request("quadratic_form", images, form))
     if name == "reference":
         return reference.quadratic_form(images, table, form).to(compute_dtype(gradient.dtype))
     return quadratic_form_from_spectrum(images, _spectrum(images, table, form), name)
@@ -139,7 +140,7 @@ def correlate(a: Tensor, b: Tensor, shape: Size, form: str, backend: str = "auto
         form: ``"even"`` or ``"signed"``.
         backend: ``"auto"`` or the name of a backend.
     """
-    name = choose(backend, _request("cross_spectrum", a, form))
+    name = choose(backend, request("cross_spectrum", a, form))
     if name == "reference":
         return reference.correlate(a, b, shape, form)
     signed = form == "signed"

@@ -10,6 +10,7 @@ Function itself, except while a compiler traces (a Function with a ``jvp`` break
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -241,7 +242,11 @@ def _fake_cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: 
     return a.new_empty((4, *shape) if signed else shape, dtype=compute_dtype(a.dtype))
 
 
-_FAKES = {"product": _fake_product, "quadratic_form": _fake_quadratic_form, "cross_spectrum": _fake_cross_spectrum}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "product": _fake_product,
+    "quadratic_form": _fake_quadratic_form,
+    "cross_spectrum": _fake_cross_spectrum,
+}
 FUNCTIONS: dict[str, type[Function]] = {
     "product": Product,
     "quadratic_form": QuadraticForm,

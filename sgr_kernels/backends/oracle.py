@@ -70,5 +70,5 @@ def displacement_covariance(perturbation: ArrayLike, form: str = "radial") -> Ar
             if form != "radial":
                 cell = (abs(dy), abs(dx)) if form == "even" else (dy + height - 1, dx + width - 1)
             counts[cell] += 1
-            sums[(slice(None), slice(None), *cell)] += xi[:, :, yi, xi_].T @ xi[:, :, yj, xj]
+            sums[(..., *cell)] += xi[:, :, yi, xi_].T @ xi[:, :, yj, xj]
     return sums / (samples * counts)

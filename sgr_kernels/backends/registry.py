@@ -98,7 +98,7 @@ def _log_once(name: str, request: Request) -> None:
         logger.debug("%s: backend %r for %s", request.operator, name, request)
 
 
-class use_backend:  # noqa: N801 - used like a function
+class use_backend:
     """Choose the backend of every call that leaves ``backend="auto"``.
 
     Takes effect at once, for the whole process; as a context manager, until the end of its block.

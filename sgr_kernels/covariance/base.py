@@ -1,0 +1,194 @@
+"""The interface of all covariances, and the running estimate that two of them share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels import checks
+
+
+class Covariance(nn.Module):
+    """What a covariance offers to the loss and to the attacks."""
+
+    frozen: bool = True
+    """A frozen covariance takes no updates."""
+
+    def update(self, perturbation: Tensor) -> None:
+        """Let a batch of perturbations (m, C, H, W) enter the estimate."""
+        raise RuntimeError(f"{type(self).__name__}: this covariance is frozen and takes no updates")
+
+    def product(self, gradient: Tensor) -> Tensor:
+        """``v = Sigma g``, like ``gradient``."""
+        raise NotImplementedError
+
+    def quadratic_form(self, gradient: Tensor) -> Tensor:
+        """``q_b = g_b^T Sigma g_b``, (B,), float32 or better."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The matrix that `product` applies, (D, D)."""
+        raise NotImplementedError
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, (n, C, H, W)."""
+        raise NotImplementedError
+
+    def scaled_mean(self) -> Tensor | None:
+        """Running mean perturbation (C, H, W) in the scale of Sigma; None where there is no estimate of it."""
+        return None
+
+    def warn_if_skipped(self) -> None:
+        """Warn of batches that did not enter the estimate since the last warning."""
+
+
+class Estimate(Covariance):
+    """A running second moment in the buffer ``values``, brought to a target variance when it is read.
+
+    Args:
+        values: Zeros in the shape of the estimate.
+        shape: Shape of one perturbation.
+        decay: Weight beta of the current batch (Eq. 14), in [0, 1].
+        target_variance: Mean diagonal entry of Sigma, or None for the estimate's own.
+    """
+
+    values: Tensor
+    mean: Tensor
+    updates: Tensor
+    skipped: Tensor
+    scale: Tensor
+
+    def __init__(self, values: Tensor, shape: tuple[int, ...], decay: float, target_variance: float | None) -> None:
+        super().__init__()
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
+        if target_variance is not None and not 0 < target_variance < math.inf:
+            raise ValueError(f"target_variance: expected a positive number or None, got {target_variance!r}")
+        self.shape, self.decay, self.target_variance = shape, float(decay), target_variance
+        self.frozen = False
+        self._skipped_reported = 0
+        self.register_buffer("values", values)
+        self.register_buffer("mean", values.new_zeros(shape))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", values.new_ones(()), persistent=False)
+
+    def _second_moment(self, perturbation: Tensor) -> Tensor:
+        """Second moment of one batch (Eq. 15 or 16), like ``values``."""
+        raise NotImplementedError
+
+    def _average_variance(self) -> Tensor:
+        """Mean diagonal entry of the matrix that ``values`` stands for."""
+        raise NotImplementedError
+
+    def _transposed(self, values: Tensor) -> Tensor:
+        """Values of the transposed matrix."""
+        return values.transpose(0, 1)
+
+    def _refresh(self) -> None:
+        """Rewrite in place what is derived from ``values``, so that a captured CUDA graph sees it."""
+        if self.target_variance is not None:
+            variance = self._average_variance()
+            # A zero estimate means a zero penalty: no division by it.
+            ratio = self.target_variance / torch.where(variance > 0, variance, 1.0)
+            self.scale.copy_(torch.where(variance > 0, ratio, 0.0))
+
+    @torch.no_grad()
+    def update(self, perturbation: Tensor) -> None:
+        """Let a batch of perturbations enter the estimate (Eq. 14); the first one sets it.
+
+        A batch with non-finite values is skipped, on the device, and counted in ``skipped``. An empty one is ignored.
+
+        Args:
+            perturbation: (m, *shape), any floating-point dtype.
+
+        Raises:
+            RuntimeError: If the covariance is frozen.
+            TypeError: If the perturbation is not a real floating-point tensor.
+            ValueError: If its shape or device do not fit.
+        """
+        if self.frozen:
+            super().update(perturbation)
+        self._check("perturbation", perturbation)
+        if perturbation.shape[0] == 0:
+            return
+        xi = perturbation.detach().to(torch.promote_types(perturbation.dtype, self.values.dtype))
+        with torch.autocast(xi.device.type, enabled=False):
+            moment = self._second_moment(xi).to(self.values.dtype)
+            mean = xi.mean(0).view(self.mean.shape).to(self.mean.dtype)
+        finite = moment.isfinite().all() & mean.isfinite().all()
+        weight = torch.where(self.updates == 0, 1.0, self.decay).to(self.values.dtype)
+        for state, new in ((self.values, moment), (self.mean, mean)):
+            state.copy_(torch.where(finite, torch.lerp(state, new, weight), state))
+        self.updates += finite
+        self.skipped += ~finite
+        self._refresh()
+
+    def scaled_mean(self) -> Tensor:
+        """Running mean perturbation in the scale of Sigma, that is, times the square root of its scale factor."""
+        return self.mean * self.scale.sqrt()
+
+    def warn_if_skipped(self) -> None:
+        """Warn of batches that were skipped since the last warning; synchronizes with the device."""
+        skipped = int(self.skipped)
+        if skipped > self._skipped_reported:
+            count, self._skipped_reported = skipped - self._skipped_reported, skipped
+            warnings.warn(
+                f"{type(self).__name__}: {count} batches with non-finite perturbations did not enter the estimate",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _check(self, name: str, value: Tensor) -> None:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name}: expected a real floating-point tensor, got {checks.describe(value)}")
+        if value.dim() == 0 or tuple(value.shape[1:]) != self.shape:
+            expected = ", ".join(map(str, ("B", *self.shape)))
+            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+        checks.check_same_device(name, value, "the covariance", self.values)
+
+    def check_values(self, values: Tensor) -> None:
+        """Expect finite values of a symmetric matrix; synchronizes with the device.
+
+        Raises:
+            ValueError: If a value is NaN or infinite, or the matrix asymmetric.
+        """
+        if not bool(values.isfinite().all()):
+            raise ValueError("values: expected finite numbers, got NaN or infinity")
+        difference = float((values - self._transposed(values)).abs().max())
+        if difference > 1e-5 * float(values.abs().max()):
+            raise ValueError(
+                f"values: expected the values of a symmetric matrix, got a difference of {difference:.3g} "
+                "from its transpose"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert the state, but never below float32."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.is_floating_point() and result.dtype.itemsize < 4:
+                return tensor.to(result.device, torch.promote_types(tensor.dtype, torch.float32))
+            return result
+
+        return super()._apply(at_least_float32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        values, error_messages = state_dict.get(prefix + "values"), args[-1]
+        if isinstance(values, Tensor) and values.shape == self.values.shape:
+            try:
+                self.check_values(values)
+            except ValueError as error:
+                error_messages.append(f"{prefix}{error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.no_grad():
+            self._refresh()
+
+    def extra_repr(self) -> str:
+        """Shape and settings."""
+        return f"shape={self.shape}, decay={self.decay}, target_variance={self.target_variance}, frozen={self.frozen}"

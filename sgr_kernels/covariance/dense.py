@@ -1,0 +1,158 @@
+"""Covariances that need no structure: the full matrix of low-dimensional data, and a multiple of the identity."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sgr_kernels import checks
+from sgr_kernels._constants import wide_dtype
+from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.covariance.base import Covariance, Estimate
+
+
+def draw_dense(sigma: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw from N(0, sigma) for a matrix (D, D): (n, D).
+
+    Raises:
+        ValueError: If the matrix is indefinite.
+    """
+    wide = sigma.to(wide_dtype(sigma.device))
+    eigenvalues, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())
+    if smallest < -1e-6 * largest:
+        raise ValueError(
+            f"covariance: cannot draw samples, it is indefinite (eigenvalues {smallest:.3g} to {largest:.3g}); "
+            'use psd="clip"'
+        )
+    root = vectors * eigenvalues.clamp(min=0).sqrt()
+    white = torch.randn(n, sigma.shape[0], generator=generator, device=sigma.device, dtype=sigma.dtype)
+    return white @ root.mT.to(sigma.dtype)
+
+
+class FullCovariance(Estimate):
+    """The full matrix of second moments (Eq. 15), as a running estimate (Eq. 14). For low-dimensional data.
+
+    Args:
+        channels: Number of channels C.
+        size: Image size (H, W), or any other shape of a channel; () for vectors, with ``channels`` their length.
+        decay: Weight beta of the current batch, in [0, 1].
+        target_variance: The mean diagonal entry is brought to this value when it is read; None leaves it.
+
+    Perturbations and gradients are (B, C, *size), or flattened, (B, D).
+
+    Attributes:
+        values: The raw running estimate, (D, D).
+        mean: The running mean perturbation.
+        updates: Number of batches in the estimate, int64.
+        skipped: Number of batches that were not finite and did not enter, int64.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int | tuple[int, ...],
+        *,
+        decay: float = 0.1,
+        target_variance: float | None = None,
+    ) -> None:
+        shape = (channels, *((size, size) if isinstance(size, int) else tuple(size)))
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+            raise ValueError(f"channels, size: expected positive ints, got {channels!r}, {size!r}")
+        dimension = math.prod(shape)
+        super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.values.shape[0]:
+            value = value.view(-1, *self.shape)
+        super()._check(name, value)
+
+    def _second_moment(self, perturbation: Tensor) -> Tensor:
+        flat = perturbation.flatten(1)
+        return flat.mT @ flat / flat.shape[0]
+
+    def _average_variance(self) -> Tensor:
+        return self.values.diagonal().mean()
+
+    def product(self, gradient: Tensor) -> Tensor:
+        """``v = Sigma g``, like ``gradient``; differentiable in the gradient."""
+        self._check("gradient", gradient)
+        dtype = compute_dtype(gradient.dtype)
+        with torch.autocast(gradient.device.type, enabled=False):
+            v = gradient.flatten(1).to(dtype) @ self.dense().to(dtype)
+        return v.view(gradient.shape).to(gradient.dtype)
+
+    def quadratic_form(self, gradient: Tensor) -> Tensor:
+        """``q_b = g_b^T Sigma g_b``, (B,); differentiable in the gradient."""
+        self._check("gradient", gradient)
+        flat = gradient.flatten(1).to(compute_dtype(gradient.dtype))
+        return (self.product(flat) * flat).sum(1)
+
+    def dense(self) -> Tensor:
+        """The matrix that `product` applies, (D, D)."""
+        return self.values * self.scale
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, (n, C, *size)."""
+        return draw_dense(self.dense(), n, generator).view(n, *self.shape)
+
+
+class IdentityCovariance(Covariance):
+    """``Sigma = variance * I``: SGR with it is the gradient-norm penalty, GN.
+
+    Args:
+        variance: The diagonal entry, not negative.
+        shape: Shape (C, H, W) of one perturbation; only `dense` and `sample` need it.
+
+    Raises:
+        ValueError: If the variance is negative or not finite.
+    """
+
+    def __init__(self, variance: float = 1.0, shape: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        if not 0 <= variance < math.inf:
+            raise ValueError(f"variance: expected a finite number >= 0, got {variance!r}")
+        self.variance = float(variance)
+        self.shape = None if shape is None else tuple(shape)
+        self.frozen = True
+
+    def _known_shape(self) -> tuple[int, ...]:
+        if self.shape is None:
+            raise ValueError("shape: the identity's size is unknown; construct it with shape=(C, H, W)")
+        return self.shape
+
+    def product(self, gradient: Tensor) -> Tensor:
+        """``v = variance * g``, like ``gradient``."""
+        self._check(gradient)
+        return gradient * self.variance
+
+    def quadratic_form(self, gradient: Tensor) -> Tensor:
+        """``q_b = variance * |g_b|^2``, (B,), float32 or better."""
+        self._check(gradient)
+        return gradient.flatten(1).to(compute_dtype(gradient.dtype)).square().sum(1) * self.variance
+
+    def _check(self, gradient: Tensor) -> None:
+        if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
+            raise TypeError(f"gradient: expected a real floating-point tensor, got {checks.describe(gradient)}")
+        if gradient.dim() < 2 or (self.shape is not None and tuple(gradient.shape[1:]) != self.shape):
+            raise ValueError(f"gradient: expected (B, C, H, W), got {tuple(gradient.shape)}")
+
+    def dense(self) -> Tensor:
+        """The matrix that `product` applies, (D, D)."""
+        return torch.eye(math.prod(self._known_shape())) * self.variance
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` samples of white noise, (n, C, H, W)."""
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(n, *self._known_shape(), generator=generator, device=device) * math.sqrt(self.variance)
+
+    def extra_repr(self) -> str:
+        """The variance."""
+        return f"variance={self.variance}"

@@ -1,0 +1,67 @@
+"""The periodic embedding of a covariance: projection onto the positive semidefinite cone, and exact sampling.
+
+A table of full range, laid out with period (2H-1, 2W-1), is a circulant covariance of which Sigma is a principal
+submatrix. The Fourier transform block-diagonalizes it into one Hermitian C x C block a frequency. Where all blocks are
+positive semidefinite so is Sigma, and fields with exactly that covariance are filtered white noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgr_kernels._constants import wide_dtype
+from sgr_kernels.geometry import Size, signed_from_table
+
+
+def _blocks(table: Tensor, size: Size, form: str) -> Tensor:
+    """One C x C block a frequency, (2H-1, W, C, C); real for even tables, Hermitian for signed ones."""
+    signed = signed_from_table(table.to(wide_dtype(table.device)), size, form)
+    blocks = torch.fft.rfft2(torch.fft.ifftshift(signed, (-2, -1))).permute(2, 3, 0, 1)
+    # An even table's blocks repeat in mirrored rows; the real part drops rounding alone.
+    return blocks.real[: size[0]] if form == "even" else blocks
+
+
+def _mirror(blocks: Tensor, size: Size) -> Tensor:
+    """Restore the mirrored rows of an even table's blocks, frequencies last: (C, C, 2H-1, W)."""
+    if blocks.shape[0] < 2 * size[0] - 1:
+        blocks = torch.cat([blocks, blocks[1:].flip(0)])
+    return blocks.permute(2, 3, 0, 1)
+
+
+def clip(table: Tensor, size: Size, form: str) -> Tensor:
+    """Project the periodic embedding onto the positive semidefinite cone; a table of full range, same form, float64.
+
+    Args:
+        table: (C, C, h, w) or (C, C, 2h-1, 2w-1), symmetric.
+        size: Image size (H, W).
+        form: ``"even"`` or ``"signed"``.
+    """
+    height, width = size
+    eigenvalues, vectors = torch.linalg.eigh(_blocks(table, size, form))
+    projected = (vectors * eigenvalues.clamp(min=0)[..., None, :]) @ vectors.mH
+    signed = torch.fft.irfft2(_mirror(projected, size), s=(2 * height - 1, 2 * width - 1))
+    if form == "even":
+        return signed[..., :height, :width]
+    return torch.fft.fftshift(signed, (-2, -1))
+
+
+def square_root(table: Tensor, size: Size, form: str, tolerance: float = 1e-6) -> Tensor | None:
+    """Frequency response (C, C, 2H-1, W) of the filter that turns white noise into draws; None if there is none.
+
+    There is none where a block has an eigenvalue below ``-tolerance`` times the largest.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(_blocks(table, size, form))
+    if bool(eigenvalues.min() < -tolerance * eigenvalues.abs().max()):
+        return None
+    root = (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mH
+    # The transform over j - i of E[x(i) x(j)] is the conjugate of the filter's power.
+    return _mirror(root, size).conj()
+
+
+def draw(root: Tensor, n: int, size: Size, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Draw ``n`` zero-mean Gaussian fields (n, C, H, W) by filtering white noise with a `square_root`."""
+    period = (2 * size[0] - 1, 2 * size[1] - 1)
+    white = torch.randn((n, root.shape[0], *period), generator=generator, device=root.device, dtype=dtype)
+    field = torch.einsum("cdkl,ndkl->nckl", root.to(dtype.to_complex()), torch.fft.rfft2(white))
+    return torch.fft.irfft2(field, s=period)[..., : size[0], : size[1]].contiguous()

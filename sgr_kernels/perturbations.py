@@ -1,0 +1,54 @@
+"""Where a covariance learns from: the sources of adversarial perturbations that `SGRLoss` knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from sgr_kernels import attacks
+
+Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+# Strength and steps of the attacks; the scale of the estimate is set by the covariance's target variance.
+EPS = 8 / 255
+PGD_STEPS = 7
+
+FREE = ("gradient", "sign")
+"""Sources that cost nothing: functions of the loss gradient, which the penalty needs anyway."""
+
+
+def from_gradient(name: str, gradient: Tensor) -> Tensor:
+    """Perturbations of a `FREE` source, from the loss gradient with the true labels."""
+    gradient = gradient.detach()
+    return gradient.sign() if name == "sign" else gradient
+
+
+# The attacks work on the model's own predictions. Pixels are not clipped: inputs may be standardized.
+def _fgsm(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return attacks.fgsm(model, images, eps=EPS, bounds=None) - images
+
+
+def _pgd(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return attacks.pgd(model, images, eps=EPS, steps=PGD_STEPS, bounds=None) - images
+
+
+def _deepfool(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return attacks.deepfool(model, images, bounds=None) - images
+
+
+ATTACKS: dict[str, Perturbation] = {"fgsm": _fgsm, "pgd": _pgd, "deepfool": _deepfool}
+
+
+def check_perturbation(value: str | Perturbation | None) -> None:
+    """Expect the name of a source, a callable, or None.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    names = (*FREE, *ATTACKS)
+    if value is not None and not callable(value) and value not in names:
+        raise ValueError(
+            f"perturbation: expected one of {', '.join(map(repr, names))}, a callable "
+            f"(model, images, labels) -> xi, or None, got {value!r}"
+        )
