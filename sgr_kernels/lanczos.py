@@ -22,7 +22,9 @@ def smallest_eigenvalue(
     generator = torch.Generator(device).manual_seed(0)
     v = torch.randn(dimension, dtype=torch.float64, device=device, generator=generator)
     v /= v.norm()
-    vectors, diagonal, beside = [v], [], []
+    vectors = [v]
+    diagonal: list[float] = []
+    beside: list[float] = []
     while True:
         w = product(vectors[-1])
         diagonal.append(float(w @ vectors[-1]))

@@ -61,7 +61,7 @@ def displacement_covariance(perturbation: ArrayLike, form: str = "radial") -> Ar
     shape: tuple[int, ...] = (round(math.hypot(height - 1, width - 1)) + 1,)
     if form != "radial":
         shape = (height, width) if form == "even" else (2 * height - 1, 2 * width - 1)
-    sums, counts = np.zeros((channels, channels, *shape)), np.zeros(shape, dtype=np.int64)
+    sums, counts = np.zeros((*shape, channels, channels)), np.zeros(shape, dtype=np.int64)
     pixels = _pixels((height, width))
     for yi, xi_ in pixels:
         for yj, xj in pixels:
@@ -70,5 +70,5 @@ def displacement_covariance(perturbation: ArrayLike, form: str = "radial") -> Ar
             if form != "radial":
                 cell = (abs(dy), abs(dx)) if form == "even" else (dy + height - 1, dx + width - 1)
             counts[cell] += 1
-            sums[(..., *cell)] += xi[:, :, yi, xi_].T @ xi[:, :, yj, xj]
-    return sums / (samples * counts)
+            sums[cell] += xi[:, :, yi, xi_].T @ xi[:, :, yj, xj]
+    return np.moveaxis(sums / (samples * counts[..., None, None]), (-2, -1), (0, 1))

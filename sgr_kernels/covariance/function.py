@@ -30,6 +30,18 @@ def _perturbation_shape(channels: int, size: int | tuple[int, ...]) -> tuple[int
     return (channels, *extents)
 
 
+def _common_window(a: Tensor, b: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Views of the displacements that two sets of values share: their leading or, centred, their middle parts."""
+
+    def window(tensor: Tensor) -> Tensor:
+        for axis in range(2, tensor.dim()):
+            length = min(a.shape[axis], b.shape[axis])
+            tensor = tensor.narrow(axis, (tensor.shape[axis] - length) // 2 if centred else 0, length)
+        return tensor
+
+    return window(a), window(b)
+
+
 class CovarianceFunction(Estimate):
     """Covariance as a function of the displacement between pixels (Eq. 16), as a running estimate (Eq. 14).
 
@@ -124,15 +136,8 @@ class CovarianceFunction(Estimate):
         covariance = cls(values.shape[0], size, **options)
         covariance.check_values(values)
         covariance.to(values.device, torch.promote_types(values.dtype, torch.float32))
-        padding = [
-            n
-            for mine, given in zip(reversed(covariance.values.shape[2:]), reversed(values.shape[2:]))
-            for n in (
-                (mine - given) // 2 if form == "signed" else 0,
-                -(-(mine - given) // (2 if form == "signed" else 1)),
-            )
-        ]
-        covariance.values.copy_(torch.nn.functional.pad(values.detach(), padding))
+        its, mine = _common_window(values.detach(), covariance.values, centred=form == "signed")
+        mine.copy_(its)
         return covariance.freeze()
 
     @classmethod
@@ -200,11 +205,13 @@ class CovarianceFunction(Estimate):
         if images.is_floating_point():
             covariance.to(torch.promote_types(images.dtype, torch.float32))
         wide = wide_dtype(images.device)
-        mean = sum(pixels(part).to(wide).sum(0) for part in images.split(chunk)) / images.shape[0]
-        total: Tensor | float = 0.0
+        mean = torch.zeros(images.shape[1:], dtype=wide, device=images.device)
+        for part in images.split(chunk):
+            mean += pixels(part).to(wide).sum(0) / images.shape[0]
+        total = torch.zeros_like(covariance.values, dtype=wide)
         for part in images.split(chunk):
             centred = pixels(part) - mean.to(covariance.values.dtype) if center else pixels(part)
-            total = total + covariance._second_moment(centred).to(wide) * part.shape[0]
+            total += covariance._second_moment(centred).to(wide) * part.shape[0]
         values = (total / images.shape[0]).to(covariance.values.dtype)
         covariance.check_values(values)
         covariance.values.copy_(values)
@@ -354,15 +361,8 @@ class CovarianceFunction(Estimate):
             target_variance=self.target_variance,
             psd=self.psd,
         ).to(self.values.device, self.values.dtype)
-
-        def common(tensor: Tensor) -> Tensor:
-            for axis in range(2, tensor.dim()):
-                length = min(self.values.shape[axis], other.values.shape[axis])
-                start = (tensor.shape[axis] - length) // 2 if self.binning == "offset" else 0
-                tensor = tensor.narrow(axis, start, length)
-            return tensor
-
-        common(other.values).copy_(common(self.values))
+        mine, its = _common_window(self.values, other.values, centred=self.binning == "offset")
+        its.copy_(mine)
         other.updates.copy_(self.updates)
         other.skipped.copy_(self.skipped)
         other.frozen = self.frozen

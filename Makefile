@@ -1,0 +1,42 @@
+# make demo    train and compare clean, gradient-norm and SGR classifiers on real digits; writes demo-report/
+# make test    the test suite
+# make lint    style, types
+# make bench   the operators' benchmark (results in benchmarks/results/)
+# make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+# pytest-xdist gives every worker a process; threads inside them would only compete.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint format bench gpu clean
+
+demo: $(READY)
+	$(BIN)/sgr demo --out demo-report
+
+test: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable -p no:xdist
+
+$(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sgr_kernels/*.so
