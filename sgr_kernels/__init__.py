@@ -4,7 +4,8 @@ from sgr_kernels import attacks, backends, functional
 from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
-from sgr_kernels.loss import SGRLoss, cross_entropy_per_sample
+from sgr_kernels.loss import SGRLoss, linear_warmup
+from sgr_kernels.per_sample import cross_entropy_per_sample
 
 __all__ = [
     "CovarianceFunction",
@@ -16,5 +17,6 @@ __all__ = [
     "backends",
     "cross_entropy_per_sample",
     "functional",
+    "linear_warmup",
     "use_backend",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -13,40 +14,31 @@ from torch import Tensor, nn
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
+from sgr_kernels.penalty import (
+    METHODS,
+    Passes,
+    PenaltyGradientError,
+    attention_differentiable_twice,
+    input_gradient,
+    select,
+    slope_finite_difference,
+    slope_forward_mode,
+    try_method,
+)
+from sgr_kernels.per_sample import cross_entropy_per_sample
 from sgr_kernels.perturbations import ATTACKS, FREE, Perturbation, check_perturbation, from_gradient
 
-PerSampleLoss = Callable[[Any, Any], Tensor]
+logger = logging.getLogger("sgr_kernels")
 
 # Tells "left out" from None, so that a frozen covariance can go without a source but never silently ignores one.
 _DEFAULT_PERTURBATION: Final = "sign (default)"
 
 
-def cross_entropy_per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample, ``-log phi_y``.
-
-    Args:
-        outputs: Logits, (B, classes).
-        targets: Class indices (B,), or class probabilities (B, classes).
-
-    Returns:
-        (B,).
-
-    Raises:
-        ValueError: If shapes do not fit, or (on a CPU, where the check is free) an index is out of range.
-    """
-    if outputs.dim() != 2:
-        raise ValueError(f"outputs: expected logits (B, classes), got {checks.describe(outputs)}")
-    if targets.is_floating_point():
-        if targets.shape != outputs.shape:
-            raise ValueError(f"labels: expected probabilities {tuple(outputs.shape)}, got {checks.describe(targets)}")
-    else:
-        if targets.shape != outputs.shape[:1]:
-            raise ValueError(f"labels: expected indices of shape ({outputs.shape[0]},), got {checks.describe(targets)}")
-        if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
-            low, high = int(targets.min()), int(targets.max())
-            if low < 0 or high >= outputs.shape[1]:
-                raise ValueError(f"labels: expected classes 0 to {outputs.shape[1] - 1}, got {low} to {high}")
-    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+def linear_warmup(strength: float, steps: int) -> Callable[[int], float]:
+    """A strength that grows linearly from ``strength / steps`` to ``strength`` over the first training steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a positive int, got {steps!r}")
+    return lambda step: strength * min(1.0, (step + 1) / steps)
 
 
 @dataclass(frozen=True)
@@ -57,21 +49,25 @@ class StepStatistics:
         loss: Value of the loss.
         cross_entropy: Mean of the per-sample losses.
         penalty: Omega (Eq. 11 or 12), without the strength; None on a step that left it out.
+        strength: lambda on that step.
         outputs: What the model returned.
-        gradient_norm: Norm of each sample's input gradient, (B,).
+        gradient_norm: Norm of each sample's input gradient; None on a step that did not need it.
+        nonfinite_penalties: Steps whose penalty was not finite and left out, so far.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     penalty: Tensor | None
+    strength: float
     outputs: Any
     gradient_norm: Tensor | None
+    nonfinite_penalties: Tensor
 
 
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
@@ -85,46 +81,68 @@ class SGRLoss(nn.Module):
     images. Sigma, and the perturbations it is estimated from, are constants for the backward.
 
     In training mode the covariance learns from the batch before it is used. Of the model only that changes what a
-    cross-entropy step would change: there is one forward pass.
+    cross-entropy step would change: further forward passes, where a method needs them, leave no trace.
 
     Args:
         covariance: The metric. A frozen one is used as it is.
-        strength: lambda, not negative. Relative to the covariance's ``target_variance`` it is a noise-to-signal
-            ratio.
+        strength: lambda, not negative, or a function of the number of training steps taken (`linear_warmup`).
+            Relative to the covariance's ``target_variance`` it is a noise-to-signal ratio.
         perturbation: Where the covariance learns from: ``"gradient"`` (the loss gradient) or ``"sign"`` (its sign),
             both free, with the true labels; ``"fgsm"``, ``"pgd"`` or ``"deepfool"``, of the model's own predictions;
             a callable ``(model, images, labels) -> xi``; None for no updates. Left out, it is ``"sign"``, or None
             where the covariance is frozen.
-        update_every: Update the covariance on every so-manieth training step.
-        penalty_every: Apply the penalty on every so-manieth training step only, with that weight.
+        update_every: Update the covariance on each training step that is a multiple of this.
+        penalty_every: Apply the penalty on each training step that is a multiple of this, with this weight.
+        fraction: Share of the batch, drawn anew each step, on which the penalty is computed; in (0, 1].
+        method: Way to the penalty's gradient. ``"double-backward"`` is exact and needs a model that can be
+            differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
+            ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
+            models. ``"auto"`` takes the first of these that the model supports, and says which in the log.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
             labels, other heads.
+        nonfinite_patience: A penalty that is not finite is left out of its step; after so many in a row the next
+            call raises.
 
     Raises:
         TypeError: If the covariance is not a `Covariance`.
         ValueError: If an argument is out of range, or a perturbation is named and the covariance is frozen.
     """
 
+    nonfinite: Tensor
+    nonfinite_in_a_row: Tensor
+
     def __init__(
         self,
         covariance: Covariance,
-        strength: float = 0.1,
+        strength: float | Callable[[int], float] = 0.1,
         *,
         perturbation: str | Perturbation | None = _DEFAULT_PERTURBATION,
         update_every: int = 1,
         penalty_every: int = 1,
+        fraction: float = 1.0,
+        method: str = "double-backward",
         mean_correction: bool = False,
-        loss_fn: PerSampleLoss = cross_entropy_per_sample,
+        loss_fn: Callable[[Any, Any], Tensor] = cross_entropy_per_sample,
+        nonfinite_patience: int = 10,
     ) -> None:
         super().__init__()
         if not isinstance(covariance, Covariance):
             raise TypeError(f"covariance: expected a sgr_kernels covariance module, got {checks.describe(covariance)}")
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength: expected a finite number >= 0, got {strength!r}")
-        for name, value in (("update_every", update_every), ("penalty_every", penalty_every)):
+        if not callable(strength) and not 0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a finite number >= 0 or a function of the step, got {strength!r}")
+        cadences = {
+            "update_every": update_every,
+            "penalty_every": penalty_every,
+            "nonfinite_patience": nonfinite_patience,
+        }
+        for name, value in cadences.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction: expected a number in (0, 1], got {fraction!r}")
+        if method not in (*METHODS, "auto"):
+            raise ValueError(f"method: expected one of {', '.join(map(repr, (*METHODS, 'auto')))}, got {method!r}")
         if perturbation is _DEFAULT_PERTURBATION:
             perturbation = None if covariance.frozen else "sign"
         check_perturbation(perturbation)
@@ -132,20 +150,23 @@ class SGRLoss(nn.Module):
             raise ValueError(f"perturbation: the covariance is frozen and takes no updates, got {perturbation!r}")
         if mean_correction and covariance.scaled_mean() is None:
             raise ValueError(f"mean_correction: {type(covariance).__name__} keeps no mean perturbation")
-        self.covariance = covariance
-        self.strength = strength
-        self.perturbation = perturbation
-        self.update_every, self.penalty_every = update_every, penalty_every
-        self.mean_correction = mean_correction
-        self.loss_fn = loss_fn
+        self.covariance, self.strength, self.perturbation = covariance, strength, perturbation
+        self.update_every, self.penalty_every, self.fraction = update_every, penalty_every, float(fraction)
+        self.method, self.mean_correction, self.loss_fn = method, mean_correction, loss_fn
+        self.nonfinite_patience = nonfinite_patience
         self.steps = 0
         """Training steps taken; the cadences count them."""
+        self._subset_generator = torch.Generator().manual_seed(0)
+        self._working_method: str | None = None
         self._last: StepStatistics | None = None
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("nonfinite_in_a_row", torch.zeros((), dtype=torch.int64))
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
         """Loss of a batch, ``mean_b l_b + strength * Omega``; a scalar to call ``backward`` on.
 
-        Works under ``torch.no_grad`` for evaluation.
+        Works under ``torch.no_grad`` for evaluation. In evaluation mode the covariance stays as it is and the penalty
+        is that of the whole batch.
 
         Args:
             model: Maps images to outputs.
@@ -155,45 +176,81 @@ class SGRLoss(nn.Module):
         Raises:
             TypeError: If the images are not floating point.
             ValueError: If the loss is not one number per sample, or does not depend on the images.
+            PenaltyGradientError: If the model does not support the method.
+            RuntimeError: If too many penalties in a row were not finite.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}")
-        differentiable = torch.is_grad_enabled()
+        self._stop_if_hopeless()
         step = self.steps if self.training else 0
+        update = self.training and self.perturbation is not None and step % self.update_every == 0
+        penalize = step % self.penalty_every == 0
+        differentiable = torch.is_grad_enabled()
+        strength = self._strength()
         with torch.inference_mode(False), torch.enable_grad():
             if images.is_inference():
                 images = images.clone()
             x = images if differentiable and images.requires_grad else images.detach().requires_grad_()
-            outputs = model(x)
-            losses = self.loss_fn(outputs, labels)
-            if not isinstance(losses, Tensor) or losses.shape != images.shape[:1]:
-                raise ValueError(
-                    f"loss_fn: expected one loss per sample, shape ({images.shape[0]},), got {checks.describe(losses)}"
-                )
-            update = self.training and self.perturbation is not None and step % self.update_every == 0
-            penalize = step % self.penalty_every == 0
-            needs_gradient = penalize or (update and self.perturbation in FREE)
-            gradient = None
-            if needs_gradient:
-                gradient = _input_gradient(model, losses, x, create_graph=differentiable and penalize)
+            method = self._resolved_method(model, x, labels) if differentiable and penalize else METHODS[0]
+            part = self._subset(images) if self.training and (penalize or update) else None
+            replays = part is not None or method != METHODS[0]
+            passes = Passes(model, self._losses, labels, images.device, replays)
+            with attention_differentiable_twice(differentiable and penalize and method == METHODS[0]):
+                first = passes.first(x)
+            outputs, losses = _detached(first.outputs), first.losses
+            penalty = gradient = None
+            if penalize or (update and self.perturbation in FREE):
+                inner, inner_losses = x, first.losses
+                if part is not None:
+                    inner = images.detach()[part].requires_grad_()
+                    passes = Passes(model, self._losses, select(labels, part), images.device, True)
+                    with attention_differentiable_twice(differentiable and method == METHODS[0]):
+                        inner_losses = passes.again(inner).losses
+                create_graph = differentiable and penalize and method == METHODS[0]
+                gradient = input_gradient(model, inner_losses, inner, create_graph)
             if update:
                 self._update(model, images, labels, gradient)
+            if penalize:
+                assert gradient is not None
+                del first
+                if not differentiable or method == METHODS[0]:
+                    penalty = self._omega(gradient)
+                else:
+                    replaced, penalty = self._slope_penalty(method, passes, inner, inner_losses, gradient)
+                    losses = losses if part is not None else replaced
             loss = losses.sum() / max(1, losses.shape[0])
-            cross_entropy, penalty = loss.detach(), None
-            if penalize and gradient is not None:
-                penalty = self._penalty(gradient)
-                weight = self.penalty_every if self.training else 1
-                loss = loss + (self.strength * weight) * penalty
+            cross_entropy = loss.detach()
+            if penalty is not None:
+                assert gradient is not None
+                weight = strength * (self.penalty_every if self.training else 1)
+                loss = loss + weight * self._finite_or_zero(penalty, gradient)
         if self.training:
             self.steps += 1
         self._last = StepStatistics(
             loss=loss.detach(),
             cross_entropy=cross_entropy,
             penalty=None if penalty is None else penalty.detach(),
-            outputs=_detached(outputs),
+            strength=strength,
+            outputs=outputs,
             gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
+            nonfinite_penalties=self.nonfinite,
         )
         return loss if differentiable else loss.detach()
+
+    def _strength(self) -> float:
+        return float(self.strength(self.steps)) if callable(self.strength) else self.strength
+
+    def _losses(self, outputs: Any, labels: Any) -> Tensor:
+        losses = self.loss_fn(outputs, labels)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise ValueError(f"loss_fn: expected one loss per sample, shape (B,), got {checks.describe(losses)}")
+        return losses
+
+    def _subset(self, images: Tensor) -> Tensor | None:
+        if self.fraction == 1.0 or len(images) < 2:
+            return None
+        count = max(1, round(self.fraction * len(images)))
+        return torch.randperm(len(images), generator=self._subset_generator)[:count].to(images.device)
 
     def _update(self, model: Any, images: Tensor, labels: Any, gradient: Tensor | None) -> None:
         if isinstance(self.perturbation, str) and self.perturbation in FREE:
@@ -205,7 +262,7 @@ class SGRLoss(nn.Module):
             xi = source(model, images.detach(), labels)
         self.covariance.update(xi)
 
-    def _penalty(self, gradient: Tensor) -> Tensor:
+    def _omega(self, gradient: Tensor) -> Tensor:
         """Omega of Eq. 11 or 12, from the gradient of the loss, which is minus that of the log-probability."""
         samples = max(1, gradient.shape[0])
         penalty = self.covariance.quadratic_form(gradient).sum() / (2 * samples)
@@ -215,12 +272,82 @@ class SGRLoss(nn.Module):
             penalty = penalty + (gradient * mean.to(gradient.dtype)).sum() / samples
         return penalty
 
+    def _slope_penalty(
+        self, method: str, passes: Passes, images: Tensor, losses: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses, and Omega with the value of the exact penalty and the gradient of the slope along ``Sigma g``."""
+        with torch.no_grad():
+            value = self._omega(gradient)
+            direction = self.covariance.product(gradient)
+            if self.mean_correction:
+                mean = self.covariance.scaled_mean()
+                assert mean is not None
+                direction = direction + mean.to(direction.dtype)
+        if method == "forward-mode":
+            losses, slope = slope_forward_mode(passes, images, direction)
+        else:
+            slope, _ = slope_finite_difference(passes, images, direction, losses)
+        mean_slope = slope.sum() / max(1, slope.shape[0])
+        return losses, value + (mean_slope - mean_slope.detach()).to(value.dtype)
+
+    def _resolved_method(self, model: Any, images: Tensor, labels: Any) -> str:
+        """The method to use; before its first use it is tried on a few samples, leaving no trace."""
+        if self._working_method is not None:
+            return self._working_method
+        reasons = []
+        for method in METHODS if self.method == "auto" else (self.method,):
+            few = images.detach()[:4].requires_grad_()
+            passes = Passes(model, self._losses, select(labels, slice(0, 4)), images.device, True)
+            try:
+                try_method(method, passes, few)
+            except PenaltyGradientError as error:
+                if self.method != "auto":
+                    raise
+                reasons.append(str(error))
+                continue
+            if self.method == "auto":
+                logger.info("SGRLoss: method %r%s", method, "".join(f"; {reason}" for reason in reasons))
+            self._working_method = method
+            return method
+        raise PenaltyGradientError("; ".join(reasons))
+
+    def _finite_or_zero(self, penalty: Tensor, gradient: Tensor) -> Tensor:
+        """The penalty, or zero where it is not finite; counted on the device."""
+        finite = penalty.detach().isfinite()
+        if self.training:
+            self.nonfinite += ~finite
+            self.nonfinite_in_a_row.mul_(~finite).add_(~finite)
+        if finite.device.type == "cpu":
+            return penalty if bool(finite) else torch.zeros_like(penalty)
+        # Elsewhere without waiting for the device: nothing flows back from a penalty that is left out.
+        if gradient.requires_grad:
+            gradient.register_hook(lambda incoming: torch.where(finite, incoming, 0.0))
+        return torch.where(finite, penalty, 0.0)
+
+    def _stop_if_hopeless(self) -> None:
+        """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
+        on_cpu = self.nonfinite_in_a_row.device.type == "cpu"
+        if not self.training or not (on_cpu or self.steps % self.nonfinite_patience == 0):
+            return
+        in_a_row = int(self.nonfinite_in_a_row)
+        if in_a_row < self.nonfinite_patience:
+            return
+        last = self._last
+        evidence = ""
+        if last is not None and last.gradient_norm is not None:
+            evidence = (
+                f"; last cross-entropy {float(last.cross_entropy):.4g}, penalty {float(last.penalty or math.nan):.4g}, "
+                f"largest input gradient {float(last.gradient_norm.max()):.4g}"
+            )
+        raise RuntimeError(f"SGRLoss: {in_a_row} penalties in a row were not finite{evidence}")
+
     @property
     def last(self) -> StepStatistics:
         """What the last call computed. Reading it waits for the device, and warns of what went wrong.
 
         Warns:
-            RuntimeWarning: If the penalty was negative (Sigma is indefinite), or batches did not enter the estimate.
+            RuntimeWarning: If the penalty was negative (Sigma is indefinite) or not finite, or batches did not enter
+                the estimate.
 
         Raises:
             RuntimeError: If there was no call yet.
@@ -228,42 +355,31 @@ class SGRLoss(nn.Module):
         if self._last is None:
             raise RuntimeError("last: the criterion has not been called yet")
         self.covariance.warn_if_skipped()
-        penalty = self._last.penalty
-        if penalty is not None and not self.mean_correction and float(penalty) < 0:
-            warnings.warn(
-                f"SGRLoss: the penalty is negative ({float(penalty):.3g}), the covariance is indefinite; "
-                'psd="clip" makes it positive semidefinite',
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if self._last.penalty is not None:
+            penalty = float(self._last.penalty)
+            if penalty < 0 and not self.mean_correction:
+                message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
+            elif not math.isfinite(penalty):
+                message = f"not finite ({penalty}) and was left out of the loss"
+            else:
+                return self._last
+            warnings.warn(f"SGRLoss: the penalty is {message}", RuntimeWarning, stacklevel=2)
         return self._last
 
     def get_extra_state(self) -> Tensor:
-        """The step counter, for ``state_dict``."""
-        return torch.tensor(self.steps)
+        """The step counter and the subset's random stream, for ``state_dict``; uint8."""
+        steps = torch.tensor([self.steps]).view(torch.uint8)
+        return torch.cat([steps, self._subset_generator.get_state()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the step counter."""
-        self.steps = int(state)
+        """Restore the step counter and the subset's random stream."""
+        state = state.cpu()
+        self.steps = int(state[:8].clone().view(torch.int64))
+        self._subset_generator.set_state(state[8:].clone())
 
     def extra_repr(self) -> str:
         """Settings."""
-        return f"strength={self.strength}, perturbation={self.perturbation!r}, update_every={self.update_every}"
-
-
-def _input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: bool) -> Tensor:
-    """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels."""
-    if not losses.requires_grad:
-        raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
-    (gradient,) = torch.autograd.grad(
-        losses.sum(), images, create_graph=create_graph, retain_graph=True, allow_unused=True
-    )
-    if gradient is None:
-        raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
-    trainable = isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters())
-    if create_graph and trainable and not gradient.requires_grad:
-        raise RuntimeError(
-            "model: its input gradient has no graph, so the penalty would train nothing; "
-            "a part of the model cannot be differentiated twice"
+        return (
+            f"strength={self.strength}, perturbation={self.perturbation!r}, method={self.method!r}, "
+            f"update_every={self.update_every}, penalty_every={self.penalty_every}, fraction={self.fraction}"
         )
-    return gradient

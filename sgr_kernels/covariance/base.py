@@ -7,9 +7,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sgr_kernels import checks
+from sgr_kernels._constants import wide_dtype
 
 
 class Covariance(nn.Module):
@@ -54,6 +55,8 @@ class Estimate(Covariance):
         shape: Shape of one perturbation.
         decay: Weight beta of the current batch (Eq. 14), in [0, 1].
         target_variance: Mean diagonal entry of Sigma, or None for the estimate's own.
+        process_group: Processes whose batches enter the estimate together, by their true counts, so that all hold
+            bitwise the same one. ``"auto"``: all, where ``torch.distributed`` is initialized; None: this one alone.
     """
 
     values: Tensor
@@ -62,13 +65,25 @@ class Estimate(Covariance):
     skipped: Tensor
     scale: Tensor
 
-    def __init__(self, values: Tensor, shape: tuple[int, ...], decay: float, target_variance: float | None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        shape: tuple[int, ...],
+        decay: float,
+        target_variance: float | None,
+        process_group: Any = "auto",
+    ) -> None:
         super().__init__()
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
             raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
         if target_variance is not None and not 0 < target_variance < math.inf:
             raise ValueError(f"target_variance: expected a positive number or None, got {target_variance!r}")
         self.shape, self.decay, self.target_variance = shape, float(decay), target_variance
+        if process_group not in ("auto", None) and not distributed.is_initialized():
+            raise ValueError(
+                "process_group: torch.distributed is not initialized; call torch.distributed.init_process_group first"
+            )
+        self.process_group = process_group
         self.frozen = False
         self._skipped_reported = 0
         self.register_buffer("values", values)
@@ -102,6 +117,7 @@ class Estimate(Covariance):
         """Let a batch of perturbations enter the estimate (Eq. 14); the first one sets it.
 
         A batch with non-finite values is skipped, on the device, and counted in ``skipped``. An empty one is ignored.
+        With several processes, all must call this equally often, with whatever batch each has.
 
         Args:
             perturbation: (m, *shape), any floating-point dtype.
@@ -114,19 +130,45 @@ class Estimate(Covariance):
         if self.frozen:
             super().update(perturbation)
         self._check("perturbation", perturbation)
-        if perturbation.shape[0] == 0:
+        shared = self.process_group is not None and distributed.is_available() and distributed.is_initialized()
+        if perturbation.shape[0] == 0 and not shared:
             return
-        xi = perturbation.detach().to(torch.promote_types(perturbation.dtype, self.values.dtype))
-        with torch.autocast(xi.device.type, enabled=False):
-            moment = self._second_moment(xi).to(self.values.dtype)
-            mean = xi.mean(0).view(self.mean.shape).to(self.mean.dtype)
-        finite = moment.isfinite().all() & mean.isfinite().all()
+        moment, mean, samples, skipped = self._batch_statistics(perturbation.detach())
+        if shared:
+            moment, mean, samples, skipped = self._reduced(moment, mean, samples, skipped)
         weight = torch.where(self.updates == 0, 1.0, self.decay).to(self.values.dtype)
         for state, new in ((self.values, moment), (self.mean, mean)):
-            state.copy_(torch.where(finite, torch.lerp(state, new, weight), state))
-        self.updates += finite
-        self.skipped += ~finite
+            state.copy_(torch.where(samples > 0, torch.lerp(state, new.to(state.dtype), weight), state))
+        self.updates += samples > 0
+        self.skipped += skipped
         self._refresh()
+
+    def _batch_statistics(self, perturbation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Second moment and mean of a batch, the number of samples in them, and of batches left out."""
+        xi = perturbation.to(torch.promote_types(perturbation.dtype, self.values.dtype))
+        if xi.shape[0] == 0:
+            none = self.updates.new_zeros(())
+            return torch.zeros_like(self.values), torch.zeros_like(self.mean), none, none
+        with torch.autocast(xi.device.type, enabled=False):
+            moment = self._second_moment(xi)
+            mean = xi.mean(0).view(self.mean.shape)
+        finite = moment.isfinite().all() & mean.isfinite().all()
+        moment, mean = (torch.where(finite, value, 0) for value in (moment, mean))
+        return moment, mean, finite * xi.shape[0], (~finite).long()
+
+    def _reduced(
+        self, moment: Tensor, mean: Tensor, samples: Tensor, skipped: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same over all processes, each batch weighted by its samples, in one reduction."""
+        wide = wide_dtype(moment.device)
+        parts = [moment.to(wide).flatten() * samples, mean.to(wide).flatten() * samples, samples, skipped]
+        packed = torch.cat([part.to(wide).reshape(-1) for part in parts])
+        distributed.all_reduce(packed, group=None if self.process_group == "auto" else self.process_group)
+        total = packed[-2].round().long()
+        packed = packed / total.clamp(min=1)
+        cut = moment.numel()
+        skipped = (packed[-1] * total.clamp(min=1)).round().long()
+        return packed[:cut].view(moment.shape), packed[cut:-2].view(mean.shape), total, skipped
 
     def scaled_mean(self) -> Tensor:
         """Running mean perturbation in the scale of Sigma, that is, times the square root of its scale factor."""

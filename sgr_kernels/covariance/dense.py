@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class FullCovariance(Estimate):
         size: Image size (H, W), or any other shape of a channel; () for vectors, with ``channels`` their length.
         decay: Weight beta of the current batch, in [0, 1].
         target_variance: The mean diagonal entry is brought to this value when it is read; None leaves it.
+        process_group: As for `CovarianceFunction`.
 
     Perturbations and gradients are (B, C, *size), or flattened, (B, D).
 
@@ -60,12 +62,13 @@ class FullCovariance(Estimate):
         *,
         decay: float = 0.1,
         target_variance: float | None = None,
+        process_group: Any = "auto",
     ) -> None:
         shape = (channels, *((size, size) if isinstance(size, int) else tuple(size)))
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
             raise ValueError(f"channels, size: expected positive ints, got {channels!r}, {size!r}")
         dimension = math.prod(shape)
-        super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance)
+        super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance, process_group)
 
     def _check(self, name: str, value: Tensor) -> None:
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.values.shape[0]:

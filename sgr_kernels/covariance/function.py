@@ -57,6 +57,8 @@ class CovarianceFunction(Estimate):
             strength of the penalty reads as a noise-to-signal ratio (section 3.3); None leaves it as estimated.
         psd: ``"clip"`` projects Sigma onto the positive semidefinite cone after every update; ``"none"`` leaves it as
             estimated, as the paper does: it can then be indefinite, and the penalty negative.
+        process_group: Processes whose batches enter the estimate together, weighted by their samples, so that all
+            hold the same one: ``"auto"`` all where ``torch.distributed`` is initialized, None this one alone.
 
     Attributes:
         values: The raw running estimate, by binning (C, C, K), (C, C, h, w) or (C, C, 2h-1, 2w-1).
@@ -81,6 +83,7 @@ class CovarianceFunction(Estimate):
         binning: str = "rounded",
         target_variance: float | None = None,
         psd: str = "clip",
+        process_group: Any = "auto",
     ) -> None:
         shape = _perturbation_shape(channels, size)
         checks.check_max_displacement(max_displacement)
@@ -94,7 +97,7 @@ class CovarianceFunction(Estimate):
         bins = full if max_displacement is None else min(full, max_displacement + 1)
         reach = reach_of_bins(bins, image_size)
         extent = {"radial": (bins,), "even": reach, "signed": (2 * reach[0] - 1, 2 * reach[1] - 1)}[form]
-        super().__init__(torch.zeros(channels, channels, *extent), shape, decay, target_variance)
+        super().__init__(torch.zeros(channels, channels, *extent), shape, decay, target_variance, process_group)
         self.image_size, self.binning, self.psd, self.max_displacement = image_size, binning, psd, max_displacement
         # The projection fills the whole range, so a clipped table is as large as the image.
         reach = image_size if psd == "clip" else reach
@@ -360,6 +363,7 @@ class CovarianceFunction(Estimate):
             binning=self.binning,
             target_variance=self.target_variance,
             psd=self.psd,
+            process_group=self.process_group,
         ).to(self.values.device, self.values.dtype)
         mine, its = _common_window(self.values, other.values, centred=self.binning == "offset")
         its.copy_(mine)

@@ -1,0 +1,278 @@
+"""Three ways to the penalty's gradient in the parameters.
+
+With ``v = Sigma g`` held constant, ``grad_theta Omega = mean_b grad_theta (v_b . grad_x l_b)``: the gradient of each
+loss's slope along v. The slope is had by differentiating twice, by a forward-mode tangent, or by a difference of
+losses. All three give the slope with a graph to the parameters; the *value* of the penalty always comes from g itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.attention
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sgr_kernels import checks
+from sgr_kernels.forward_rules import DifferentiableForwardMode
+
+METHODS = ("double-backward", "forward-mode", "finite-difference")
+
+_REMEDIES = {
+    "double-backward": 'use method="forward-mode" or "finite-difference"',
+    "forward-mode": 'use method="double-backward" or "finite-difference"',
+    "finite-difference": 'use method="double-backward" or "forward-mode"',
+}
+
+
+class PenaltyGradientError(RuntimeError):
+    """A model does not support the method that was asked for; the message names the remedy."""
+
+
+@dataclass
+class Pass:
+    """A forward pass: what the model returned, and the loss of each sample."""
+
+    outputs: Any
+    losses: Tensor
+
+
+def _unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel: extra passes must not start its gradient reduction again."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside ``torch.compile``, which supports neither a second backward nor forward mode."""
+    return getattr(_unwrapped(model), "_orig_mod", _unwrapped(model))
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a model is the product of ``torch.compile``."""
+    return uncompiled(model) is not _unwrapped(model)
+
+
+class Passes:
+    """The forward passes of one step.
+
+    The first runs as a plain training step would run it. The others draw the same random numbers (dropout masks) and
+    leave no trace: neither in buffers, such as BatchNorm's running statistics, nor in the random streams.
+    """
+
+    def __init__(
+        self, model: Any, evaluate: Callable[[Any, Any], Tensor], labels: Any, device: torch.device, replays: bool
+    ) -> None:
+        self.model, self.evaluate, self.labels = model, evaluate, labels
+        self._random = [torch.get_rng_state()] if replays else []
+        if replays and device.type == "cuda":
+            self._random.append(torch.cuda.get_rng_state(device))
+
+    def first(self, images: Tensor) -> Pass:
+        """The plain pass."""
+        outputs = self.model(images)
+        return Pass(outputs, self.evaluate(outputs, self.labels))
+
+    def again(self, images: Tensor) -> Pass:
+        """A further pass over images that may have moved."""
+        outputs = self.run(images)
+        return Pass(outputs, self.evaluate(outputs, self.labels))
+
+    def run(self, images: Tensor, compiled: bool = True) -> Any:
+        """The outputs of a further pass; ``compiled=False`` looks inside a compiled model."""
+        model = _unwrapped(self.model) if compiled else uncompiled(self.model)
+        with torch.random.fork_rng([images.device.index] if images.is_cuda else []):
+            torch.set_rng_state(self._random[0])
+            if images.is_cuda:
+                torch.cuda.set_rng_state(self._random[1], images.device)
+            if isinstance(model, nn.Module):
+                copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                return torch.func.functional_call(model, copies, (images,))
+            return model(images)
+
+
+def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: bool) -> Tensor:
+    """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels.
+
+    Raises:
+        ValueError: If the loss does not depend on the images.
+        PenaltyGradientError: If a graph was asked for and the model has none to give.
+    """
+    gradient = None
+    if losses.requires_grad:
+        try:
+            (gradient,) = torch.autograd.grad(
+                losses.sum(), images, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if not create_graph:
+                raise
+            raise PenaltyGradientError(
+                f"method: the model cannot be differentiated twice ({error}); {_REMEDIES['double-backward']}"
+            ) from error
+    if gradient is None:
+        raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
+    trainable = isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters())
+    if create_graph and trainable and not gradient.requires_grad:
+        raise PenaltyGradientError(
+            "method: the model's input gradient has no graph, so the penalty would train nothing; "
+            + _REMEDIES["double-backward"]
+        )
+    return gradient
+
+
+def slope_forward_mode(passes: Passes, images: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and their slopes along ``direction``, both (B,): a forward-mode tangent of the model's outputs.
+
+    The tangent stops at the outputs. From there the slope is the loss's own gradient times the tangent, because
+    loss functions have forward-mode derivatives of which the backward fails (``log_softmax``).
+
+    Raises:
+        PenaltyGradientError: If a part of the model has no forward-mode derivative, or drops the tangent.
+    """
+    primals: list[Tensor] = []
+    tangents: list[Tensor] = []
+
+    def split(output: Tensor) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(output)
+        if tangent is not None:
+            primals.append(primal)
+            tangents.append(tangent)
+        return primal
+
+    with forward_ad.dual_level(), DifferentiableForwardMode():
+        try:
+            outputs = passes.run(forward_ad.make_dual(images.detach(), direction), compiled=False)
+        except (NotImplementedError, RuntimeError) as error:
+            raise PenaltyGradientError(
+                f"method: the model has no forward-mode derivative ({error}); {_REMEDIES['forward-mode']}"
+            ) from error
+        outputs = tree_map_only(Tensor, split, outputs)
+    if not tangents:
+        raise PenaltyGradientError(f"method: the model drops forward-mode tangents; {_REMEDIES['forward-mode']}")
+    losses = passes.evaluate(outputs, passes.labels)
+    gradients = torch.autograd.grad(losses.sum(), primals, create_graph=True, allow_unused=True)
+    slopes = [
+        (gradient * tangent).flatten(1).sum(1) if gradient.dim() > 1 else gradient * tangent
+        for gradient, tangent in zip(gradients, tangents)
+        if gradient is not None
+    ]
+    return losses, torch.stack(slopes).sum(0)
+
+
+def relative_step(images: Tensor) -> float:
+    """Length of a finite-difference step relative to the image: the root of the rounding unit of the pass."""
+    dtype = images.dtype
+    if torch.is_autocast_enabled(images.device.type):
+        dtype = torch.get_autocast_dtype(images.device.type)
+    return torch.finfo(dtype).eps ** 0.5
+
+
+def couples_samples(model: Any) -> bool:
+    """Whether BatchNorm in training mode makes each sample's loss a function of the others' images."""
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
+
+
+def difference_step(images: Tensor, direction: Tensor, coupled: bool) -> Tensor:
+    """Step of every sample, (B,): ``h = relative_step |x| / |direction|``, zero along a zero direction.
+
+    One step for all where samples are coupled: with different ones the sum of slopes would not be that of the batch.
+    """
+    length = direction.detach().float().flatten(1).norm(dim=1)
+    reach = images.detach().float().flatten(1).norm(dim=1)
+    if coupled:
+        length, reach = (norms.square().mean().sqrt().expand_as(norms) for norms in (length, reach))
+    # A black image has no scale of its own: a thousandth of a unit per pixel.
+    reach = reach.clamp(min=1e-3 * math.sqrt(images[0].numel()))
+    return torch.where(length > 0, relative_step(images) * reach / torch.where(length > 0, length, 1), 0)
+
+
+def slope_finite_difference(passes: Passes, images: Tensor, direction: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes of the losses along ``direction`` by a one-sided difference, (B,), and the steps taken, (B,)."""
+    step = difference_step(images, direction, couples_samples(passes.model))
+    moved = images.detach() + step.view(-1, *(1,) * (images.dim() - 1)).to(images.dtype) * direction.to(images.dtype)
+    difference = passes.again(moved).losses - losses
+    inverse = torch.where(step > 0, 1 / torch.where(step > 0, step, 1), 0)
+    return difference * inverse.to(difference.dtype), step
+
+
+def difference_noise(images: Tensor, step: Tensor, losses: Tensor) -> Tensor:
+    """Rounding error to expect of `slope_finite_difference`, summed over the batch."""
+    rounding = relative_step(images) ** 2 * (1 + losses.detach().abs())
+    return 20 * torch.where(step > 0, rounding / torch.where(step > 0, step, 1), 0).sum()
+
+
+def try_method(method: str, passes: Passes, images: Tensor) -> None:
+    """Go through a method's motions on a few images, and through the backward; waits for the device.
+
+    Raises:
+        PenaltyGradientError: If a derivative is missing, or the slope along g is not ``g . g`` to first order.
+    """
+    if is_compiled(passes.model) and method == "double-backward":
+        raise PenaltyGradientError(
+            "method: torch.compile cannot differentiate a model twice; "
+            'use method="finite-difference", or pass the uncompiled model'
+        )
+    with attention_differentiable_twice(method == "double-backward"):
+        losses = passes.again(images).losses
+    gradient = input_gradient(passes.model, losses, images, create_graph=method == "double-backward")
+    # BatchNorm in training mode couples the samples: what holds is the sum of the slopes over the batch.
+    direction = gradient.detach()
+    expected = float(direction.square().sum())
+    noise = 0.0
+    if method == "double-backward":
+        slope = (gradient * direction).sum()
+    elif method == "forward-mode":
+        slope = slope_forward_mode(passes, images, direction)[1].sum()
+    else:
+        slopes, step = slope_finite_difference(passes, images, direction, losses)
+        slope, noise = slopes.sum(), float(difference_noise(images, step, losses))
+    model = passes.model
+    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    if parameters and slope.requires_grad:
+        try:
+            torch.autograd.grad(slope, parameters, allow_unused=True)
+        except RuntimeError as error:
+            raise PenaltyGradientError(
+                f"method: the {method} slope has no backward ({error}); {_REMEDIES[method]}"
+            ) from error
+    difference = abs(float(slope.detach()) - expected)
+    if math.isfinite(expected) and not difference <= 0.2 * expected + noise:
+        raise PenaltyGradientError(
+            f"method: the {method} slope along the gradient is {float(slope.detach()):.4g}, and should be {expected:.4g}; "
+            + _REMEDIES[method]
+        )
+
+
+@contextlib.contextmanager
+def attention_differentiable_twice(active: bool) -> Iterator[None]:
+    """Run fused attention, which has no second derivative, as its mathematical definition."""
+    if not active or torch.compiler.is_compiling():
+        yield
+        return
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+def select(labels: Any, index: Tensor | slice) -> Any:
+    """Labels of a part of the batch."""
+    if isinstance(labels, Tensor):
+        return labels[index]
+    if type(labels) in (list, tuple) and all(isinstance(item, Tensor) for item in labels):
+        return type(labels)(item[index] for item in labels)
+    if isinstance(labels, dict) and all(isinstance(item, Tensor) for item in labels.values()):
+        return {key: item[index] for key, item in labels.items()}
+    raise TypeError(
+        'labels: expected tensors, or a list, tuple or dict of them, for fraction < 1 and method="auto", '
+        f"got {checks.describe(labels)}"
+    )
