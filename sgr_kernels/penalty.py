@@ -246,10 +246,10 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
             raise PenaltyGradientError(
                 f"method: the {method} slope has no backward ({error}); {_REMEDIES[method]}"
             ) from error
-    difference = abs(float(slope.detach()) - expected)
-    if math.isfinite(expected) and not difference <= 0.2 * expected + noise:
+    found = float(slope.detach())
+    if math.isfinite(expected) and not abs(found - expected) <= 0.2 * expected + noise:
         raise PenaltyGradientError(
-            f"method: the {method} slope along the gradient is {float(slope.detach()):.4g}, and should be {expected:.4g}; "
+            f"method: the {method} slope along the gradient is {found:.4g}, and should be {expected:.4g}; "
             + _REMEDIES[method]
         )
 
