@@ -20,6 +20,7 @@ from sgr_kernels.penalty import (
     PenaltyGradientError,
     attention_differentiable_twice,
     input_gradient,
+    is_compiled,
     select,
     slope_finite_difference,
     slope_forward_mode,
@@ -182,60 +183,83 @@ class SGRLoss(nn.Module):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}")
         self._stop_if_hopeless()
-        step = self.steps if self.training else 0
-        update = self.training and self.perturbation is not None and step % self.update_every == 0
-        penalize = step % self.penalty_every == 0
         differentiable = torch.is_grad_enabled()
-        strength = self._strength()
         with torch.inference_mode(False), torch.enable_grad():
-            if images.is_inference():
-                images = images.clone()
-            x = images if differentiable and images.requires_grad else images.detach().requires_grad_()
-            method = self._resolved_method(model, x, labels) if differentiable and penalize else METHODS[0]
-            part = self._subset(images) if self.training and (penalize or update) else None
-            replays = part is not None or method != METHODS[0]
-            passes = Passes(model, self._losses, labels, images.device, replays)
-            with attention_differentiable_twice(differentiable and penalize and method == METHODS[0]):
-                first = passes.first(x)
-            outputs, losses = _detached(first.outputs), first.losses
-            penalty = gradient = None
-            if penalize or (update and self.perturbation in FREE):
-                inner, inner_losses = x, first.losses
-                if part is not None:
-                    inner = images.detach()[part].requires_grad_()
-                    passes = Passes(model, self._losses, select(labels, part), images.device, True)
-                    with attention_differentiable_twice(differentiable and method == METHODS[0]):
-                        inner_losses = passes.again(inner).losses
-                create_graph = differentiable and penalize and method == METHODS[0]
-                gradient = input_gradient(model, inner_losses, inner, create_graph)
+            images = images.clone() if images.is_inference() else images
+            # Finite differences are made of plain passes, which a compiler of the whole step may trace.
+            step = self._step if self.method == "finite-difference" else self._untraced_step
+            loss = step(model, images if differentiable else images.detach(), labels, differentiable)
+        self.steps += self.training
+        return loss if differentiable else loss.detach()
+
+    @torch.compiler.disable
+    def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Tensor:
+        return self._step(model, images, labels, differentiable)
+
+    def _step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Tensor:
+        """Loss of a batch, by the cadences of this step."""
+        count = self.steps if self.training else 0
+        update = self.training and self.perturbation is not None and count % self.update_every == 0
+        penalize = count % self.penalty_every == 0
+        if not penalize and not (update and self.perturbation in FREE):
+            outputs = model(images)
+            losses, gradient = self._losses(outputs, labels), None
             if update:
-                self._update(model, images, labels, gradient)
-            if penalize:
-                assert gradient is not None
-                del first
-                if not differentiable or method == METHODS[0]:
-                    penalty = self._omega(gradient)
-                else:
-                    replaced, penalty = self._slope_penalty(method, passes, inner, inner_losses, gradient)
-                    losses = losses if part is not None else replaced
-            loss = losses.sum() / max(1, losses.shape[0])
-            cross_entropy = loss.detach()
-            if penalty is not None:
-                assert gradient is not None
-                weight = strength * (self.penalty_every if self.training else 1)
-                loss = loss + weight * self._finite_or_zero(penalty, gradient)
-        if self.training:
-            self.steps += 1
+                self._update(model, images, labels, None)
+            return self._total(outputs, losses, None, None)
+        # Images of an embedding keep their graph; others become leaves.
+        embedded = differentiable and images.requires_grad
+        x = images if embedded else images.detach().requires_grad_()
+        method = self._resolved_method(model, x, labels) if differentiable and penalize else "double-backward"
+        twice = differentiable and penalize and method == "double-backward"
+        part = self._subset(images) if self.training else None
+        passes = Passes(model, self._losses, labels, x.device, replays=part is not None or not twice)
+        with attention_differentiable_twice(twice):
+            first = passes.first(x)
+            outputs, losses = _detached(first.outputs), first.losses
+            penalized, penalized_losses = x, first.losses
+            if part is not None:
+                penalized = x[part] if embedded else x.detach()[part].requires_grad_()
+                passes = Passes(model, self._losses, select(labels, part), x.device, replays=True)
+                penalized_losses = passes.again(penalized).losses
+        if is_compiled(model) and differentiable and part is None:
+            # A compiled graph serves one backward; that of the first pass belongs to the training step.
+            penalized_losses = passes.again(penalized).losses
+        gradient = input_gradient(model, penalized_losses, penalized, twice, retain=not is_compiled(model))
+        if update:
+            self._update(model, images, labels, gradient)
+        if not penalize:
+            return self._total(outputs, losses, gradient, None)
+        if twice or not differentiable:
+            return self._total(outputs, losses, gradient, self._omega(gradient))
+        del first, penalized_losses
+        base = penalized if embedded else penalized.detach()
+        if method == "forward-mode":
+            tangent_losses, penalty = self._slope_penalty(passes, base, None, gradient)
+            losses = tangent_losses if part is None else losses
+        else:
+            at_base = losses if part is None else passes.again(base).losses
+            _, penalty = self._slope_penalty(passes, base, at_base, gradient)
+        return self._total(outputs, losses, gradient, penalty)
+
+    def _total(self, outputs: Any, losses: Tensor, gradient: Tensor | None, penalty: Tensor | None) -> Tensor:
+        """Cross-entropy and weighted penalty; keeps the statistics."""
+        loss = losses.sum() / max(1, losses.shape[0])
+        cross_entropy, strength = loss.detach(), self._strength()
+        if penalty is not None:
+            assert gradient is not None
+            weight = strength * (self.penalty_every if self.training else 1)
+            loss = loss + weight * self._finite_or_zero(penalty, gradient)
         self._last = StepStatistics(
             loss=loss.detach(),
             cross_entropy=cross_entropy,
             penalty=None if penalty is None else penalty.detach(),
             strength=strength,
-            outputs=outputs,
+            outputs=_detached(outputs),
             gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
             nonfinite_penalties=self.nonfinite,
         )
-        return loss if differentiable else loss.detach()
+        return loss
 
     def _strength(self) -> float:
         return float(self.strength(self.steps)) if callable(self.strength) else self.strength
@@ -273,7 +297,7 @@ class SGRLoss(nn.Module):
         return penalty
 
     def _slope_penalty(
-        self, method: str, passes: Passes, images: Tensor, losses: Tensor, gradient: Tensor
+        self, passes: Passes, images: Tensor, losses: Tensor | None, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Losses, and Omega with the value of the exact penalty and the gradient of the slope along ``Sigma g``."""
         with torch.no_grad():
@@ -283,7 +307,7 @@ class SGRLoss(nn.Module):
                 mean = self.covariance.scaled_mean()
                 assert mean is not None
                 direction = direction + mean.to(direction.dtype)
-        if method == "forward-mode":
+        if losses is None:
             losses, slope = slope_forward_mode(passes, images, direction)
         else:
             slope, _ = slope_finite_difference(passes, images, direction, losses)
@@ -352,18 +376,27 @@ class SGRLoss(nn.Module):
         Raises:
             RuntimeError: If there was no call yet.
         """
-        if self._last is None:
-            raise RuntimeError("last: the criterion has not been called yet")
+        last = self.peek()
         self.covariance.warn_if_skipped()
-        if self._last.penalty is not None:
-            penalty = float(self._last.penalty)
+        if last.penalty is not None:
+            penalty = float(last.penalty)
             if penalty < 0 and not self.mean_correction:
                 message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
             elif not math.isfinite(penalty):
                 message = f"not finite ({penalty}) and was left out of the loss"
             else:
-                return self._last
+                return last
             warnings.warn(f"SGRLoss: the penalty is {message}", RuntimeWarning, stacklevel=2)
+        return last
+
+    def peek(self) -> StepStatistics:
+        """What the last call computed, without waiting for the device and without warnings.
+
+        Raises:
+            RuntimeError: If there was no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("last: the criterion has not been called yet")
         return self._last
 
     def get_extra_state(self) -> Tensor:

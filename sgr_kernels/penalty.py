@@ -98,7 +98,7 @@ class Passes:
             return model(images)
 
 
-def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: bool) -> Tensor:
+def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: bool, retain: bool = True) -> Tensor:
     """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels.
 
     Raises:
@@ -109,7 +109,7 @@ def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: boo
     if losses.requires_grad:
         try:
             (gradient,) = torch.autograd.grad(
-                losses.sum(), images, create_graph=create_graph, retain_graph=True, allow_unused=True
+                losses.sum(), images, create_graph=create_graph, retain_graph=retain, allow_unused=True
             )
         except RuntimeError as error:
             if not create_graph:
@@ -149,7 +149,7 @@ def slope_forward_mode(passes: Passes, images: Tensor, direction: Tensor) -> tup
 
     with forward_ad.dual_level(), DifferentiableForwardMode():
         try:
-            outputs = passes.run(forward_ad.make_dual(images.detach(), direction), compiled=False)
+            outputs = passes.run(forward_ad.make_dual(images, direction), compiled=False)
         except (NotImplementedError, RuntimeError) as error:
             raise PenaltyGradientError(
                 f"method: the model has no forward-mode derivative ({error}); {_REMEDIES['forward-mode']}"
@@ -200,7 +200,7 @@ def difference_step(images: Tensor, direction: Tensor, coupled: bool) -> Tensor:
 def slope_finite_difference(passes: Passes, images: Tensor, direction: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
     """Slopes of the losses along ``direction`` by a one-sided difference, (B,), and the steps taken, (B,)."""
     step = difference_step(images, direction, couples_samples(passes.model))
-    moved = images.detach() + step.view(-1, *(1,) * (images.dim() - 1)).to(images.dtype) * direction.to(images.dtype)
+    moved = images + step.view(-1, *(1,) * (images.dim() - 1)).to(images.dtype) * direction.to(images.dtype)
     difference = passes.again(moved).losses - losses
     inverse = torch.where(step > 0, 1 / torch.where(step > 0, step, 1), 0)
     return difference * inverse.to(difference.dtype), step
@@ -225,7 +225,10 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         )
     with attention_differentiable_twice(method == "double-backward"):
         losses = passes.again(images).losses
-    gradient = input_gradient(passes.model, losses, images, create_graph=method == "double-backward")
+    gradient = input_gradient(
+        passes.model, losses, images, create_graph=method == "double-backward", retain=not is_compiled(passes.model)
+    )
+    images = images.detach()
     # BatchNorm in training mode couples the samples: what holds is the sum of the slopes over the batch.
     direction = gradient.detach()
     expected = float(direction.square().sum())
@@ -235,6 +238,7 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
     elif method == "forward-mode":
         slope = slope_forward_mode(passes, images, direction)[1].sum()
     else:
+        losses = passes.again(images).losses
         slopes, step = slope_finite_difference(passes, images, direction, losses)
         slope, noise = slopes.sum(), float(difference_noise(images, step, losses))
     model = passes.model
