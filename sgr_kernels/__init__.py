@@ -5,12 +5,14 @@ from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.loss import SGRLoss, linear_warmup
+from sgr_kernels.penalty import PenaltyGradientError
 from sgr_kernels.per_sample import cross_entropy_per_sample
 
 __all__ = [
     "CovarianceFunction",
     "FullCovariance",
     "IdentityCovariance",
+    "PenaltyGradientError",
     "SGRLoss",
     "__version__",
     "attacks",

@@ -348,6 +348,7 @@ class SGRLoss(nn.Module):
             gradient.register_hook(lambda incoming: torch.where(finite, incoming, 0.0))
         return torch.where(finite, penalty, 0.0)
 
+    @torch.compiler.disable
     def _stop_if_hopeless(self) -> None:
         """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
         on_cpu = self.nonfinite_in_a_row.device.type == "cpu"

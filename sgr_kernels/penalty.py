@@ -60,6 +60,15 @@ def is_compiled(model: Any) -> bool:
     return uncompiled(model) is not _unwrapped(model)
 
 
+def _is_sharded(model: Any) -> bool:
+    """Whether a model holds modules of FSDP, which frees and gathers their parameters around each pass."""
+    if not torch.distributed.is_available() or not isinstance(model, nn.Module):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
 class Passes:
     """The forward passes of one step.
 
@@ -222,6 +231,10 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         raise PenaltyGradientError(
             "method: torch.compile cannot differentiate a model twice; "
             'use method="finite-difference", or pass the uncompiled model'
+        )
+    if _is_sharded(passes.model) and method == "double-backward":
+        raise PenaltyGradientError(
+            "method: fully sharded parameters are freed before the second backward; " + _REMEDIES[method]
         )
     with attention_differentiable_twice(method == "double-backward"):
         losses = passes.again(images).losses
