@@ -1,0 +1,1 @@
+"""Measurements: of the operators (``operators``) and of training steps (``step``). Results lie in ``results/``."""

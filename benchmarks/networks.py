@@ -1,0 +1,65 @@
+"""Networks for the step benchmark, by their definitions: ResNet-18 for 32 x 32 images, a small vision transformer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import sgr_kernels as sgr
+
+
+class _Block(nn.Module):
+    """Basic residual block (He, Zhang, Ren, Sun 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
+    """ResNet-18 with the 3 x 3 stem used for 32 x 32 images."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    channels = width
+    for stage in range(4):
+        for block in range(2):
+            outputs = width * 2**stage
+            layers.append(_Block(channels, outputs, 2 if stage and not block else 1))
+            channels = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021): 4 x 4 patches, 6 layers, width 192, 3 heads."""
+
+    def __init__(self, width: int = 192, depth: int = 6, heads: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(torch.randn(1, 64, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT + self.position
+        return self.head(self.encoder(tokens).mean(1))
+
+
+NETWORKS = {
+    "carlini-wagner-mnist": (lambda: sgr.models.carlini_wagner("mnist"), (1, 28, 28)),
+    "carlini-wagner-cifar10": (lambda: sgr.models.carlini_wagner("cifar10"), (3, 32, 32)),
+    "resnet18": (resnet18, (3, 32, 32)),
+    "vit": (VisionTransformer, (3, 32, 32)),
+}

@@ -1,0 +1,200 @@
+"""Cost of a training step: clean, gradient norm, SGR by each method and cadence, adversarial training.
+
+``sgr bench step`` (or ``python -m benchmarks.step``) measures all ways of one network in turn, round after round, so
+that drifts of the machine hit all alike; what counts are ratios of medians to the clean step of the same run. A lazy
+penalty is measured over whole periods. Peak memory is that of a process of its own, above what it holds between steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sgr_kernels as sgr
+from benchmarks import machine
+from benchmarks.networks import NETWORKS
+
+WAYS = {
+    "clean": {},
+    "gn": {"covariance": "identity"},
+    "sgr": {"method": "double-backward"},
+    "sgr, forward-mode": {"method": "forward-mode"},
+    "sgr, finite-difference": {"method": "finite-difference"},
+    "sgr, every 4th step": {"penalty_every": 4},
+    "sgr, every 16th step": {"penalty_every": 16},
+    "pgd-7": {"pgd": 7},
+    "pgd-10": {"pgd": 10},
+}
+"""Ways to train. SGR learns its covariance from the sign of the gradient, on steps that have a penalty."""
+
+
+def _criterion(way: dict[str, Any], shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
+    if "pgd" in way:
+        steps = way["pgd"]
+
+        def adversarial(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            eps = 8 / 255
+            moved = sgr.attacks.pgd(model, images, labels, eps=eps, steps=steps, step_size=2.5 * eps / steps)
+            return nn.functional.cross_entropy(model(moved), labels)
+
+        return adversarial
+    if not way:
+        return lambda model, images, labels: nn.functional.cross_entropy(model(images), labels)
+    if way.get("covariance") == "identity":
+        return sgr.SGRLoss(sgr.IdentityCovariance(), 0.1)
+    covariance = sgr.CovarianceFunction(shape[0], shape[1:], target_variance=0.06)
+    return sgr.SGRLoss(covariance, 0.1, update_every=way.get("penalty_every", 1), **way)
+
+
+class Training:
+    """A network in training one way, on a fixed random batch."""
+
+    def __init__(self, network: str, way: str, batch: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        build, shape = NETWORKS[network]
+        self.model = build().to(device).train()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
+        self.criterion = _criterion(WAYS[way], shape)
+        if isinstance(self.criterion, nn.Module):
+            self.criterion.to(device)
+        self.period = WAYS[way].get("penalty_every", 1)
+        self.images = torch.rand(batch, *shape, device=device)
+        self.labels = torch.randint(0, 10, (batch,), device=device)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.criterion(self.model, self.images, self.labels).backward()
+        self.optimizer.step()
+
+    def seconds(self) -> float:
+        """Mean time of the steps of one period."""
+        synchronize = torch.cuda.synchronize if self.images.is_cuda else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(self.period):
+            self.step()
+        synchronize()
+        return (time.perf_counter() - start) / self.period
+
+
+def _memory(network: str, way: str, batch: int, device: torch.device) -> int:
+    """Peak bytes of a step above what is held between steps; to be called in a process of its own."""
+    training = Training(network, way, batch, device)
+    training.step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        training.step()
+        return torch.cuda.max_memory_allocated(device) - before
+    training.optimizer.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    status = Path("/proc/self/status")
+
+    def kilobytes(field: str) -> int:
+        match = re.search(rf"{field}:\s+(\d+)", status.read_text())
+        assert match is not None
+        return int(match[1])
+
+    before = kilobytes("VmRSS")
+    training.criterion.steps = 0  # a step with a penalty, whatever the cadence
+    training.step()
+    return (kilobytes("VmHWM") - before) * 1024
+
+
+def peak_memory(network: str, way: str, batch: int, device: torch.device) -> int:
+    """`_memory` in a fresh process whose allocator returns freed blocks at once."""
+    arguments = ["--networks", network, "--ways", way, "--batch", str(batch), "--device", str(device), "--memory-only"]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.step", *arguments],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(result.stdout)
+
+
+def measure(network: str, ways: list[str], batch: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """One row a way: median time with quartiles, peak memory, and both as ratios to the clean step."""
+    trainings = {way: Training(network, way, batch, device) for way in ways}
+    for training in trainings.values():
+        training.seconds()
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, training in trainings.items():
+            times[way].append(training.seconds())
+    trainings.clear()
+    rows = []
+    for way in ways:
+        low, median, high = statistics.quantiles(times[way], n=4)
+        rows.append(
+            {
+                "network": network,
+                "way": way,
+                "batch": batch,
+                "milliseconds": 1e3 * median,
+                "quartiles": [1e3 * low, 1e3 * high],
+                "time_ratio": median / statistics.median(times["clean"]),
+                "peak_bytes": peak_memory(network, way, batch, device),
+            }
+        )
+    clean = next(row["peak_bytes"] for row in rows if row["way"] == "clean")
+    for row in rows:
+        row["memory_ratio"] = row["peak_bytes"] / clean
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    lines = ["| network | way | ms | / clean | peak MB | / clean |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['network']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, and write the rows as JSON."""
+    parser = argparse.ArgumentParser(prog="sgr bench step", description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if options.memory_only:
+        print(_memory(options.networks[0], options.ways[0], options.batch, device))
+        return
+    ways = list(dict.fromkeys(["clean", *options.ways]))
+    rows: list[dict[str, Any]] = []
+    for network in options.networks:
+        rows += measure(network, ways, options.batch, device, options.rounds)
+        if options.out is not None:
+            result = {"machine": machine.describe(device), "rows": rows}
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(machine.describe(device)))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
