@@ -143,8 +143,8 @@ def pgd(
         raise ValueError(f"step_size: expected a number > 0, got {step_size}")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
     check_images(images, bounds)
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
     generator = private_generator(generator)
     with preserve(model):
         images = plain(images)
@@ -172,8 +172,8 @@ def _one_step(
     bounds: Bounds,
     generator: torch.Generator | None,
 ) -> Tensor:
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
     check_images(images, bounds)
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
     with preserve(model):
         leaf = differentiable(plain(images))
         logits = logits_of(model, leaf)

@@ -21,7 +21,7 @@ def check_images(images: Tensor, bounds: Bounds) -> None:
         raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
     if images.numel() == 0:
         return
-    low, high = (float(v) for v in images.aminmax())
+    low, high = (float(v) for v in images.detach().aminmax())
     if low != low or high != high:
         raise ValueError("images: expected finite values, got NaN")
     allowed = bounds if bounds is not None else (-torch.finfo(images.dtype).max, torch.finfo(images.dtype).max)

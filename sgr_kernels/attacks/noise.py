@@ -70,10 +70,10 @@ def uniform_noise(
     Raises:
         ValueError: as ``fgsm``, or a count below one.
     """
+    check_images(images, bounds)
     levels = check_eps(eps, bounds)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
-    check_images(images, bounds)
     shape, dtype, device = images.shape[1:], working_dtype(images), images.device
 
     def sample(n: int, stream: torch.Generator) -> Tensor:
@@ -134,24 +134,25 @@ def correlated_noise(
     Raises:
         ValueError: as ``fgsm``, a count below one, or a covariance of another size than the images.
     """
+    check_images(images, bounds)
     levels = check_eps(eps)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
-    check_images(images, bounds)
     with preserve(model):
         images = plain(images)
         shape, dtype, device = images.shape[1:], working_dtype(images), images.device
+        stream = child_generator(private_generator(generator), device)
+        probe = covariance.sample(1, generator=stream)
+        if probe.shape[1:] != shape:
+            raise ValueError(f"covariance: expected samples of shape {tuple(shape)}, got {tuple(probe.shape[1:])}")
         scale = mean_variance(covariance, shape, device) ** -0.5
 
         def sample(n: int, stream: torch.Generator) -> Tensor:
-            noise = plain(covariance.sample(n, generator=stream))
-            if noise.shape != (n, *shape):
-                raise ValueError(f"covariance: expected samples of shape {(n, *shape)}, got {tuple(noise.shape)}")
-            return noise.to(device=device, dtype=dtype) * scale
+            return plain(covariance.sample(n, generator=stream)).to(device=device, dtype=dtype) * scale
 
-        stream = child_generator(private_generator(generator), device)
         search = _Search(model, images, labels, bounds if clip else None, chunk_size, early_stop)
-        deviation = images.to(dtype).flatten(1).std(1, correction=0)
+        flat = images.to(dtype).flatten(1)
+        deviation = (flat - flat.mean(1, keepdim=True)).square().mean(1).sqrt()
         return one_or_stacked(search.run(levels, sample, draws, stream, deviation), eps)
 
 
