@@ -7,6 +7,7 @@ import torch
 from attack_models import DenseCovariance, convolutional, exponential, images_like, linear
 from torch.nn.functional import cross_entropy
 
+from sgr_kernels import CovarianceFunction, FullCovariance
 from sgr_kernels.attacks import correlated_noise, uniform_noise
 from sgr_kernels.attacks.noise import mean_variance
 
@@ -33,26 +34,45 @@ def test_uniform_noise_is_uniform():
     assert (quartiles - torch.tensor([-0.1, 0.0, 0.1])).abs().max() < 5 * 0.2 / n**0.5
 
 
-@pytest.mark.parametrize("variance", [1.0, 0.04])
-def test_correlated_noise_has_the_covariance(variance):
+def estimated() -> CovarianceFunction:
+    """A running estimate from a few fields, clipped, in float64."""
+    covariance = CovarianceFunction(2, 4, binning="linear").double()
+    covariance.update(torch.randn(50, *SHAPE, dtype=torch.float64, generator=seeded()).cumsum(-1))
+    return covariance
+
+
+@pytest.mark.parametrize(
+    "covariance",
+    [
+        exponential(SHAPE, 3.0),
+        exponential(SHAPE, 3.0, variance=0.04),
+        CovarianceFunction.exponential(2, 4, 3.0),
+        CovarianceFunction.exponential(2, 4, 3.0, target_variance=0.1),
+        estimated(),
+    ],
+    ids=["dense", "dense, scaled", "exponential", "exponential, scaled", "estimated"],
+)
+def test_correlated_noise_has_the_covariance(covariance):
     """Normalised to unit mean diagonal, in units of the image's standard deviation."""
-    covariance = exponential(SHAPE, 3.0, variance)
     image = images_like(1, SHAPE)
     images = image.expand(20_000, *SHAPE)
     noise = correlated_noise(flat(), images, None, covariance=covariance, eps=0.3, draws=1, clip=False) - images
     spread = float(image.std(correction=0))
     empirical = noise.flatten(1).T @ noise.flatten(1) / len(noise) / (0.3 * spread) ** 2
-    expected = covariance.dense() / variance
-    # The standard error of a product of unit Gaussians is at most sqrt(2 / n) = 0.01.
-    assert (empirical - expected).abs().max() < 0.055
-    assert noise.flatten(1).mean(0).abs().max() / (0.3 * spread) < 0.04
+    expected = covariance.dense() / covariance.dense().diagonal().mean()
+    # A product of Gaussians has a standard error of at most sqrt(2 / n) = 0.01 times their variance.
+    assert (empirical - expected).abs().max() < 0.055 * expected.max()
+    assert noise.flatten(1).mean(0).abs().max() / (0.3 * spread) < 0.04 * expected.max()
 
 
-def test_mean_variance_of_a_nonstationary_covariance():
+def test_mean_variance():
     root = torch.randn(32, 32, dtype=torch.float64, generator=seeded())
-    covariance = DenseCovariance(root @ root.T, SHAPE)
-    expected = float(covariance.dense().diagonal().mean())
-    assert mean_variance(covariance, torch.Size(SHAPE), torch.device("cpu")) == pytest.approx(expected, rel=1e-6)
+    nonstationary = DenseCovariance(root @ root.T, SHAPE)
+    for covariance in (nonstationary, estimated(), CovarianceFunction.exponential(2, 4, 3.0), FullCovariance(2, 4)):
+        if isinstance(covariance, FullCovariance):
+            covariance.update(torch.rand(20, *SHAPE, generator=seeded()))
+        expected = float(covariance.dense().diagonal().mean())
+        assert mean_variance(covariance, torch.Size(SHAPE), torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
 
 
 class Recorded:
