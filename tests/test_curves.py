@@ -20,7 +20,7 @@ GRID = [0.0, 0.02, 0.1, 0.3]
 def own_attack(model, images, labels, *, eps, generator):
     """Draws more numbers the stronger it is."""
     noise = torch.rand(int(1 + 10 * eps), *images.shape, generator=generator)[-1]
-    return (images + eps * (2 * noise - 1)).clamp(0, 1)
+    return (images + 4 * eps * (2 * noise - 1)).clamp(0, 1)
 
 
 ATTACKS = {
@@ -79,6 +79,19 @@ def test_rows_are_the_attack_itself(name, model, data):
         adversarial = ATTACKS[name](model, images, given, eps=eps, generator=torch.Generator().manual_seed(3))
         assert torch.equal(model(adversarial).argmax(1) == labels, row)
     model.train()
+
+
+def test_foreign_attacks_see_the_same_numbers_at_each_strength(model, loader):
+    drawn = []
+
+    def attack(model, images, labels, *, eps, generator):
+        drawn.append(float(torch.rand((), generator=generator)))
+        return images
+
+    robustness_curve(model, loader, attack, GRID)
+    by_batch = torch.tensor(drawn).reshape(len(loader), len(GRID))
+    assert (by_batch == by_batch[:, :1]).all()
+    assert len(set(by_batch[:, 0].tolist())) == len(loader)
 
 
 def test_clean_row(model, loader, data):

@@ -91,10 +91,13 @@ class Recorded:
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
-@pytest.mark.parametrize("eps", [0.3, 1.0, 3.0])
-def test_worst_of_draws_against_brute_force(early_stop, eps):
-    model, images = linear(classes=4, shape=SHAPE), images_like(30, SHAPE)
-    labels = torch.randint(4, (30,), generator=seeded())
+@pytest.mark.parametrize(("eps", "classes"), [(0.3, 4), (1.0, 4), (3.0, 4), (1.0, 40)])
+def test_worst_of_draws_against_brute_force(early_stop, eps, classes):
+    """With many near classes the largest loss need not be a misclassification."""
+    model, images = linear(classes=classes, shape=SHAPE), images_like(30, SHAPE)
+    if classes == 40:
+        model.weight.data *= 0.1
+    labels = torch.randint(classes, (30,), generator=seeded())
     labels[:25] = model(images).argmax(1)[:25]
     recorded = Recorded(exponential(SHAPE, 2.0))
     kept = correlated_noise(
@@ -150,6 +153,20 @@ def test_chunk_size_does_not_matter(draws):
     assert torch.equal(runs[1], runs[2])
 
 
+def test_chunks_are_as_large_as_allowed():
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        return net(x)
+
+    net, images = linear(shape=SHAPE), images_like(20, SHAPE)
+    for chunk, expected in ((40, [20, 40, 40, 40, 40, 40]), (1000, [20, 200]), (1, [20] + 200 * [1])):
+        sizes.clear()
+        correlated_noise(model, images, None, covariance=exponential(SHAPE, 2.0), eps=0.1, draws=10, chunk_size=chunk)
+        assert sizes == expected
+
+
 def test_strengths_share_their_draws_and_equal_separate_calls():
     model, images, grid = (
         convolutional(channels=2),
@@ -183,7 +200,7 @@ def test_the_generator_moves_on_by_the_same_amount(eps):
 
 def test_zero_eps_is_bit_for_bit():
     images = images_like(5, SHAPE)
-    images[0, 0, 0, 0] = -0.0
+    images[0] = -0.0
     options = {"covariance": exponential(SHAPE, 2.0)}
     for result in (uniform_noise(flat(), images, eps=0), correlated_noise(flat(), images, None, eps=0, **options)):
         assert torch.equal(result.view(torch.int64), images.view(torch.int64))

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from attack_models import images_like, linear
+from attack_models import convolutional, images_like, linear
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -206,11 +206,11 @@ def test_snippets_compile(package):
 
 @pytest.mark.parametrize("package", ["autoattack", "torchattacks", "foolbox"])
 @pytest.mark.filterwarnings("default")
-def test_snippets_run(package, trained):
+def test_snippets_run(package):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    images, labels = blobs(8)
-    scope = {"model": trained.eval(), "images": images, "labels": labels}
+    model, (images, labels) = convolutional(classes=12).eval(), blobs(8)
+    scope = {"model": model, "images": images, "labels": labels}
     exec(snippet(package), scope)
     adversarial = scope["clipped"][-1] if package == "foolbox" else scope["adversarial"]
     assert (adversarial - images).abs().max() <= 8 / 255 + 1e-6

@@ -221,7 +221,7 @@ class _Search:
         labels = self.labels[index].repeat_interleave(size)
         noisy = add_perturbation(self.images[index].repeat_interleave(size, dim=0), noise.flatten(0, 1), self.bounds)
         with torch.no_grad():
-            logits = logits_of(self.model, noisy)
+            logits = torch.cat([logits_of(self.model, part) for part in noisy.split(self.chunk_size)])
         hit = (logits.argmax(1) != labels).unflatten(0, (-1, size))
         loss = logit_loss(logits, labels).unflatten(0, (-1, size))
         # Broken draws come before the others, then the larger loss counts; when stopping early, the first broken one.
