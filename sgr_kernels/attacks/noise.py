@@ -172,7 +172,7 @@ def mean_variance(covariance: NoiseCovariance, shape: torch.Size, device: torch.
     total = 0.0
     for part in torch.arange(channels * pixels, device=device).split(256):
         unit = torch.zeros(len(part), channels, math.prod(shape[1:]), device=device)
-        unit[torch.arange(len(part)), part // pixels, part % pixels] = 1
+        unit[torch.arange(len(part), device=device), part // pixels, part % pixels] = 1
         total += float(covariance.quadratic_form(unit.view(len(part), *shape)).sum())
     mean = total / (channels * pixels)
     if not mean > 0:
