@@ -4,6 +4,7 @@ from sgr_kernels import attacks, backends, functional
 from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels.evaluation import diagnose
 from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty import PenaltyGradientError
 from sgr_kernels.per_sample import cross_entropy_per_sample
@@ -18,6 +19,7 @@ __all__ = [
     "attacks",
     "backends",
     "cross_entropy_per_sample",
+    "diagnose",
     "functional",
     "linear_warmup",
     "use_backend",

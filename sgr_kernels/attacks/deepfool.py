@@ -74,7 +74,8 @@ def deepfool(
         Perturbed images, detached, in the images' shape and dtype.
 
     Raises:
-        ValueError: bad images or labels (as ``fgsm``), a negative overshoot, or an unknown convention.
+        TypeError: as ``fgsm``.
+        ValueError: bad images or labels, as ``fgsm``, a negative overshoot, or an unknown convention.
     """
     if convention not in _CONVENTIONS:
         raise ValueError(f"convention: expected one of {sorted(_CONVENTIONS)}, got {convention!r}")

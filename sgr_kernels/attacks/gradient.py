@@ -65,8 +65,9 @@ def fgsm(
         Adversarial images, in the images' shape and dtype, detached; ``eps=0`` returns the images bit for bit.
 
     Raises:
-        ValueError: a bad strength, images that are not floating point, finite and in bounds, labels out of range,
-            or a model without finite logits and input gradients.
+        TypeError: images that are not floating point, or labels that are not integers.
+        ValueError: a bad strength, images that are not finite and in bounds, labels out of range, or a model without
+            finite logits and input gradients.
     """
     return _one_step(model, images, labels, eps, "Linf", targeted, bounds, generator)
 
@@ -132,6 +133,7 @@ def pgd(
         Adversarial images, detached; ``eps=0`` returns the images bit for bit.
 
     Raises:
+        TypeError: as ``fgsm``.
         ValueError: as ``fgsm``; also an unknown norm, fewer than one step or restart, a step size that is not
             positive, or several restarts without a random start.
     """
@@ -143,8 +145,8 @@ def pgd(
         raise ValueError(f"step_size: expected a number > 0, got {step_size}")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
     check_images(images, bounds)
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
     generator = private_generator(generator)
     with preserve(model):
         images = plain(images)
@@ -172,8 +174,8 @@ def _one_step(
     bounds: Bounds,
     generator: torch.Generator | None,
 ) -> Tensor:
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
     check_images(images, bounds)
+    levels = check_eps(eps, bounds if norm == "Linf" else None)
     with preserve(model):
         leaf = differentiable(plain(images))
         logits = logits_of(model, leaf)

@@ -40,7 +40,7 @@ def preserve(model: Model, *others: Model) -> Iterator[None]:
         yield
 
 
-def model_device(model: Model) -> torch.device | None:
+def model_device(model: object) -> torch.device | None:
     """The device of a module's first parameter or buffer; None for anything without one."""
     if not isinstance(model, nn.Module):
         return None

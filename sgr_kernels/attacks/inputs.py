@@ -11,17 +11,22 @@ DEFAULT_SEED = 20180
 
 
 def check_images(images: Tensor, bounds: Bounds) -> None:
-    """Raises ValueError unless ``images`` is a batch of finite floating-point images inside ``bounds``."""
+    """Expects a batch of finite floating-point images inside ``bounds``.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: a wrong rank, bad bounds, or values that are not finite or out of bounds.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")
+        raise TypeError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")
     if images.ndim < 2:
         raise ValueError(f"images: expected a batch (B, C, H, W), got shape {tuple(images.shape)}")
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
     if images.numel() == 0:
         return
-    low, high = (float(v) for v in images.aminmax())
+    low, high = (float(v) for v in images.detach().aminmax())
     if low != low or high != high:
         raise ValueError("images: expected finite values, got NaN")
     allowed = bounds if bounds is not None else (-torch.finfo(images.dtype).max, torch.finfo(images.dtype).max)
@@ -33,9 +38,14 @@ def check_images(images: Tensor, bounds: Bounds) -> None:
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raises ValueError unless ``labels`` is (batch,) of integers in [0, classes)."""
+    """Expects (batch,) integers in [0, classes).
+
+    Raises:
+        TypeError: not integers.
+        ValueError: a wrong shape, or a class out of range.
+    """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: expected integer class indices, got {labels.dtype}")
+        raise TypeError(f"labels: expected integer class indices, got {labels.dtype}")
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
     if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.guard import Model, plain, preserve
+from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
 from sgr_kernels.attacks.inputs import (
     add_perturbation,
     check_count,
@@ -21,6 +21,7 @@ from sgr_kernels.attacks.inputs import (
 )
 from sgr_kernels.attacks.levels import Bounds, Eps, check_eps, one_or_stacked, takes_many_eps
 from sgr_kernels.attacks.objective import choose_labels, clean_logits, logit_loss, logits_of
+from sgr_kernels.covariance import CovarianceFunction
 
 DRAWS_AT_ONCE = 10
 """Draws per image between two looks at which images are broken; fixed, so that nothing depends on ``chunk_size``."""
@@ -68,12 +69,13 @@ def uniform_noise(
         Noisy images, detached; ``eps=0`` returns the images bit for bit.
 
     Raises:
+        TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, or a count below one.
     """
+    check_images(images, bounds)
     levels = check_eps(eps, bounds)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
-    check_images(images, bounds)
     shape, dtype, device = images.shape[1:], working_dtype(images), images.device
 
     def sample(n: int, stream: torch.Generator) -> Tensor:
@@ -132,26 +134,29 @@ def correlated_noise(
         Noisy images, detached; ``eps=0`` returns the images bit for bit.
 
     Raises:
+        TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, a count below one, or a covariance of another size than the images.
     """
+    check_images(images, bounds)
     levels = check_eps(eps)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
-    check_images(images, bounds)
     with preserve(model):
         images = plain(images)
         shape, dtype, device = images.shape[1:], working_dtype(images), images.device
-        scale = mean_variance(covariance, shape, device) ** -0.5
+        home = model_device(covariance) or device
+        stream = child_generator(private_generator(generator), home)
+        probe = covariance.sample(1, generator=stream)
+        if probe.shape[1:] != shape:
+            raise ValueError(f"covariance: expected samples of shape {tuple(shape)}, got {tuple(probe.shape[1:])}")
+        scale = mean_variance(covariance, shape, home) ** -0.5
 
         def sample(n: int, stream: torch.Generator) -> Tensor:
-            noise = plain(covariance.sample(n, generator=stream))
-            if noise.shape != (n, *shape):
-                raise ValueError(f"covariance: expected samples of shape {(n, *shape)}, got {tuple(noise.shape)}")
-            return noise.to(device=device, dtype=dtype) * scale
+            return plain(covariance.sample(n, generator=stream)).to(device=device, dtype=dtype) * scale
 
-        stream = child_generator(private_generator(generator), device)
         search = _Search(model, images, labels, bounds if clip else None, chunk_size, early_stop)
-        deviation = images.to(dtype).flatten(1).std(1, correction=0)
+        flat = images.to(dtype).flatten(1)
+        deviation = (flat - flat.mean(1, keepdim=True)).square().mean(1).sqrt()
         return one_or_stacked(search.run(levels, sample, draws, stream, deviation), eps)
 
 
@@ -161,16 +166,18 @@ def mean_variance(covariance: NoiseCovariance, shape: torch.Size, device: torch.
     Raises:
         ValueError: it is not a positive number.
     """
-    dimension = math.prod(shape)
+    channels, pixels = shape[0], math.prod(shape[1:])
+    if isinstance(covariance, CovarianceFunction):
+        pixels = 1  # depends on displacement alone: every pixel of a channel has the same variance
     total = 0.0
-    for start in range(0, dimension, 256):
-        count = min(256, dimension - start)
-        unit = torch.zeros(count, dimension, device=device)
-        unit[torch.arange(count), start + torch.arange(count)] = 1
-        total += float(covariance.quadratic_form(unit.reshape(count, *shape)).sum())
-    if not total > 0:
-        raise ValueError(f"covariance: expected a positive mean variance, got {total / dimension:g}")
-    return total / dimension
+    for part in torch.arange(channels * pixels, device=device).split(256):
+        unit = torch.zeros(len(part), channels, math.prod(shape[1:]), device=device)
+        unit[torch.arange(len(part), device=device), part // pixels, part % pixels] = 1
+        total += float(covariance.quadratic_form(unit.view(len(part), *shape)).sum())
+    mean = total / (channels * pixels)
+    if not mean > 0:
+        raise ValueError(f"covariance: expected a positive mean variance, got {mean:g}")
+    return mean
 
 
 class _Search:
@@ -214,7 +221,7 @@ class _Search:
         labels = self.labels[index].repeat_interleave(size)
         noisy = add_perturbation(self.images[index].repeat_interleave(size, dim=0), noise.flatten(0, 1), self.bounds)
         with torch.no_grad():
-            logits = logits_of(self.model, noisy)
+            logits = torch.cat([logits_of(self.model, part) for part in noisy.split(self.chunk_size)])
         hit = (logits.argmax(1) != labels).unflatten(0, (-1, size))
         loss = logit_loss(logits, labels).unflatten(0, (-1, size))
         # Broken draws come before the others, then the larger loss counts; when stopping early, the first broken one.

@@ -73,7 +73,8 @@ def choose_labels(
     """The classes an attack works with, (B,): those given, else the own prediction, or a random other class as target.
 
     Raises:
-        ValueError: labels of the wrong shape or dtype, or out of range.
+        TypeError: labels that are not integers.
+        ValueError: labels of the wrong shape, or out of range.
     """
     batch, classes = logits.shape
     if labels is not None:

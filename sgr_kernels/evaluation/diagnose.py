@@ -1,0 +1,193 @@
+"""Does the quadratic approximation behind SGR hold for this model, these data and this covariance?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
+from sgr_kernels.attacks.inputs import check_count, check_labels, child_generator, private_generator
+from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
+
+STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class SampledCovariance(Protocol):
+    """What ``diagnose`` needs of a covariance."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Zero-mean Gaussian draws, (n, C, H, W)."""
+
+    def quadratic_form(self, gradient: Tensor) -> Tensor:
+        """``g^T Sigma g`` for each sample, (B,)."""
+
+
+@dataclass(frozen=True)
+class StrengthRow:
+    """One strength lambda, that is, noise of covariance lambda Sigma.
+
+    Attributes:
+        strength: lambda.
+        monte_carlo: mean over images and noise of ``l(x + xi) - l(x)``.
+        standard_error: of ``monte_carlo - predicted``, both being means over the same images.
+        predicted: ``lambda Omega``, the quadratic prediction (paper, Eq. 11).
+        holds: the two agree within the tolerance and two standard errors.
+    """
+
+    strength: float
+    monte_carlo: float
+    standard_error: float
+    predicted: float
+    holds: bool
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted excess loss; NaN if nothing is predicted."""
+        return self.monte_carlo / self.predicted if self.predicted else math.nan
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``diagnose`` found.
+
+    Attributes:
+        images: how many images were used.
+        cross_entropy: mean loss without noise.
+        penalty: ``Omega = 1/2 mean g^T Sigma g`` at strength one.
+        rows: one for each strength, ascending.
+        suggested_strength: the largest strength up to which the prediction holds without a gap; None if it fails
+            already at the smallest.
+    """
+
+    images: int
+    cross_entropy: float
+    penalty: float
+    rows: list[StrengthRow]
+    suggested_strength: float | None
+
+    @property
+    def balanced_strength(self) -> float:
+        """The strength at which penalty and cross-entropy weigh the same; infinite for a zero penalty."""
+        return self.cross_entropy / self.penalty if self.penalty > 0 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**asdict(self), "balanced_strength": self.balanced_strength}
+
+    def __str__(self) -> str:
+        """A table, and what it means."""
+        lines = [
+            f"{self.images} images: cross-entropy {self.cross_entropy:.4g}, penalty {self.penalty:.4g} per unit of "
+            f"strength; equal at strength {self.balanced_strength:.3g}",
+            f"{'strength':>10}{'measured':>14}{'+-':>11}{'predicted':>12}{'ratio':>8}",
+        ]
+        lines += [
+            f"{r.strength:>10.4g}{r.monte_carlo:>14.4g}{r.standard_error:>11.2g}{r.predicted:>12.4g}{r.ratio:>8.3g}"
+            + ("" if r.holds else "  differs")
+            for r in self.rows
+        ]
+        if self.suggested_strength is None:
+            lines.append(
+                "The quadratic prediction fails at every strength: the model is not near a Bayes classifier of these "
+                "data, or its curvature is large. Train with the penalty first, then look again."
+            )
+        else:
+            lines.append(f"The quadratic prediction holds up to strength {self.suggested_strength:g}.")
+        return "\n".join(lines)
+
+
+def diagnose(
+    model: Model,
+    loader: Iterable[Sequence[Tensor]],
+    covariance: SampledCovariance,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    draws: int = 32,
+    tolerance: float = 0.25,
+    generator: torch.Generator | None = None,
+) -> Diagnosis:
+    """Compares the loss under sampled noise with the quadratic prediction, over a range of strengths.
+
+    SGR rests on ``E[l(x + xi)] - l(x) ~ 1/2 g^T Sigma g`` (paper, Eqs. 4 to 10) for small noise and a classifier near
+    Bayes optimality. At small strengths the ratio of measured to predicted shows the latter, its drift towards larger
+    strengths the former. The noise is not clipped to the pixels' range, as the theory has it, and comes in pairs
+    ``+xi, -xi``, so that the term linear in it cancels exactly.
+
+    Args:
+        model: maps images to logits (B, classes); runs in evaluation mode and is left as it was.
+        loader: yields (images, labels); batches are moved to the model's device.
+        covariance: the one to be trained with: anything with ``sample(n, generator)`` and ``quadratic_form(g)``.
+        strengths: the values of lambda to try, each > 0.
+        draws: noise samples per image, in pairs: rounded up to an even number.
+        tolerance: relative difference up to which the prediction counts as holding.
+        generator: source of the noise; None means a private one with a fixed seed.
+
+    Raises:
+        ValueError: strengths that are not positive, an empty loader, labels out of range, or a model without finite
+            logits and input gradients.
+    """
+    grid = sorted(float(s) for s in strengths)
+    if not grid or not all(s > 0 and math.isfinite(s) for s in grid):
+        raise ValueError(f"strengths: expected positive numbers, got {list(strengths)}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: expected a number > 0, got {tolerance}")
+    check_count("draws", draws)
+    generator = private_generator(generator)
+    losses: list[Tensor] = []
+    penalties: list[Tensor] = []
+    excess: list[Tensor] = []
+    device = model_device(model)
+    with preserve(model):
+        for images, labels in loader:
+            images, labels = plain(images).to(device), plain(labels).to(device)
+            leaf = differentiable(images)
+            logits = logits_of(model, leaf)
+            inspect_logits(logits)
+            check_labels(labels, *logits.shape)
+            loss = _loss(logits, labels)
+            gradient = input_gradient(loss, leaf)
+            losses.append(loss.detach())
+            penalties.append(covariance.quadratic_form(gradient).double() / 2)
+            stream = child_generator(generator, model_device(covariance) or images.device)
+            pairs = [covariance.sample(len(images), generator=stream).to(images) for _ in range((draws + 1) // 2)]
+            excess.append(torch.stack([_excess(model, images, labels, losses[-1], pairs, s) for s in grid], dim=1))
+    if not losses:
+        raise ValueError("loader: expected at least one batch, got none")
+    measured = torch.cat(excess)
+    penalty = torch.cat(penalties)
+    rows = [_row(strength, measured[:, k], strength * penalty, tolerance) for k, strength in enumerate(grid)]
+    suggested = None
+    for row in rows:
+        if not row.holds:
+            break
+        suggested = row.strength
+    return Diagnosis(len(penalty), float(torch.cat(losses).mean()), float(penalty.mean()), rows, suggested)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits.double(), labels, reduction="none")
+
+
+@torch.no_grad()
+def _excess(
+    model: Model, images: Tensor, labels: Tensor, clean: Tensor, pairs: list[Tensor], strength: float
+) -> Tensor:
+    """Mean over the draws of ``l(x + sqrt(lambda) xi) - l(x)`` for each image, (B,) in float64."""
+    total = torch.zeros_like(clean)
+    for noise in pairs:
+        for sign in (1, -1):
+            total += _loss(logits_of(model, images + sign * math.sqrt(strength) * noise), labels) - clean
+    return total / (2 * len(pairs))
+
+
+def _row(strength: float, excess: Tensor, predicted: Tensor, tolerance: float) -> StrengthRow:
+    difference = excess - predicted
+    error = float(difference.std(correction=0)) / math.sqrt(max(1, len(difference) - 1))
+    holds = abs(float(difference.mean())) <= tolerance * abs(float(predicted.mean())) + 2 * error
+    return StrengthRow(strength, float(excess.mean()), error, float(predicted.mean()), holds)
