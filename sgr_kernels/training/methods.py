@@ -1,0 +1,169 @@
+"""The training methods by name: each turns settings and training data into a criterion ``(model, images, labels)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgr_kernels.covariance import CovarianceFunction, IdentityCovariance
+from sgr_kernels.loss import SGRLoss, cross_entropy_per_sample
+from sgr_kernels.training.datasets import ImageSet
+
+EXPONENTIAL = "exponential"
+PERTURBATIONS = ("gradient", "sign", "fgsm", "pgd", EXPONENTIAL)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training's result, apart from the data and the number of epochs.
+
+    Attributes:
+        architecture: Carlini-Wagner network, ``"mnist"`` or ``"cifar10"``.
+        method: A name in ``METHODS``.
+        strength: The penalty's strength, lambda; the covariance is at the training data's own variance, so that it
+            reads as a noise-to-signal ratio.
+        perturbation: What SGR estimates its covariance from, or ``"exponential"`` for a fixed covariance function
+            exp(-r / decay_length), half of it between channels.
+        decay_length: Of the fixed exponential covariance, in pixels.
+        update_rate: Weight of a new batch in the running estimate (beta of Eq. 14).
+        binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
+        psd: ``"clip"`` keeps the estimate positive semidefinite, ``"none"`` is the paper's.
+        weight_decay: Squared-norm penalty on the parameters; None: the method's own default.
+        learning_rate: Adam's.
+        batch_size: Images in a batch.
+        augment: Whether images are padded and cropped at random.
+        flip: Whether half of them are mirrored; only with ``augment``.
+        seed: Of initial weights, order, augmentation and random starts.
+    """
+
+    architecture: str
+    method: str = "sgr"
+    strength: float = 1.0
+    perturbation: str = "sign"
+    decay_length: float = 8.0
+    update_rate: float = 0.1
+    binning: str = "rounded"
+    psd: str = "clip"
+    weight_decay: float | None = None
+    learning_rate: float = 1e-3
+    batch_size: int = 128
+    augment: bool = True
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
+        for name in ("strength", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a finite number > 0, got {self.learning_rate}")
+
+    def differences(self, other: Settings) -> list[str]:
+        """Each setting that differs, as ``"name: own value, not the other's"``."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return [f"{name}: {own!r}, not {theirs!r}" for name, own, theirs in pairs if own != theirs]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        summary: One line for the command's help.
+        criterion: (settings, training data) -> module computing the loss from (model, images, labels) and leaving
+            ``last`` with ``cross_entropy``, ``penalty`` and ``outputs``, detached.
+        weight_decay: Used where the settings name none.
+    """
+
+    summary: str
+    criterion: Callable[[Settings, ImageSet], nn.Module]
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What a criterion leaves of its last call, detached."""
+
+    cross_entropy: Tensor
+    penalty: Tensor
+    outputs: Tensor
+
+
+class CrossEntropy(nn.Module):
+    """Plain training: the mean cross-entropy."""
+
+    last: StepStatistics | None = None
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of ``model(images)``, a scalar."""
+        outputs = model(images)
+        loss = cross_entropy_per_sample(outputs, labels).mean()
+        self.last = StepStatistics(loss.detach(), loss.new_zeros(()), outputs.detach())
+        return loss
+
+
+def _plain(settings: Settings, data: ImageSet) -> nn.Module:
+    return CrossEntropy()
+
+
+def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
+    return SGRLoss(IdentityCovariance(data.pixel_variance()), strength=settings.strength)
+
+
+def _structured(settings: Settings, data: ImageSet) -> nn.Module:
+    channels, height, width = data.images.shape[1:]
+    variance = data.pixel_variance()
+    if settings.perturbation == EXPONENTIAL:
+        fixed = CovarianceFunction.exponential(
+            channels, (height, width), settings.decay_length, target_variance=variance
+        )
+        return SGRLoss(fixed, strength=settings.strength)
+    running = CovarianceFunction(
+        channels,
+        (height, width),
+        decay=settings.update_rate,
+        binning=settings.binning,
+        target_variance=variance,
+        psd=settings.psd,
+    )
+    return SGRLoss(running, strength=settings.strength, perturbation=settings.perturbation)
+
+
+METHODS: dict[str, Method] = {
+    "clean": Method("cross-entropy alone", _plain),
+    "wdecay": Method("cross-entropy with weight decay", _plain, weight_decay=5e-4),
+    "gn": Method("gradient-norm penalty: SGR with an identity covariance", _gradient_norm),
+    "sgr": Method("structured gradient regularization", _structured),
+}
+
+
+def build_criterion(settings: Settings, data: ImageSet) -> nn.Module:
+    """The criterion of ``settings.method``, its covariance scaled to the variance of ``data``."""
+    return METHODS[settings.method].criterion(settings, data)
+
+
+def weight_decay(settings: Settings) -> float:
+    """The weight decay that applies: the settings' own or the method's default."""
+    if settings.weight_decay is not None:
+        return settings.weight_decay
+    return METHODS[settings.method].weight_decay
+
+
+def settings_from_dict(values: dict[str, Any]) -> Settings:
+    """Settings as ``dataclasses.asdict`` wrote them.
+
+    Raises:
+        ValueError: for unknown names.
+    """
+    unknown = sorted(set(values) - {field.name for field in fields(Settings)})
+    if unknown:
+        raise ValueError(f"unknown training setting {unknown[0]!r}: written by another version?")
+    return Settings(**values)
