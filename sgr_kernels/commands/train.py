@@ -64,8 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     if existing and not arguments.resume:
         raise ValueError(f"{out} already holds a checkpoint: add --resume to continue it, or name another --out")
     data = common.load_for(arguments.data)
-    trainer = Trainer(settings_from(arguments, common.architecture_for(data.train.images.shape[1:])), data,
-                      device=common.device(arguments.device))
+    trainer = Trainer(
+        settings_from(arguments, common.architecture_for(data.train.images.shape[1:])),
+        data,
+        device=common.device(arguments.device),
+    )
     if existing:
         trainer.resume(out)
         print(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")

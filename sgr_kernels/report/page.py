@@ -42,7 +42,9 @@ class Page:
         """A table; first column to the left, the others to the right."""
         rule = ["---", *["---:"] * (len(header) - 1)]
         lines = [header, rule, *rows]
-        self._blocks.append("\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines))
+        self._blocks.append(
+            "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        )
 
     def figure(self, file: str, description: str) -> None:
         """A picture from a file beside the page, and what it shows below it."""

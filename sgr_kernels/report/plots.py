@@ -143,7 +143,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             axes.axvline(line.mark, color=COLORS[index], linestyle=":", linewidth=1.2)
     for y, name in panel.levels:
         axes.axhline(y, color="#999999", linestyle=":", linewidth=1)
-        axes.annotate(name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666", size=8)
+        axes.annotate(
+            name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666", size=8
+        )
     if panel.x_ticks is not None:
         axes.set_xticks(range(len(panel.x_ticks)), [f"{tick:g}" for tick in panel.x_ticks])
     if panel.y_range is not None:

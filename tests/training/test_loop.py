@@ -161,7 +161,9 @@ def test_other_settings_data_and_models_are_refused(digits, tmp_path):
     state = checkpoint.load(tmp_path / CHECKPOINT_FILE)
     state["settings"]["architecture"] = "cifar10"
     checkpoint.save(tmp_path / "other", state)
-    with pytest.raises(CheckpointError, match=r"'features.0.weight' of shape \(32, 1, 3, 3\), expected \(64, 3, 3, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'features.0.weight' of shape \(32, 1, 3, 3\), expected \(64, 3, 3, 3\)"
+    ):
         load_model(tmp_path / "other")
 
 
