@@ -95,7 +95,7 @@ def load_for(data: str, trained_on: str | None = None, architecture: str | None 
     return loaded
 
 
-def writable_parent(path: str) -> Path:
+def writable_parent(path: str | Path) -> Path:
     """The path, its folder made if need be."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

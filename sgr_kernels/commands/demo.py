@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     result = demonstrate(
         arguments.out, options, device=common.device(arguments.device), say=lambda line: print(line, flush=True)
     )
-    print(
-        f"\n{result.terminal_summary()}\n\n{result.seconds / 60:.1f} minutes; the report: {Path(arguments.out) / 'report.md'}"
-    )
+    print(f"\n{result.terminal_summary()}\n")
+    print(f"{result.seconds / 60:.1f} minutes; the report: {Path(arguments.out) / 'report.md'}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -59,9 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         batches = Batches(images, arguments.batch_size, device=device)
         result = evaluate(model.to(device), batches, plan, on_part=show)
-    path = common.writable_parent(
-        arguments.out or Path(checkpoint_file(arguments.checkpoint)).parent / "evaluation.json"
-    )
+    path = common.writable_parent(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
     record = {
         "sgr_kernels": __version__,
         "data": images.name,

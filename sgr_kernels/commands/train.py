@@ -45,6 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the exponential covariance, in pixels",
     )
     add("--update-rate", type=common.positive, default=_DEFAULTS["update_rate"], help="of the running covariance")
+    add("--update-every", type=common.whole, default=_DEFAULTS["update_every"], metavar="N", help="of that, in steps")
+    add(
+        "--penalty-every",
+        type=common.whole,
+        default=_DEFAULTS["penalty_every"],
+        metavar="STEPS",
+        help="with that weight",
+    )
+    add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
     add("--weight-decay", type=common.nonnegative, help="squared-norm penalty on the parameters; none: the method's")

@@ -107,8 +107,8 @@ class Demonstration:
         return (
             f"Accuracy in %. No attack: all {self.test_images:,} test digits. The rest: the first "
             f"{self.attacked_images} of them. FGSM, PGD: mean over eps {min(eps):g} to {max(eps):g} of 255. "
-            f"Noise: Gaussian, correlated over so many pixels, {self.plan.noise_eps[-1]:g} times as strong as the digit, "
-            f"worst of {self.plan.draws} draws."
+            f"Noise: Gaussian, correlated over so many pixels, {self.plan.noise_eps[-1]:g} times as strong as the "
+            f"digit, worst of {self.plan.draws} draws."
         )
 
     def _finding(self) -> str:
@@ -201,7 +201,7 @@ def _noise_figure(demonstration: Demonstration) -> plots.Figure:
         ]
         panels.append(
             _accuracy_panel(
-                f"noise eps {eps:g} (times the digit's deviation)", "decay length [pixels]", lines, plan.decay_lengths
+                f"noise {eps:g} times as strong as the digit", "decay length [pixels]", lines, plan.decay_lengths
             )
         )
     return line_figure(panels, f"Accuracy under correlated noise, worst of {plan.draws} draws")

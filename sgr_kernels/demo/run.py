@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ class Options:
     decay_length: float = 16.0
     train_images: int | None = None
     seed: int = 0
-    plan: Plan = Plan(eps=(0, 2, 4, 8, 12, 16, 24, 32), noise_eps=(0.3, 0.5, 1.0))
+    plan: Plan = field(default_factory=lambda: Plan(eps=(0, 2, 4, 8, 12, 16, 24, 32), noise_eps=(0.3, 0.5, 1.0)))
 
     def attacks(self) -> Plan:
         """The plan with the options' own draws and seed."""

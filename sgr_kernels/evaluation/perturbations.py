@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from sgr_kernels.attacks import fgsm, pgd
-from sgr_kernels.attacks.guard import preserve
 from torch import Tensor, nn
 
+from sgr_kernels.attacks import fgsm, pgd
+from sgr_kernels.attacks.guard import preserve
 from sgr_kernels.functional import displacement_covariance
 
 SOURCES = ("gradient", "sign", "fgsm", "pgd")
@@ -48,8 +48,10 @@ def perturbation_covariance(
     """Covariance function of the perturbations of all images: second moments by rounded displacement, (C, C, K).
 
     Args:
-        model, source, eps: As for ``perturbations``.
+        model: As for ``perturbations``.
         loader: Batches (images, labels).
+        source: As for ``perturbations``.
+        eps: As for ``perturbations``.
         seed: Of PGD's random starts.
 
     Raises:

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from sgr_kernels.attacks import correlated_noise, fgsm, pgd
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
-from torch import Tensor, nn
 
 PIXEL_LEVELS = 255
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
+from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. With the markers, also in print.
 COLORS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -92,9 +94,9 @@ def line_figure(panels: Sequence[Panel], title: str = "") -> Figure:
 
 
 def image_grid(rows: Sequence[tuple[str, Sequence[Tile]]], title: str = "") -> Figure:
-    """Rows of pictures, each row under its name; right answers are green, wrong ones red and underlined by a cross."""
+    """Rows of pictures, each row under its name; right answers below them are green, wrong ones red."""
     columns = max(len(tiles) for _, tiles in rows)
-    figure = Figure(figsize=(1.35 * columns + 1.6, 1.75 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.25 * columns + 1.6, 1.85 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, tiles) in zip(grid, rows):
         for axes in row:
@@ -125,7 +127,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         # Error bars at the same x would hide one another.
         shift = 0.05 * (k - (len(panel.lines) - 1) / 2) if positions is not None else 0.0
         x = [positions[value] + shift for value in line.x] if positions is not None else list(line.x)
-        style = {
+        style: dict[str, Any] = {
             "label": line.label,
             "color": COLORS[index],
             "marker": _MARKERS[index] if panel.markers else None,
@@ -134,9 +136,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             "linewidth": 1.8,
         }
         if line.low is not None and line.high is not None:
-            y = np.asarray(line.y)
-            errors = np.stack([y - np.asarray(line.low), np.asarray(line.high) - y]).clip(min=0)
-            axes.errorbar(x, y, yerr=errors, capsize=3, elinewidth=1, **style)
+            points = np.asarray(line.y)
+            errors = np.stack([points - np.asarray(line.low), np.asarray(line.high) - points]).clip(min=0)
+            axes.errorbar(x, points, yerr=errors, capsize=3, elinewidth=1, **style)
         else:
             axes.plot(x, line.y, **style)
         if line.mark is not None:
@@ -159,15 +161,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _write_answers(axes: Axes, answers: Sequence[tuple[str, bool]]) -> None:
-    """The answers in one line below the picture, each in its colour and, for readers without red, marked."""
-    parts = [
+    """The answers below the picture, in green or red and, for readers who see neither, ticked or crossed."""
+    parts: list[Artist] = [
         TextArea(
             f"{text} {'✓' if right else '✗'}",
             textprops={"color": _RIGHT if right else _WRONG, "size": 8, "family": "DejaVu Sans"},
         )
         for text, right in answers
     ]
-    box = HPacker(children=parts, pad=0, sep=5)
+    box = VPacker(children=parts, pad=0, sep=1)
     axes.add_artist(
         AnnotationBbox(box, (0.5, -0.03), xycoords="axes fraction", box_alignment=(0.5, 1), frameon=False, pad=0)
     )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sgr_kernels.loss import StepStatistics
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.methods import Settings, StepStatistics, build_criterion, settings_from_dict, weight_decay
+from sgr_kernels.training.methods import Settings, build_criterion, settings_from_dict, weight_decay
 from sgr_kernels.training.models import CarliniWagner, carlini_wagner
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -183,18 +184,26 @@ class Trainer:
         self.step += 1
         last = cast(StepStatistics, self.criterion.last)
         correct = (last.outputs.argmax(1) == labels).sum()
-        means = torch.stack([loss.detach(), last.cross_entropy, last.penalty]).double()
-        self._totals += torch.cat([means * len(labels), correct.double()[None], means.new_tensor([len(labels)])])
+        count = len(labels)
+        penalty, penalized = (last.penalty, count) if last.penalty is not None else (torch.zeros_like(loss), 0)
+        sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty * penalized]
+        self._totals += torch.stack([*(s.double() for s in sums), *self._totals.new_tensor([count, penalized])])
 
     def _finish_epoch(self) -> None:
         self._require_finite()
-        *sums, seen = self._totals.tolist()
-        names = ("loss", "cross_entropy", "penalty", "train_accuracy")
+        loss, cross_entropy, correct, penalty, seen, penalized = self._totals.tolist()
         self.epoch, self.step = self.epoch + 1, 0
-        record = {"epoch": self.epoch, **{name: value / seen for name, value in zip(names, sums)}}
-        record["test_accuracy"] = accuracy(self.model, self.test_batches)
-        record["seconds"] = round(self._seconds, 2)
-        self.history.append(record)
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "loss": loss / seen,
+                "cross_entropy": cross_entropy / seen,
+                "penalty": penalty / max(1, penalized),
+                "train_accuracy": correct / seen,
+                "test_accuracy": accuracy(self.model, self.test_batches),
+                "seconds": round(self._seconds, 2),
+            }
+        )
         self._totals, self._seconds = self._no_totals(), 0.0
 
     def _require_finite(self) -> None:
@@ -205,8 +214,8 @@ class Trainer:
             )
 
     def _no_totals(self) -> Tensor:
-        """Sums over the epoch's samples of loss, cross-entropy, penalty and hits; their number last."""
-        return torch.zeros(5, dtype=torch.float64, device=self.device)
+        """Sums over the epoch's samples of loss, cross-entropy, hits and penalty; samples seen and penalized."""
+        return torch.zeros(6, dtype=torch.float64, device=self.device)
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgr_kernels.covariance import CovarianceFunction, IdentityCovariance
-from sgr_kernels.loss import SGRLoss, cross_entropy_per_sample
+from sgr_kernels.loss import SGRLoss, StepStatistics, cross_entropy_per_sample
+from sgr_kernels.perturbations import ATTACKS, FREE
 from sgr_kernels.training.datasets import ImageSet
 
 EXPONENTIAL = "exponential"
-PERTURBATIONS = ("gradient", "sign", "fgsm", "pgd", EXPONENTIAL)
+PERTURBATIONS = (*FREE, *ATTACKS, EXPONENTIAL)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Settings:
             exp(-r / decay_length), half of it between channels.
         decay_length: Of the fixed exponential covariance, in pixels.
         update_rate: Weight of a new batch in the running estimate (beta of Eq. 14).
+        update_every: Steps from one update of the estimate to the next.
+        penalty_every: Steps from one penalty to the next, each with that weight.
+        mean_correction: Whether the penalty takes the perturbations' mean into account (Eq. 12).
         binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
         psd: ``"clip"`` keeps the estimate positive semidefinite, ``"none"`` is the paper's.
         weight_decay: Squared-norm penalty on the parameters; None: the method's own default.
@@ -45,6 +49,9 @@ class Settings:
     perturbation: str = "sign"
     decay_length: float = 8.0
     update_rate: float = 0.1
+    update_every: int = 1
+    penalty_every: int = 1
+    mean_correction: bool = False
     binning: str = "rounded"
     psd: str = "clip"
     weight_decay: float | None = None
@@ -79,22 +86,13 @@ class Method:
     Attributes:
         summary: One line for the command's help.
         criterion: (settings, training data) -> module computing the loss from (model, images, labels) and leaving
-            ``last`` with ``cross_entropy``, ``penalty`` and ``outputs``, detached.
+            `StepStatistics` of it in ``last``.
         weight_decay: Used where the settings name none.
     """
 
     summary: str
     criterion: Callable[[Settings, ImageSet], nn.Module]
     weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """What a criterion leaves of its last call, detached."""
-
-    cross_entropy: Tensor
-    penalty: Tensor
-    outputs: Tensor
 
 
 class CrossEntropy(nn.Module):
@@ -106,7 +104,8 @@ class CrossEntropy(nn.Module):
         """Mean cross-entropy of ``model(images)``, a scalar."""
         outputs = model(images)
         loss = cross_entropy_per_sample(outputs, labels).mean()
-        self.last = StepStatistics(loss.detach(), loss.new_zeros(()), outputs.detach())
+        value = loss.detach()
+        self.last = StepStatistics(value, value, penalty=None, outputs=outputs.detach(), gradient_norm=None)
         return loss
 
 
@@ -115,7 +114,9 @@ def _plain(settings: Settings, data: ImageSet) -> nn.Module:
 
 
 def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
-    return SGRLoss(IdentityCovariance(data.pixel_variance()), strength=settings.strength)
+    return SGRLoss(
+        IdentityCovariance(data.pixel_variance()), strength=settings.strength, penalty_every=settings.penalty_every
+    )
 
 
 def _structured(settings: Settings, data: ImageSet) -> nn.Module:
@@ -125,7 +126,7 @@ def _structured(settings: Settings, data: ImageSet) -> nn.Module:
         fixed = CovarianceFunction.exponential(
             channels, (height, width), settings.decay_length, target_variance=variance
         )
-        return SGRLoss(fixed, strength=settings.strength)
+        return SGRLoss(fixed, strength=settings.strength, penalty_every=settings.penalty_every)
     running = CovarianceFunction(
         channels,
         (height, width),
@@ -134,7 +135,14 @@ def _structured(settings: Settings, data: ImageSet) -> nn.Module:
         target_variance=variance,
         psd=settings.psd,
     )
-    return SGRLoss(running, strength=settings.strength, perturbation=settings.perturbation)
+    return SGRLoss(
+        running,
+        strength=settings.strength,
+        perturbation=settings.perturbation,
+        update_every=settings.update_every,
+        penalty_every=settings.penalty_every,
+        mean_correction=settings.mean_correction,
+    )
 
 
 METHODS: dict[str, Method] = {
