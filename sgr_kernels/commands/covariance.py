@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     functions = []
     for source in sources:
         values = estimate(source)
-        length = CovarianceFunction.from_values(values, size).decay_length()
-        functions.append(DisplacementFunction(_title(source, arguments.eps), values.cpu().numpy(), float(length)))
+        length = float(CovarianceFunction.from_values(values, size).decay_length().diagonal().mean())
+        functions.append(DisplacementFunction(_title(source, arguments.eps), values.cpu().numpy(), length))
     plots.save(covariance_figure(functions, f"{len(images)} images of {images.name}"), path)
     numbers = {
         "data": images.name,

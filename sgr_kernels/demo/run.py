@@ -17,7 +17,7 @@ from sgr_kernels.attacks import pgd
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.demo.report import Demonstration, Pictures, write_report
 from sgr_kernels.evaluation.perturbations import perturbation_covariance
-from sgr_kernels.evaluation.suite import PIXEL_LEVELS, Evaluation, Plan, evaluate
+from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS, Evaluation, Plan, evaluate
 from sgr_kernels.report.covariance import DisplacementFunction
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
@@ -53,7 +53,7 @@ class Options:
     decay_length: float = 16.0
     train_images: int | None = None
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(eps=(0, 2, 4, 8, 12, 16, 24, 32), noise_eps=(0.3, 0.5, 1.0)))
+    plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], pgd_steps=10, noise_eps=(0.3, 0.5, 1.0)))
 
     def attacks(self) -> Plan:
         """The plan with the options' own draws and seed."""

@@ -18,7 +18,7 @@ class DisplacementFunction:
     Attributes:
         name: What it is the covariance of.
         values: (C, C, K); ``values[c, d, k]`` is the covariance of channels c and d at displacement k.
-        decay_length: Displacement at which it has fallen to 1/e; infinite if it never does.
+        decay_length: Displacement at which it has fallen to 1/e, mean over the channels; infinite if it never does.
     """
 
     name: str
