@@ -24,7 +24,7 @@ def whole(text: str) -> int:
     return value
 
 
-def seed(text: str) -> int:
+def natural(text: str) -> int:
     """Argument type: an integer >= 0."""
     value = int(text)
     if value < 0:

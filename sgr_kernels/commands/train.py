@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sgr_kernels.commands import common
+from sgr_kernels.penalty import METHODS as PENALTY_METHODS
 from sgr_kernels.report.page import percent
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, TrainingError
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import METHODS, PERTURBATIONS, Settings
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -53,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="with that weight",
     )
+    add("--fraction", type=common.positive, default=_DEFAULTS["fraction"], help="share of each batch that is penalized")
+    add(
+        "--penalty-method",
+        choices=(*PENALTY_METHODS, "auto"),
+        default=_DEFAULTS["penalty_method"],
+        help="way to the penalty's gradient; finite-difference is the cheapest, and approximate",
+    )
+    add("--warmup", type=common.natural, default=_DEFAULTS["warmup"], metavar="STEPS", help="over which the strength grows")
     add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
@@ -61,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
-    add("--seed", type=common.seed, default=_DEFAULTS["seed"], help="of everything random")
+    add("--seed", type=common.natural, default=_DEFAULTS["seed"], help="of everything random")
     add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
     common.add_device(parser)
 
@@ -90,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 on_epoch=lambda record: tqdm.write(epoch_line(record, arguments.epochs)),
                 stop=interrupted,
             )
-        except TrainingError as error:
+        except RuntimeError as error:  # not the input's shape but its course: no finite loss, no memory
             raise ValueError(str(error)) from error
     if not finished:
         print(f"interrupted; to continue: the same command with --resume (checkpoint in {out})")

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sgr_kernels.loss import StepStatistics
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.datasets import DataSet
@@ -50,7 +49,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, torch.device(device)
         self.model: CarliniWagner = carlini_wagner(settings.architecture).to(device)
-        self.criterion = build_criterion(settings, data.train).to(device)
+        self.criterion: Any = build_criterion(settings, data.train).to(device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=weight_decay(settings)
         )
@@ -182,15 +181,16 @@ class Trainer:
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        last = cast(StepStatistics, self.criterion.last)
+        last = self.criterion.peek()
         correct = (last.outputs.argmax(1) == labels).sum()
         count = len(labels)
-        penalty, penalized = (last.penalty, count) if last.penalty is not None else (torch.zeros_like(loss), 0)
+        penalty, penalized = (last.penalty.nan_to_num(), count) if last.penalty is not None else (loss.new_zeros(()), 0)
         sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty * penalized]
         self._totals += torch.stack([*(s.double() for s in sums), *self._totals.new_tensor([count, penalized])])
 
     def _finish_epoch(self) -> None:
         self._require_finite()
+        self.criterion.last  # noqa: B018  (reading it warns of what went wrong, and waits for the device)
         loss, cross_entropy, correct, penalty, seen, penalized = self._totals.tolist()
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append(

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sgr_kernels.covariance import CovarianceFunction, IdentityCovariance
-from sgr_kernels.loss import SGRLoss, StepStatistics, cross_entropy_per_sample
+from sgr_kernels.covariance import Covariance, CovarianceFunction, IdentityCovariance
+from sgr_kernels.loss import SGRLoss, StepStatistics, linear_warmup
+from sgr_kernels.per_sample import cross_entropy_per_sample
 from sgr_kernels.perturbations import ATTACKS, FREE
 from sgr_kernels.training.datasets import ImageSet
 
@@ -32,6 +34,9 @@ class Settings:
         update_rate: Weight of a new batch in the running estimate (beta of Eq. 14).
         update_every: Steps from one update of the estimate to the next.
         penalty_every: Steps from one penalty to the next, each with that weight.
+        fraction: Share of each batch that is penalized.
+        penalty_method: Way to the penalty's gradient, as `SGRLoss` takes it.
+        warmup: Steps over which the strength grows linearly to its value; 0: none.
         mean_correction: Whether the penalty takes the perturbations' mean into account (Eq. 12).
         binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
         psd: ``"clip"`` keeps the estimate positive semidefinite, ``"none"`` is the paper's.
@@ -51,6 +56,9 @@ class Settings:
     update_rate: float = 0.1
     update_every: int = 1
     penalty_every: int = 1
+    fraction: float = 1.0
+    penalty_method: str = "double-backward"
+    warmup: int = 0
     mean_correction: bool = False
     binning: str = "rounded"
     psd: str = "clip"
@@ -70,6 +78,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be a number of steps >= 0, got {self.warmup}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number > 0, got {self.learning_rate}")
 
@@ -86,7 +96,7 @@ class Method:
     Attributes:
         summary: One line for the command's help.
         criterion: (settings, training data) -> module computing the loss from (model, images, labels) and leaving
-            `StepStatistics` of it in ``last``.
+            `StepStatistics` of it in ``last`` (with warnings) and ``peek()`` (without).
         weight_decay: Used where the settings name none.
     """
 
@@ -98,15 +108,40 @@ class Method:
 class CrossEntropy(nn.Module):
     """Plain training: the mean cross-entropy."""
 
-    last: StepStatistics | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: StepStatistics | None = None
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of ``model(images)``, a scalar."""
         outputs = model(images)
         loss = cross_entropy_per_sample(outputs, labels).mean()
         value = loss.detach()
-        self.last = StepStatistics(value, value, penalty=None, outputs=outputs.detach(), gradient_norm=None)
+        self._last = StepStatistics(
+            loss=value,
+            cross_entropy=value,
+            penalty=None,
+            strength=0.0,
+            outputs=outputs.detach(),
+            gradient_norm=None,
+            nonfinite_penalties=torch.zeros((), dtype=torch.int64),
+        )
         return loss
+
+    def peek(self) -> StepStatistics:
+        """What the last call computed.
+
+        Raises:
+            RuntimeError: if there was no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("peek: the criterion has not been called yet")
+        return self._last
+
+    @property
+    def last(self) -> StepStatistics:
+        """The same; there is nothing to warn of."""
+        return self.peek()
 
 
 def _plain(settings: Settings, data: ImageSet) -> nn.Module:
@@ -114,34 +149,41 @@ def _plain(settings: Settings, data: ImageSet) -> nn.Module:
 
 
 def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
-    return SGRLoss(
-        IdentityCovariance(data.pixel_variance()), strength=settings.strength, penalty_every=settings.penalty_every
-    )
+    return _penalized(settings, IdentityCovariance(data.pixel_variance()))
 
 
 def _structured(settings: Settings, data: ImageSet) -> nn.Module:
     channels, height, width = data.images.shape[1:]
-    variance = data.pixel_variance()
+    size, variance = (height, width), data.pixel_variance()
     if settings.perturbation == EXPONENTIAL:
-        fixed = CovarianceFunction.exponential(
-            channels, (height, width), settings.decay_length, target_variance=variance
-        )
-        return SGRLoss(fixed, strength=settings.strength, penalty_every=settings.penalty_every)
+        fixed = CovarianceFunction.exponential(channels, size, settings.decay_length, target_variance=variance)
+        return _penalized(settings, fixed)
     running = CovarianceFunction(
         channels,
-        (height, width),
+        size,
         decay=settings.update_rate,
         binning=settings.binning,
         target_variance=variance,
         psd=settings.psd,
     )
-    return SGRLoss(
+    return _penalized(
+        settings,
         running,
-        strength=settings.strength,
         perturbation=settings.perturbation,
         update_every=settings.update_every,
-        penalty_every=settings.penalty_every,
         mean_correction=settings.mean_correction,
+    )
+
+
+def _penalized(settings: Settings, covariance: Covariance, **options: Any) -> SGRLoss:
+    strength = linear_warmup(settings.strength, settings.warmup) if settings.warmup else settings.strength
+    return SGRLoss(
+        covariance,
+        strength,
+        penalty_every=settings.penalty_every,
+        fraction=settings.fraction,
+        method=settings.penalty_method,
+        **options,
     )
 
 
