@@ -1,0 +1,72 @@
+"""The command line: ``sgr COMMAND ...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sgr_kernels._version import __version__
+
+# Each command is a module of its name in sgr_kernels.commands, with add_arguments(parser) and run(arguments).
+COMMANDS = {
+    "demo": "train clean, gradient-norm and SGR networks on shipped digits and report how they differ",
+    "train": "train a network on images, resumably",
+    "evaluate": "attack a trained network and report its accuracy",
+    "covariance": "estimate and plot covariance functions of images or of adversarial perturbations",
+}
+
+# Packages of the [train] extra, which a plain installation lacks.
+_OPTIONAL = ("matplotlib", "safetensors", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the process's exit status.
+
+    0: done. 1: ended early by an interrupt that was honoured between two steps. 2: the input is at fault.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(argv).parse_args(argv)
+    try:
+        return import_module(f"sgr_kernels.commands.{arguments.command}").run(arguments)
+    except KeyboardInterrupt:
+        print("sgr: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in _OPTIONAL:
+            raise
+        message = f"{error.name} is not installed: pip install 'sgr_kernels[train]'"
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        message = " ".join(str(error).split())
+    print(f"sgr: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's module is imported, so that the overview appears at once."""
+    parser = argparse.ArgumentParser(
+        prog="sgr",
+        description="Structured gradient regularization: train robust image classifiers, attack them, look inside.",
+        epilog="'sgr COMMAND --help' lists a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"sgr_kernels {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            import_module(f"sgr_kernels.commands.{name}").add_arguments(command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

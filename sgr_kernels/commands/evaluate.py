@@ -1,0 +1,97 @@
+"""``sgr evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from tqdm import tqdm
+
+from sgr_kernels._version import __version__
+from sgr_kernels.commands import common
+from sgr_kernels.evaluation.suite import DECAY_LENGTHS, EPS_GRIDS, Evaluation, Plan, evaluate, parts
+from sgr_kernels.report.page import percent, text_table
+from sgr_kernels.training.batches import Batches
+from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.loop import checkpoint_file, load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a training's folder or its checkpoint file")
+    common.add_data(parser)
+    add("--images", type=common.whole, metavar="N", help="only the first N test images")
+    add("--eps", type=common.nonnegative, nargs="+", help="FGSM's and PGD's, in grey levels (1/255); none: the paper's")
+    add("--pgd-steps", type=common.whole, default=Plan.pgd_steps, help="steps of PGD")
+    add(
+        "--decay-lengths", type=common.positive, nargs="+", default=DECAY_LENGTHS, help="of correlated noise, in pixels"
+    )
+    add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
+    add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
+    add("--seed", type=common.natural, default=Plan.seed, help="of random starts and noise")
+    add("--batch-size", type=common.whole, default=500, help="images attacked at once")
+    add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint")
+    common.add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print a table, write JSON."""
+    device = common.device(arguments.device)
+    model, state = load_model(arguments.checkpoint)
+    architecture = state["settings"]["architecture"]
+    data = common.load_for(arguments.data, state["data"]["name"], architecture)
+    images = data.test.first(arguments.images)
+    plan = Plan(
+        eps=arguments.eps or EPS_GRIDS[architecture],
+        pgd_steps=arguments.pgd_steps,
+        decay_lengths=arguments.decay_lengths,
+        noise_eps=arguments.noise_eps,
+        draws=arguments.draws,
+        seed=arguments.seed,
+    )
+    with tqdm(total=parts(plan), disable=None, unit="part", leave=False) as bar:
+
+        def show(part: str) -> None:
+            bar.set_description(part)
+            bar.update()
+
+        batches = Batches(images, arguments.batch_size, device=device)
+        result = evaluate(model.to(device), batches, plan, on_part=show)
+    path = common.writable_parent(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
+    record = {
+        "sgr_kernels": __version__,
+        "data": images.name,
+        "images": len(images),
+        "settings": state["settings"],
+        "epochs": state["position"]["epoch"],
+        **result.to_dict(),
+    }
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    print(summary(result, plan, f"{len(images)} test images of {images.name}"))
+    print(f"\nwritten: {path}")
+    return 0
+
+
+def summary(result: Evaluation, plan: Plan, images: str) -> str:
+    """The results as tables for the terminal."""
+    (interval,) = result.clean.interval()
+    gradient = text_table(
+        ["eps [1/255]", *(f"{eps:g}" for eps in plan.eps), "mean"],
+        [
+            [name, *(f"{100 * share:.1f}" for share in curve.accuracy), f"{100 * curve.area:.1f}"]
+            for name, curve in result.attacks.items()
+        ],
+    )
+    noise = text_table(
+        ["decay length", *(f"eps {eps:g}" for eps in plan.noise_eps)],
+        [
+            [f"{length:g}", *(f"{100 * share:.1f}" for share in curve.accuracy)]
+            for length, curve in result.noise.items()
+        ],
+    )
+    return (
+        f"accuracy in % on {images} (clean: {percent(result.clean.accuracy[0], interval)}, 95 % interval)\n\n"
+        f"gradient attacks (PGD: {plan.pgd_steps} steps)\n{gradient}\n\n"
+        f"correlated noise, worst of {plan.draws} draws, eps in units of the image's standard deviation\n{noise}"
+    )

@@ -1,0 +1,125 @@
+"""``sgr train``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sgr_kernels.commands import common
+from sgr_kernels.penalty import METHODS as PENALTY_METHODS
+from sgr_kernels.report.page import percent
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
+from sgr_kernels.training.methods import METHODS, PERTURBATIONS, Settings
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    common.add_data(parser)
+    add = parser.add_argument
+    add("--out", metavar="DIR", default="runs/latest", help="folder for checkpoint.safetensors and history.json")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
+    add("--epochs", type=common.whole, default=50, help="epochs in all, those before --resume included")
+    methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    add("--method", choices=METHODS, default=_DEFAULTS["method"], help=methods)
+    add(
+        "--strength",
+        type=common.nonnegative,
+        default=_DEFAULTS["strength"],
+        help="of the penalty, as a noise-to-signal ratio: the covariance is at the data's own variance",
+    )
+    add(
+        "--perturbation",
+        choices=PERTURBATIONS,
+        default=_DEFAULTS["perturbation"],
+        help="what SGR estimates its covariance from; exponential: a fixed covariance function",
+    )
+    add(
+        "--decay-length",
+        type=common.positive,
+        default=_DEFAULTS["decay_length"],
+        help="of the exponential covariance, in pixels",
+    )
+    add("--update-rate", type=common.positive, default=_DEFAULTS["update_rate"], help="of the running covariance")
+    add("--update-every", type=common.whole, default=_DEFAULTS["update_every"], metavar="N", help="of that, in steps")
+    add(
+        "--penalty-every",
+        type=common.whole,
+        default=_DEFAULTS["penalty_every"],
+        metavar="STEPS",
+        help="with that weight",
+    )
+    add("--fraction", type=common.positive, default=_DEFAULTS["fraction"], help="share of each batch that is penalized")
+    add(
+        "--penalty-method",
+        choices=(*PENALTY_METHODS, "auto"),
+        default=_DEFAULTS["penalty_method"],
+        help="way to the penalty's gradient; finite-difference is the cheapest, and approximate",
+    )
+    add("--warmup", type=common.natural, default=_DEFAULTS["warmup"], metavar="STEPS", help="over which the strength grows")
+    add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
+    add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
+    add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
+    add("--weight-decay", type=common.nonnegative, help="squared-norm penalty on the parameters; none: the method's")
+    add("--learning-rate", type=common.positive, default=_DEFAULTS["learning_rate"], help="of Adam")
+    add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
+    add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
+    add("--seed", type=common.natural, default=_DEFAULTS["seed"], help="of everything random")
+    add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
+    common.add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; 1 if interrupted."""
+    out = Path(arguments.out)
+    existing = (out / CHECKPOINT_FILE).is_file()
+    if existing and not arguments.resume:
+        raise ValueError(f"{out} already holds a checkpoint: add --resume to continue it, or name another --out")
+    data = common.load_for(arguments.data)
+    trainer = Trainer(
+        settings_from(arguments, common.architecture_for(data.train.images.shape[1:])),
+        data,
+        device=common.device(arguments.device),
+    )
+    if existing:
+        trainer.resume(out)
+        print(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")
+    with common.interrupt_between_steps() as interrupted:
+        try:
+            finished = trainer.run(
+                arguments.epochs,
+                out=out,
+                checkpoint_every=arguments.checkpoint_every,
+                on_epoch=lambda record: tqdm.write(epoch_line(record, arguments.epochs)),
+                stop=interrupted,
+            )
+        except RuntimeError as error:  # not the input's shape but its course: no finite loss, no memory
+            raise ValueError(str(error)) from error
+    if not finished:
+        print(f"interrupted; to continue: the same command with --resume (checkpoint in {out})")
+        return 1
+    print(f"trained: {out / CHECKPOINT_FILE}")
+    return 0
+
+
+def settings_from(arguments: argparse.Namespace, architecture: str) -> Settings:
+    """The training settings that the arguments name."""
+    values = {name: getattr(arguments, name) for name in _DEFAULTS if name != "architecture"}
+    if values["flip"] is None:
+        values["flip"] = architecture == "cifar10"
+    return Settings(architecture, **values)
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One line on a finished epoch."""
+    return (
+        f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  loss {record['loss']:.4f}  "
+        f"cross-entropy {record['cross_entropy']:.4f}  penalty {record['penalty']:.4f}  "
+        f"train {percent(record['train_accuracy'])}  test {percent(record['test_accuracy'])}  {record['seconds']:.0f} s"
+    )

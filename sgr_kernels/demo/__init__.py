@@ -1,0 +1,1 @@
+"""The demonstration behind ``sgr demo``: what is run, and the report that tells of it."""

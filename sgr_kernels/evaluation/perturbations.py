@@ -1,0 +1,68 @@
+"""Covariance functions of the perturbations that attacks find (section 4.2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels.attacks import fgsm, pgd
+from sgr_kernels.attacks.guard import preserve
+from sgr_kernels.functional import displacement_covariance
+
+SOURCES = ("gradient", "sign", "fgsm", "pgd")
+
+
+def perturbations(
+    model: nn.Module, images: Tensor, labels: Tensor, source: str, *, eps: float, generator: torch.Generator
+) -> Tensor:
+    """Perturbations of a batch.
+
+    Args:
+        model: Images (B, C, H, W) in [0, 1] to logits; left as it was.
+        images: (B, C, H, W).
+        labels: (B,), used by ``"gradient"`` and ``"sign"``; the attacks start from the model's own prediction.
+        source: ``"gradient"`` (of the loss), ``"sign"`` of it, ``"fgsm"`` or ``"pgd"`` (20 steps).
+        eps: Strength of the attacks, in pixel units.
+        generator: Of PGD's random starts.
+
+    Returns:
+        (B, C, H, W), detached.
+    """
+    if source in ("gradient", "sign"):
+        with preserve(model), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            loss = nn.functional.cross_entropy(model(leaf), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient if source == "gradient" else gradient.sign()
+    attacks: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}
+    if source not in attacks:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    return attacks[source](model, images, eps=eps, generator=generator) - images
+
+
+def perturbation_covariance(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], source: str, *, eps: float, seed: int = 0
+) -> Tensor:
+    """Covariance function of the perturbations of all images: second moments by rounded displacement, (C, C, K).
+
+    Args:
+        model: As for ``perturbations``.
+        loader: Batches (images, labels).
+        source: As for ``perturbations``.
+        eps: As for ``perturbations``.
+        seed: Of PGD's random starts.
+
+    Raises:
+        ValueError: for an unknown source or an empty loader.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total, count = None, 0
+    for images, labels in loader:
+        found = perturbations(model, images, labels, source, eps=eps, generator=generator)
+        part = displacement_covariance(found).double() * len(images)
+        total, count = part if total is None else total + part, count + len(images)
+    if total is None:
+        raise ValueError("loader: expected at least one batch, got none")
+    return (total / count).float()

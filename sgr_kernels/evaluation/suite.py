@@ -1,0 +1,110 @@
+"""The standard evaluation of a classifier: gradient attacks by strength, correlated noise by decay length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels.attacks import correlated_noise, fgsm, pgd
+from sgr_kernels.covariance import CovarianceFunction
+from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
+
+PIXEL_LEVELS = 255
+
+# Strengths in grey levels: the paper's ranges.
+EPS_GRIDS = {"mnist": tuple(range(0, 33, 4)), "cifar10": tuple(range(9))}
+DECAY_LENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to attack with.
+
+    Attributes:
+        eps: Strengths of FGSM and PGD, in grey levels (units of 1/255).
+        pgd_steps: Steps of PGD.
+        decay_lengths: Of the correlated noise exp(-r / decay length), in pixels.
+        noise_eps: Its strengths, in units of the image's own standard deviation.
+        draws: Draws of noise for each image, of which the worst counts.
+        seed: Of random starts and noise.
+    """
+
+    eps: Sequence[float]
+    pgd_steps: int = 20
+    decay_lengths: Sequence[float] = DECAY_LENGTHS
+    noise_eps: Sequence[float] = (0.3,)
+    draws: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of a plan on one model.
+
+    Attributes:
+        clean: Accuracy without any attack: a curve of the one strength 0.
+        attacks: ``"fgsm"`` and ``"pgd"``, strengths in grey levels.
+        noise: Correlated noise, by decay length.
+    """
+
+    clean: RobustnessCurve
+    attacks: dict[str, RobustnessCurve]
+    noise: dict[float, RobustnessCurve]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "clean": self.clean.to_dict(),
+            "attacks": {name: curve.to_dict() for name, curve in self.attacks.items()},
+            "noise": {f"{length:g}": curve.to_dict() for length, curve in self.noise.items()},
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    plan: Plan,
+    *,
+    on_part: Callable[[str], None] = lambda part: None,
+) -> Evaluation:
+    """Attack a model by plan.
+
+    Args:
+        model: Images (B, C, H, W) in [0, 1] to logits.
+        loader: Batches (images, labels); gone through several times, each time the same.
+        plan: Which attacks.
+        on_part: Called with the name of each part as it begins.
+
+    Returns:
+        One curve for each attack. All decay lengths see the same standard normal draws.
+    """
+    images, _ = next(iter(loader))
+    channels, height, width = images.shape[1:]
+
+    def curve(attack: Callable[..., Tensor], eps: Sequence[float]) -> RobustnessCurve:
+        generator = torch.Generator().manual_seed(plan.seed)
+        return robustness_curve(model, loader, attack, list(eps), generator)
+
+    on_part("clean")
+    clean = curve(fgsm, [0.0])
+    attacks = {}
+    for attack in (fgsm, partial(pgd, steps=plan.pgd_steps, early_stop=True)):
+        name = attack.func.__name__ if isinstance(attack, partial) else attack.__name__
+        on_part(name)
+        attacks[name] = curve(attack, [level / PIXEL_LEVELS for level in plan.eps])
+    noise = {}
+    for length in plan.decay_lengths:
+        on_part(f"noise {length:g}")
+        covariance = CovarianceFunction.exponential(channels, (height, width), length).to(images.device)
+        noise[length] = curve(partial(correlated_noise, covariance=covariance, draws=plan.draws), plan.noise_eps)
+    return Evaluation(clean, attacks, noise)
+
+
+def parts(plan: Plan) -> int:
+    """How often ``evaluate`` calls ``on_part``."""
+    return 3 + len(plan.decay_lengths)

@@ -1,0 +1,85 @@
+"""The figure of covariance functions against displacement, within and between channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sgr_kernels.report.plots import Line, Panel, line_figure
+
+
+@dataclass(frozen=True)
+class DisplacementFunction:
+    """A covariance function of pixel displacement.
+
+    Attributes:
+        name: What it is the covariance of.
+        values: (C, C, K); ``values[c, d, k]`` is the covariance of channels c and d at displacement k.
+        decay_length: Displacement at which it has fallen to 1/e, mean over the channels; infinite if it never does.
+    """
+
+    name: str
+    values: np.ndarray
+    decay_length: float
+
+    @property
+    def variance(self) -> float:
+        """Mean over the channels of the value at displacement 0."""
+        return float(np.diagonal(self.values[:, :, 0]).mean())
+
+
+# Channels in their own colours (numbers of the palette), pairs of channels in others.
+_CHANNELS = {"red": 1, "green": 3, "blue": 2}
+_PAIRS = {("red", "green"): 5, ("red", "blue"): 4, ("green", "blue"): 6}
+
+
+def covariance_figure(functions: Sequence[DisplacementFunction], title: str = "") -> Figure:
+    """Covariance functions divided by their own variance, decay lengths as dotted verticals.
+
+    Functions of one channel share a panel. Functions of several channels have one each, with the intra-channel
+    functions as solid and the inter-channel ones as dashed lines.
+    """
+    if all(function.values.shape[0] == 1 for function in functions):
+        lines = [
+            Line(_with_length(f), range(f.values.shape[2]), f.values[0, 0] / (f.variance or 1), mark=_finite(f))
+            for f in functions
+        ]
+        return line_figure([_panel("Covariance function (divided by its value at 0)", lines)], title)
+    return line_figure([_panel(_with_length(f), _channel_lines(f)) for f in functions], title)
+
+
+def _panel(title: str, lines: Sequence[Line]) -> Panel:
+    return Panel(
+        title,
+        "displacement [pixels]",
+        "covariance / variance",
+        lines,
+        levels=[(0, ""), (float(np.exp(-1)), "1/e")],
+        markers=False,
+    )
+
+
+def _channel_lines(function: DisplacementFunction) -> list[Line]:
+    channels = function.values.shape[0]
+    names = list(_CHANNELS) if channels == 3 else [f"channel {c}" for c in range(channels)]
+    lines = []
+    for c in range(channels):
+        for d in range(c, channels):
+            pair = names[c], names[d]
+            label = names[c] if c == d else f"{names[c]} and {names[d]}"
+            color = _CHANNELS.get(names[c]) if c == d else _PAIRS.get(pair)
+            values = function.values[c, d] / (function.variance or 1)
+            lines.append(Line(label, range(len(values)), values, color=color, dashed=c != d))
+    lines.sort(key=lambda line: line.dashed)
+    return [*lines[:-1], Line(**{**vars(lines[-1]), "mark": _finite(function)})]
+
+
+def _with_length(function: DisplacementFunction) -> str:
+    return f"{function.name} (decay length {function.decay_length:.1f})"
+
+
+def _finite(function: DisplacementFunction) -> float | None:
+    return function.decay_length if np.isfinite(function.decay_length) else None

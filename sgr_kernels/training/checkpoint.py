@@ -1,0 +1,151 @@
+"""Checkpoints: one safetensors file, tensors in its body and everything else as JSON in its header; no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+FORMAT = "sgr_kernels.checkpoint"
+VERSION = 1
+
+_TENSOR, _ITEMS, _TUPLE = "__tensor__", "__items__", "__tuple__"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, from a newer version, or belongs to another model or training."""
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a state atomically: afterwards the file holds the old state or the new one, never a part.
+
+    Args:
+        path: Where to; its folder must exist.
+        state: Nested dicts (keys: strings or numbers), lists and tuples of tensors, numbers, strings, booleans, None.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, "", tensors)
+    metadata = {"format": FORMAT, "version": str(VERSION), "tree": json.dumps(tree)}
+    write_atomically(path, serialize(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what ``save`` wrote; tensors lie on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is no checkpoint, damaged, or written by a newer version of this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is a safetensors file but no checkpoint of sgr_kernels")
+            version = int(metadata["version"])
+            if version > VERSION:
+                raise CheckpointError(
+                    f"{path} has checkpoint version {version}, this sgr_kernels reads up to {VERSION}: upgrade it"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            return _unflatten(json.loads(metadata["tree"]), tensors)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file by way of a temporary one beside it, flushed to disk before it takes the name."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def load_module(module: torch.nn.Module, state: dict[str, Any], what: str) -> None:
+    """``module.load_state_dict(state)`` with errors that say which tensor differs and how.
+
+    Raises:
+        CheckpointError: if a tensor is missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise CheckpointError(f"the checkpoint's {what} lacks {name!r}")
+        if isinstance(value, Tensor) and value.shape != state[name].shape:
+            raise CheckpointError(
+                f"the checkpoint's {what} has {name!r} of shape {tuple(state[name].shape)}, "
+                f"expected {tuple(value.shape)}"
+            )
+    left_over = sorted(set(state) - set(own))
+    if left_over:
+        raise CheckpointError(f"the checkpoint's {what} has {left_over[0]!r}, which is unknown here")
+    module.load_state_dict(state)
+
+
+def rng_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """State of torch's default generators on the CPU and on a CUDA device in use."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+    """Put the default generators back to a state from ``rng_state``."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a nested value; its tensors go into ``tensors`` under their path."""
+    if isinstance(value, Tensor):
+        # Copies, because safetensors refuses tensors that share memory.
+        name = path if path not in tensors else f"{path}#{len(tensors)}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        items = {key: _flatten(entry, f"{path}.{key}" if path else str(key), tensors) for key, entry in value.items()}
+        if all(isinstance(key, str) and not key.startswith("__") for key in items):
+            return items
+        return {_ITEMS: [[key, entry] for key, entry in items.items()]}  # JSON's own keys are strings only
+    if isinstance(value, list | tuple):
+        entries = [_flatten(entry, f"{path}.{index}", tensors) for index, entry in enumerate(value)]
+        return {_TUPLE: entries} if isinstance(value, tuple) else entries
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {path!r})")
+
+
+def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unflatten(entry, tensors) for entry in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    if _ITEMS in tree:
+        return {key: _unflatten(entry, tensors) for key, entry in tree[_ITEMS]}
+    if _TUPLE in tree:
+        return tuple(_unflatten(entry, tensors) for entry in tree[_TUPLE])
+    return {key: _unflatten(entry, tensors) for key, entry in tree.items()}

@@ -1,0 +1,252 @@
+"""The training loop: resumable between any two steps to the same weights as a run without a break."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sgr_kernels.training import checkpoint
+from sgr_kernels.training.batches import Augmentation, Batches
+from sgr_kernels.training.datasets import DataSet
+from sgr_kernels.training.methods import Settings, build_criterion, settings_from_dict, weight_decay
+from sgr_kernels.training.models import CarliniWagner, carlini_wagner
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+HISTORY_FILE = "history.json"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class Trainer:
+    """A training in progress: network, criterion, optimizer, position in the data, history.
+
+    Seeds torch's default generators with ``settings.seed``: everything random in a training follows from it.
+
+    Args:
+        settings: What to train and how.
+        data: Training and test images.
+        device: Where to train.
+
+    Attributes:
+        model: The network.
+        criterion: The method's loss.
+        epoch, step: Position: whole epochs done, and steps done in the current one.
+        history: One record per finished epoch.
+    """
+
+    def __init__(self, settings: Settings, data: DataSet, *, device: torch.device | str = "cpu") -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, torch.device(device)
+        self.model: CarliniWagner = carlini_wagner(settings.architecture).to(device)
+        self.criterion: Any = build_criterion(settings, data.train).to(device)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=weight_decay(settings)
+        )
+        fill = 0.5 if settings.architecture == "cifar10" else 0.0
+        self.batches = Batches(
+            data.train,
+            settings.batch_size,
+            device=device,
+            seed=settings.seed,
+            shuffle=True,
+            augmentation=Augmentation(fill=fill, flip=settings.flip) if settings.augment else None,
+        )
+        self.test_batches = Batches(data.test, 500, device=device)
+        self.data_name, self.data_digest = data.train.name, data.train.digest()
+        self.epoch = self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._totals = self._no_totals()
+        self._seconds = 0.0
+
+    def run(
+        self,
+        epochs: int,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 200,
+        progress: bool | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train until ``epochs`` epochs are done, counted from the beginning.
+
+        Args:
+            epochs: Epochs in all, those before a resumption included.
+            out: Folder for checkpoint and history; None: nothing is written.
+            checkpoint_every: Steps between checkpoints within an epoch; one is written at each epoch's end as well.
+            progress: Whether to show a progress bar; None: where standard error is a terminal.
+            on_epoch: Called with each finished epoch's record.
+            stop: Asked after each step; True ends the training there, with a checkpoint.
+
+        Returns:
+            Whether all epochs are done, which is False only where ``stop`` ended it.
+
+        Raises:
+            TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept.
+        """
+        folder = None if out is None else Path(out)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        steps = len(self.batches)
+        disable = None if progress is None else not progress
+        initial = self.epoch * steps + self.step
+        with tqdm(total=epochs * steps, initial=initial, disable=disable, unit="step", leave=False) as bar:
+            clock = time.perf_counter()
+            while self.epoch < epochs:
+                for images, labels in self.batches.epoch(self.epoch, self.step):
+                    self._train_step(images, labels)
+                    self._seconds += time.perf_counter() - clock
+                    bar.update()
+                    stopped = stop()
+                    epoch_done = self.step == steps
+                    if epoch_done:
+                        self._finish_epoch()
+                    if folder is not None and (stopped or epoch_done or self.step % checkpoint_every == 0):
+                        self.save(folder)
+                    if epoch_done:
+                        on_epoch(self.history[-1])
+                    if stopped:
+                        return self.epoch >= epochs
+                    clock = time.perf_counter()
+        return True
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``checkpoint.safetensors`` and ``history.json`` into an existing folder, each atomically."""
+        self._require_finite()
+        checkpoint.save(Path(folder) / CHECKPOINT_FILE, self.state_dict())
+        history = {"settings": asdict(self.settings), "data": self.data_name, "epochs": self.history}
+        checkpoint.write_atomically(Path(folder) / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Continue where a checkpoint, given as its file or folder, left off.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            CheckpointError: if it is damaged, newer than this package, or of another training.
+        """
+        self.load_state_dict(checkpoint.load(checkpoint_file(path)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the training depends on."""
+        return {
+            "settings": asdict(self.settings),
+            "data": {"name": self.data_name, "digest": self.data_digest},
+            "model": self.model.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": checkpoint.rng_state(self.device),
+            "position": {"epoch": self.epoch, "step": self.step},
+            "totals": self._totals,
+            "seconds": self._seconds,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            CheckpointError: if it is of other settings, other data, or another model.
+        """
+        differences = self.settings.differences(settings_from_dict(state["settings"]))
+        if differences:
+            raise checkpoint.CheckpointError(f"the checkpoint was trained with other settings ({differences[0]})")
+        if state["data"]["digest"] != self.data_digest:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data_name})"
+            )
+        checkpoint.load_module(self.model, state["model"], "model")
+        checkpoint.load_module(self.criterion, state["criterion"], "criterion")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
+        self.history = list(state["history"])
+        self._totals, self._seconds = state["totals"].to(self.device), state["seconds"]
+        checkpoint.restore_rng(state["rng"], self.device)
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        self.model.train()
+        self.criterion.train()
+        loss = self.criterion(self.model, images, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        last = self.criterion.peek()
+        correct = (last.outputs.argmax(1) == labels).sum()
+        count = len(labels)
+        penalty, penalized = (last.penalty.nan_to_num(), count) if last.penalty is not None else (loss.new_zeros(()), 0)
+        sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty * penalized]
+        self._totals += torch.stack([*(s.double() for s in sums), *self._totals.new_tensor([count, penalized])])
+
+    def _finish_epoch(self) -> None:
+        self._require_finite()
+        self.criterion.last  # noqa: B018  (reading it warns of what went wrong, and waits for the device)
+        loss, cross_entropy, correct, penalty, seen, penalized = self._totals.tolist()
+        self.epoch, self.step = self.epoch + 1, 0
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "loss": loss / seen,
+                "cross_entropy": cross_entropy / seen,
+                "penalty": penalty / max(1, penalized),
+                "train_accuracy": correct / seen,
+                "test_accuracy": accuracy(self.model, self.test_batches),
+                "seconds": round(self._seconds, 2),
+            }
+        )
+        self._totals, self._seconds = self._no_totals(), 0.0
+
+    def _require_finite(self) -> None:
+        if not bool(self._totals.isfinite().all()):
+            raise TrainingError(
+                f"the loss is no longer finite (epoch {self.epoch + 1}, step {self.step}): "
+                "try a smaller strength or learning rate"
+            )
+
+    def _no_totals(self) -> Tensor:
+        """Sums over the epoch's samples of loss, cross-entropy, hits and penalty; samples seen and penalized."""
+        return torch.zeros(6, dtype=torch.float64, device=self.device)
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Share of images whose largest logit is at the label; the model is in evaluation mode meanwhile."""
+    training = model.training
+    model.eval()
+    correct, seen = 0, 0
+    try:
+        with torch.no_grad():
+            for images, labels in batches:
+                correct += int((model(images).argmax(1) == labels).sum())
+                seen += len(labels)
+    finally:
+        model.train(training)
+    return correct / seen
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by a path: the file itself, or the one in a training's folder."""
+    path = Path(path)
+    return path / CHECKPOINT_FILE if path.is_dir() else path
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, Any]]:
+    """The trained network of a checkpoint (its file or folder), in evaluation mode, and the whole state.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged or newer than this package.
+    """
+    state = checkpoint.load(checkpoint_file(path))
+    model = carlini_wagner(state["settings"]["architecture"])
+    checkpoint.load_module(model, state["model"], "model")
+    return model.eval(), state

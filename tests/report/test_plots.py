@@ -1,0 +1,88 @@
+"""Figures: what is drawn is what was given, and nothing touches matplotlib's global state."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+
+from sgr_kernels.report.covariance import DisplacementFunction, covariance_figure
+from sgr_kernels.report.plots import COLORS, Line, Panel, Tile, image_grid, line_figure, save
+
+
+def panel(*lines, **options):
+    return Panel("title", "x", "y", lines, **options)
+
+
+def test_lines_error_bars_levels_and_marks_are_drawn_where_they_belong():
+    lines = [
+        Line("a", [0, 1, 2], [0.5, 0.6, 0.7], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]),
+        Line("b", [0, 1, 2], [1, 2, 3], color=4, dashed=True, mark=1.5),
+    ]
+    (axes,) = line_figure([panel(*lines, levels=[(0.1, "chance")], y_range=(0, 4))], "above").axes
+    (bars,) = axes.containers
+    points, _, (segments,) = bars.lines
+    assert np.allclose(points.get_xydata(), [[0, 0.5], [1, 0.6], [2, 0.7]])
+    assert np.allclose([s[:, 1] for s in segments.get_segments()], [[0.4, 0.7], [0.5, 0.8], [0.6, 0.9]])
+    dashed = next(line for line in axes.lines if line.get_label() == "b")
+    assert dashed.get_linestyle() == "--"
+    assert to_hex(dashed.get_color()) == COLORS[4]
+    assert any(list(line.get_xdata()) == [1.5, 1.5] for line in axes.lines)
+    assert "chance" in [text.get_text() for text in axes.texts]
+    assert axes.get_ylim() == (0, 4)
+    assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == ["a", "b"]
+
+
+def test_evenly_spaced_ticks_keep_their_names():
+    lines = [Line(name, [1, 2, 16], [0.1, 0.2, 0.3]) for name in "abc"]
+    (axes,) = line_figure([panel(*lines, x_ticks=[1, 2, 16])]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "16"]
+    positions = np.stack([line.get_xdata() for line in axes.lines[:3]])
+    assert np.abs(positions - [0, 1, 2]).max() < 0.2
+    assert len(np.unique(positions[:, 0])) == 3
+
+
+def test_grid_shows_images_with_right_and_wrong_answers(tmp_path):
+    rows = [(f"row {r}", [Tile(np.full((5, 5), 0.5), [("SGR: 3", True), ("GN: 8", False)], "a 3")] * 2) for r in "ab"]
+    figure = image_grid(rows)
+    assert len([axes for axes in figure.axes if axes.images]) == 4
+    save(figure, tmp_path / "grid.png")
+    image = imread(tmp_path / "grid.png")[..., :3]
+    greenish = (image[..., 1] > image[..., 0] + 0.2) & (image[..., 1] > image[..., 2] + 0.1)
+    reddish = (image[..., 0] > image[..., 1] + 0.5) & (image[..., 0] > image[..., 2] + 0.5)
+    assert greenish.any()
+    assert reddish.any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_covariance_functions_are_divided_by_their_variance(channels):
+    distance = np.arange(20)
+    values = np.exp(-distance / 4) * (0.5 + 0.5 * np.eye(channels)[..., None]) * 7
+    function = DisplacementFunction("f", values, 4.0)
+    assert function.variance == pytest.approx(7)
+    figure = covariance_figure([function, DisplacementFunction("g", values, np.inf)])
+    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 20]
+    pairs = channels * (channels + 1) // 2
+    assert len(drawn) == (2 if channels == 1 else pairs)
+    assert np.allclose(drawn[0].get_ydata(), np.exp(-distance / 4))
+    if channels > 1:
+        assert np.allclose(drawn[-1].get_ydata(), 0.5 * np.exp(-distance / 4))
+        assert [line.get_linestyle() for line in drawn] == ["-"] * channels + ["--"] * (pairs - channels)
+    verticals = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [4.0, 4.0]]
+    assert len(verticals) == 1
+
+
+def test_a_zero_covariance_can_be_drawn(tmp_path):
+    save(covariance_figure([DisplacementFunction("nothing", np.zeros((1, 1, 5)), np.nan)]), tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_global_state_is_touched():
+    script = (
+        "import sys; from sgr_kernels.report.plots import *\n"
+        "save(line_figure([Panel('t', 'x', 'y', [Line('a', [0, 1], [0, 1])])]), '/dev/null')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,264 @@
+"""The commands as a user meets them: what they print, what they leave behind, how they fail."""
+
+import json
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sgr_kernels.cli import COMMANDS, main
+from sgr_kernels.demo.run import Options, run
+from sgr_kernels.evaluation.suite import Plan
+from sgr_kernels.training.datasets import load
+from sgr_kernels.training.loop import load_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_idx(folder, train, test):
+    """The sample's first digits as a folder of plain IDX files."""
+    folder.mkdir()
+    for prefix, images in (("train", load("mnist-sample").train.first(train)), ("t10k", load("mnist-sample").test)):
+        chosen = images.first(train if prefix == "train" else test)
+        pixels = struct.pack(">4I", 2051, len(chosen), 28, 28) + chosen.images.numpy().tobytes()
+        labels = struct.pack(">2I", 2049, len(chosen)) + chosen.labels.byte().numpy().tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with 192 training and 40 test digits."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_idx(folder, 192, 40)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A folder with CIFAR-10's layout and 50 + 10 random pictures."""
+    folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-bin"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        records = torch.randint(0, 256, (10, 3073), generator=generator, dtype=torch.uint8)
+        records[:, 0] %= 10
+        (folder / f"{name}.bin").write_bytes(records.numpy().tobytes())
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory):
+    """A training's folder."""
+    out = tmp_path_factory.mktemp("runs") / "clean"
+    options = ["--method", "clean", "--epochs", "4", "--batch-size", "32", "--no-augment", "--device", "cpu"]
+    assert main(["train", "--data", digits, "--out", str(out), *options]) == 0
+    return out
+
+
+def fails(arguments, capsys):
+    """The one line that a command with bad input leaves on standard error."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sgr: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def refuses(arguments, capsys):
+    """What argparse says of an argument."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def weights(folder):
+    return load_model(folder)[0].state_dict()
+
+
+def test_help_lists_the_commands_without_loading_them(capsys):
+    script = (
+        "import sys\nfrom sgr_kernels.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('matplotlib', 'sgr_kernels.training', 'sgr_kernels.report') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(f"    {command}" in result.stdout for command in COMMANDS)
+    assert result.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
+def test_train_reports_each_epoch_and_can_be_continued(digits, tmp_path, capsys):
+    out = tmp_path / "runs" / "sgr"
+    command = ["train", "--data", digits, "--out", str(out), "--perturbation", "sign", "--batch-size", "64"]
+    assert main([*command, "--epochs", "1"]) == 0
+    first = capsys.readouterr().out
+    assert "epoch 1/1  loss " in first
+    assert "penalty" in first
+    assert "holds a checkpoint: add --resume" in fails([*command, "--epochs", "2"], capsys)
+    assert main([*command, "--epochs", "3", "--resume"]) == 0
+    resumed = capsys.readouterr().out
+    assert "after 1 epochs and 0 steps" in resumed
+    assert "epoch 3/3" in resumed
+    assert main([*command[:3], "--out", str(tmp_path / "whole"), *command[5:], "--epochs", "3"]) == 0
+    other = weights(tmp_path / "whole")
+    assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
+    history = json.loads((out / "history.json").read_text())
+    assert [record["epoch"] for record in history["epochs"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_is_continued_to_the_same_weights(digits, tmp_path, number):
+    options = ["--data", digits, "--method", "clean", "--batch-size", "16", "--device", "cpu"]
+    out, whole = tmp_path / "interrupted", tmp_path / "whole"
+    script = (
+        "import sys, torch; torch.set_num_threads(1); from sgr_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "train", *options, "--epochs", "1000", "--checkpoint-every", "1"]
+    with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the same command with --resume" in output
+    epochs = str(load_model(out)[1]["position"]["epoch"] + 1)
+    assert main(["train", *options, "--epochs", epochs, "--out", str(out), "--resume"]) == 0
+    assert main(["train", *options, "--epochs", epochs, "--out", str(whole)]) == 0
+    other = weights(whole)
+    assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
+
+
+def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):
+    options = ["--perturbation", "exponential", "--decay-length", "4", "--epochs", "1", "--batch-size", "25"]
+    assert main(["train", "--data", cifar, "--out", str(tmp_path / "c"), *options]) == 0
+    settings = json.loads((tmp_path / "c" / "history.json").read_text())["settings"]
+    assert settings["flip"] is True
+    assert settings["architecture"] == "cifar10"
+    picture = tmp_path / "c.png"
+    assert main(["covariance", str(tmp_path / "c"), "--data", cifar, "--source", "sign", "--out", str(picture)]) == 0
+    values = torch.tensor(json.loads(picture.with_suffix(".json").read_text())["functions"]["sign"]["values"])
+    assert values.shape == (3, 3, 45)
+    assert torch.allclose(values[:, :, 0].diagonal(), torch.ones(3), atol=0.1)
+
+
+def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsys):
+    out = tmp_path / "e" / "result.json"
+    options = ["--eps", "0", "64", "--pgd-steps", "3", "--decay-lengths", "2", "16", "--noise-eps", "0", "2"]
+    command = ["evaluate", str(trained), "--data", digits, *options, "--draws", "3", "--out", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "decay length  eps 0  eps 2" in printed
+    result = json.loads(out.read_text())
+    assert result["images"] == 40
+    assert result["settings"]["method"] == "clean"
+    clean = result["clean"]["accuracy"][0]
+    assert clean == pytest.approx(json.loads((trained / "history.json").read_text())["epochs"][-1]["test_accuracy"])
+    for curve in (*result["attacks"].values(), *result["noise"].values()):
+        assert curve["accuracy"][0] == clean
+        assert curve["accuracy"][1] < clean
+    assert result["attacks"]["pgd"]["accuracy"][1] <= result["attacks"]["fgsm"]["accuracy"][1]
+    assert set(result["noise"]) == {"2", "16"}
+    assert main([*command, "--images", "7"]) == 0
+    assert json.loads(out.read_text())["images"] == 7
+
+
+def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, capsys):
+    picture = tmp_path / "c.png"
+    command = ["covariance", str(trained), "--data", digits, "--source", "data", "gradient", "fgsm", "pgd"]
+    assert main([*command, "--images", "20", "--out", str(picture)]) == 0
+    assert "decay length" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    functions = json.loads(picture.with_suffix(".json").read_text())["functions"]
+    assert list(functions) == ["data", "gradient", "fgsm", "pgd"]
+    assert all(torch.tensor(f["values"]).shape == (1, 1, 39) for f in functions.values())
+    assert functions["fgsm"]["values"][0][0][0] == pytest.approx((8 / 255) ** 2, rel=0.6)
+
+
+def test_demo_writes_its_report(tmp_path):
+    options = Options(epochs=1, images=30, draws=2, train_images=400, plan=Plan((0, 8), 2, (1.0, 16.0), (0.5, 1.5)))
+    lines = []
+    result = run(tmp_path / "report", options, say=lines.append)
+    assert any("training SGR" in line for line in lines)
+    summary = result.terminal_summary()
+    assert all(name in summary for name in ("clean", "GN", "SGR", "noise 16"))
+    page = (tmp_path / "report" / "report.md").read_text()
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert {name for name in pictures if f"({name})" in page} == pictures
+    assert {"accuracy-against-eps.png", "accuracy-against-decay-length.png", "covariance-functions.png"} <= pictures
+    numbers = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert list(numbers["networks"]) == ["clean", "GN", "SGR"]
+    sgr = numbers["networks"]["SGR"]
+    assert sgr["settings"]["perturbation"] == "exponential"
+    assert sgr["noise"]["16"]["accuracy"] == result.evaluations["SGR"].noise[16.0].accuracy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "/nowhere"], "data must be 'mnist-sample' or a folder, got '/nowhere'"),
+        (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["evaluate", "/nowhere"], "no checkpoint at /nowhere"),
+        (["covariance", "--source", "pgd"], "--source pgd needs a CHECKPOINT"),
+        (["covariance", "--out", "c.pdf"], "--out must end in .png, got c.pdf"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(arguments, capsys)
+    assert not list(tmp_path.glob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--method", "magic"], "invalid choice: 'magic'"),
+        (["train", "--strength", "-1"], "argument --strength: expected a finite number >= 0, got -1"),
+        (["train", "--strength", "nan"], "argument --strength: expected a finite number >= 0, got nan"),
+        (["train", "--epochs", "0"], "argument --epochs: expected a whole number >= 1, got 0"),
+        (["train", "--decay-length", "0"], "argument --decay-length: expected a number > 0, got 0"),
+        (["evaluate", "x", "--seed", "-1"], "argument --seed: expected a whole number >= 0, got -1"),
+        (["sing"], "invalid choice: 'sing'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    assert message in refuses(arguments, capsys)
+
+
+def test_a_checkpoint_needs_images_of_its_own_kind(trained, cifar, tmp_path, capsys):
+    message = fails(["evaluate", str(trained), "--data", cifar], capsys)
+    assert "the checkpoint was trained on mnist" in message
+    assert "holds cifar10" in message
+    damaged = tmp_path / "checkpoint.safetensors"
+    damaged.write_bytes((trained / "checkpoint.safetensors").read_bytes()[:1000])
+    assert "damaged or no checkpoint" in fails(["evaluate", str(damaged)], capsys)
+
+
+def test_resuming_with_other_settings_is_refused(trained, digits, capsys):
+    command = ["train", "--data", digits, "--out", str(trained), "--resume", "--method", "gn", "--batch-size", "32"]
+    assert "trained with other settings (method: 'gn', not 'clean')" in fails([*command, "--no-augment"], capsys)
+
+
+def test_a_traceback_is_shown_on_request():
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        main(["--traceback", "evaluate", "/nowhere"])
