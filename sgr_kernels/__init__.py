@@ -8,6 +8,7 @@ from sgr_kernels.evaluation import diagnose
 from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty import PenaltyGradientError
 from sgr_kernels.per_sample import cross_entropy_per_sample
+from sgr_kernels.training import models
 
 __all__ = [
     "CovarianceFunction",
@@ -22,5 +23,6 @@ __all__ = [
     "diagnose",
     "functional",
     "linear_warmup",
+    "models",
     "use_backend",
 ]

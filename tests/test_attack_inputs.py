@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from attack_models import Linear, convolutional, exponential, images_like, linear
 from torch import nn
 
 from sgr_kernels.attacks import correlated_noise, deepfool, fgm, fgsm, pgd, uniform_noise
+from tests.attack_models import Linear, convolutional, exponential, images_like, linear
 
 COVARIANCE = exponential((2, 3, 3), 2.0)
 WITH_EPS = {

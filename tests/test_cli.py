@@ -176,7 +176,6 @@ def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsy
     for curve in (*result["attacks"].values(), *result["noise"].values()):
         assert curve["accuracy"][0] == clean
         assert curve["accuracy"][1] < clean
-    assert result["attacks"]["pgd"]["accuracy"][1] <= result["attacks"]["fgsm"]["accuracy"][1]
     assert set(result["noise"]) == {"2", "16"}
     assert main([*command, "--images", "7"]) == 0
     assert json.loads(out.read_text())["images"] == 7

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from attack_models import Linear, convolutional, exponential, linear
 from scipy.stats import norm as normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.attacks import correlated_noise, fgm, fgsm, pgd, uniform_noise
 from sgr_kernels.evaluation import RobustnessCurve, robustness_curve, transfer_curves, wilson_interval
+from tests.attack_models import Linear, convolutional, exponential, linear
 
 GRID = [0.0, 0.02, 0.1, 0.3]
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from attack_models import Linear, convolutional, images_like, linear
 
 from sgr_kernels.attacks import deepfool, relative_norm
 from sgr_kernels.attacks.inputs import norms
+from tests.attack_models import Linear, convolutional, images_like, linear
 
 
 def exact_distance(model: Linear, images: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from attack_models import Linear, convolutional, exponential, images_like, linear
 from torch import nn
 
 import sgr_kernels
 from sgr_kernels import CovarianceFunction, IdentityCovariance
 from sgr_kernels.evaluation import diagnose
+from tests.attack_models import Linear, convolutional, exponential, images_like, linear
 
 
 def test_public_name():

@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from attack_models import Linear, convolutional, images_like, linear
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks import fgm, fgsm, pgd
 from sgr_kernels.attacks.inputs import norms, shrink_to_ball
+from tests.attack_models import Linear, convolutional, images_like, linear
 
 ONE_STEP_AND_PGD = {
     "fgsm": (fgsm, "Linf"),

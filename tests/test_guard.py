@@ -9,11 +9,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from attack_models import convolutional, exponential
 from torch import nn
 
 from sgr_kernels.attacks import correlated_noise, deepfool, fgm, fgsm, pgd, uniform_noise
 from sgr_kernels.attacks.guard import preserve
+from tests.attack_models import convolutional, exponential
 
 ATTACKS = {
     "uniform_noise": functools.partial(uniform_noise, eps=0.1, draws=3),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack_models import DenseCovariance, convolutional, exponential, images_like, linear
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels import CovarianceFunction, FullCovariance
 from sgr_kernels.attacks import correlated_noise, uniform_noise
 from sgr_kernels.attacks.noise import mean_variance
+from tests.attack_models import DenseCovariance, convolutional, exponential, images_like, linear
 
 SHAPE = (2, 4, 4)
 

@@ -9,13 +9,13 @@ import re
 
 import pytest
 import torch
-from attack_models import convolutional, images_like, linear
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.attacks import pgd
 from sgr_kernels.evaluation import SanityReport, sanity, sanity_report
 from sgr_kernels.evaluation.planted import planted_examples
+from tests.attack_models import convolutional, images_like, linear
 
 EPS = 0.08
 
