@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # like torch.compiler.disable, but importing the compiler on first use
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
@@ -192,7 +193,7 @@ class SGRLoss(nn.Module):
         self.steps += self.training
         return loss if differentiable else loss.detach()
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Tensor:
         return self._step(model, images, labels, differentiable)
 
@@ -341,14 +342,14 @@ class SGRLoss(nn.Module):
         if self.training:
             self.nonfinite += ~finite
             self.nonfinite_in_a_row.mul_(~finite).add_(~finite)
-        if finite.device.type == "cpu":
+        if finite.device.type == "cpu" and not torch.compiler.is_compiling():
             return penalty if bool(finite) else torch.zeros_like(penalty)
         # Elsewhere without waiting for the device: nothing flows back from a penalty that is left out.
         if gradient.requires_grad:
             gradient.register_hook(lambda incoming: torch.where(finite, incoming, 0.0))
         return torch.where(finite, penalty, 0.0)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _stop_if_hopeless(self) -> None:
         """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
         on_cpu = self.nonfinite_in_a_row.device.type == "cpu"

@@ -1,0 +1,87 @@
+"""The documented integrations train; each is tested where its library is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sgr_kernels as sgr
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+
+def load(name: str) -> Any:
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def separable(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (count,), generator=generator)
+    images = torch.rand(count, 1, 6, 6, generator=generator) * 0.4
+    images[:, 0, :3] += 0.5 * labels[:, None, None]
+    return images, labels
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.GELU(), nn.Linear(16, 2))
+
+
+def test_plain_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = separable()
+    model = classifier()
+    criterion = load("plain_loop").train(model, list(zip(images.split(16), labels.split(16))), epochs=30, lr=1e-2)
+    assert (model(images).argmax(1) == labels).float().mean() > 0.95
+    assert int(criterion.covariance.updates) == 120
+    assert "penalty" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_and_restores_the_criterion(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    images, labels = separable()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 16)
+    module = load("lightning_module").Robust(classifier(), sgr.CovarianceFunction(1, (6, 6), target_variance=0.1))
+    trainer = lightning.Trainer(
+        max_epochs=2, logger=False, default_root_dir=tmp_path, enable_progress_bar=False, accelerator="cpu"
+    )
+    trainer.fit(module, loader, loader)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    state = torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"]
+    assert int(state["criterion.covariance.updates"]) == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_trainer_trains(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = load("huggingface_trainer")
+    configuration = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=6, patch_size=2,
+        num_channels=1, num_labels=2,
+    )  # fmt: skip
+    images, labels = separable()
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels)]
+    trainer = module.RobustTrainer(
+        transformers.ViTForImageClassification(configuration),
+        sgr.CovarianceFunction(1, (6, 6), target_variance=0.1),
+        args=transformers.TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], use_cpu=True),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    trainer.train()
+    assert int(trainer.model.criterion.covariance.updates) > 0
+    assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
