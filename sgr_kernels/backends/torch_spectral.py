@@ -44,14 +44,14 @@ class _Transform:
         """Images (n, C, H, W) to quadrants (n, C, 2, Fh, 2, Fw)."""
         n, channels, height, width = images.shape
         half = images.to(self.dtype).reshape(n * channels * height, width) @ self.columns
-        whole = self.rows.mT @ half.view(n, channels, height, -1)
+        whole = self.rows.mT @ half.view(n, channels, height, self.columns.shape[1])
         return whole.view(n, channels, *self.quadrants)
 
     def inverse(self, quadrants: Tensor) -> Tensor:
         """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W)."""
         n, channels = quadrants.shape[:2]
-        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], -1)
-        images = half.reshape(-1, half.shape[-1]) @ self.columns.mT
+        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], self.columns.shape[1])
+        images = half.flatten(0, 2) @ self.columns.mT
         return images.view(n, channels, self.rows.shape[0], self.columns.shape[0])
 
 
