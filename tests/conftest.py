@@ -62,16 +62,18 @@ PLACES = [Place(b, torch.device(d)) for b, d in PAIRS if unavailable(b, d) is No
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", help="run the contract suite for this backend alone")
+    parser.addoption("--backend", help="of the tests that run on every backend, run those of this one")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that take a ``place`` on every available backend, or on the one asked for."""
-    if "place" in metafunc.fixturenames:
-        only = metafunc.config.getoption("--backend")
+    """Run tests on every available backend: all for ``place``, those with registered operators for ``kernels``."""
+    only = metafunc.config.getoption("--backend")
+    for fixture in {"place", "kernels"} & set(metafunc.fixturenames):
         places = [p for p in PLACES if only in (None, p.backend)]
+        if fixture == "kernels":
+            places = [p for p in places if p.backend != "reference"]
         marks = {p: [pytest.mark.gpu] if p.device.type == "cuda" else [] for p in places}
-        metafunc.parametrize("place", [pytest.param(p, id=str(p), marks=marks[p]) for p in places])
+        metafunc.parametrize(fixture, [pytest.param(p, id=str(p), marks=marks[p]) for p in places])
 
 
 def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
