@@ -12,28 +12,32 @@ from torch import Tensor
 P = ParamSpec("P")
 
 
+def tracing() -> bool:
+    """Whether a compiler traces, or a dispatch mode (fake tensors, say) stands in for the calls made now."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 
-    While a compiler traces, nothing is remembered: the compiler folds constants itself, and a traced tensor must
-    not outlive its trace. Nor is a tensor subclass (a fake tensor, say) remembered. The tensors are built outside
-    inference mode, so that autograd may save them later.
+    While something traces, nothing is remembered: a compiler folds constants itself, a traced or fake tensor must not
+    outlive its trace, nor a real one enter it. The tensors are built outside inference mode, so that autograd may save
+    them later.
     """
     memory: dict[object, Tensor] = {}
 
     @functools.wraps(build)
     def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if torch.compiler.is_compiling():
+        if tracing():
             return build(*args, **kwargs)
         key = (args, tuple(kwargs.items()))
         value = memory.get(key)
         if value is None:
             with torch.inference_mode(False), torch.no_grad():
                 value = build(*args, **kwargs)
-            if type(value) is Tensor:
-                while len(memory) >= 64:
-                    memory.pop(next(iter(memory)))
-                memory[key] = value
+            while len(memory) >= 64:
+                memory.pop(next(iter(memory)))
+            memory[key] = value
         return value
 
     return get

@@ -43,17 +43,17 @@ def check_form(form: str | None) -> None:
         raise ValueError(f"form: expected one of {', '.join(map(repr, FORMS))} or None, got {form!r}")
 
 
-def covariance_form(covariance: Tensor, form: str | None) -> str:
+def covariance_form(covariance: Tensor, form: str | None, name: str = "covariance") -> str:
     """The form of a covariance argument: as named, else radial for rank 3 and even for rank 4."""
     check_form(form)
     if not isinstance(covariance, Tensor):
-        raise TypeError(f"covariance: expected a tensor, got {describe(covariance)}")
+        raise TypeError(f"{name}: expected a tensor, got {describe(covariance)}")
     if not covariance.is_floating_point():
-        raise TypeError(f"covariance: expected a real floating-point tensor, got {describe(covariance)}")
+        raise TypeError(f"{name}: expected a real floating-point tensor, got {describe(covariance)}")
     rank = 3 if form == "radial" else 4
     if covariance.dim() not in ((3, 4) if form is None else (rank,)):
         expected = "(C, C, K) or (C, C, H, W)" if form is None else f"rank {rank} for form {form!r}"
-        raise ValueError(f"covariance: expected {expected}, got {describe(covariance)}")
+        raise ValueError(f"{name}: expected {expected}, got {describe(covariance)}")
     return form or ("radial" if covariance.dim() == 3 else "even")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels import checks
+from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends import Request, choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.geometry import Size, bin_count, even_from_radial, pair_counts, radial_from_even, reach_of_bins
@@ -46,7 +47,9 @@ def _arguments(gradient: Tensor, covariance: Tensor, form: str | None) -> tuple[
     size = checks.image_size(gradient)
     checks.check_table("covariance", covariance, gradient.shape[1], size, form)
     if form == "radial":
-        return checks.as_images(gradient), even_from_radial(covariance, size), "even"
+        # Widened first: in the backward every bin sums many displacements, and only the sum is rounded.
+        wide = covariance.to(wide_dtype(covariance.device))
+        return checks.as_images(gradient), even_from_radial(wide, size), "even"
     return checks.as_images(gradient), covariance, form
 
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import constant, wide_dtype
+from sgr_kernels._constants import constant, tracing, wide_dtype
 
 Size = tuple[int, int]
 
@@ -78,7 +78,7 @@ def _members(shape: Size, count: int, device: torch.device, lower: bool) -> Tens
     order = torch.argsort(index, stable=True)
     lengths = torch.bincount(index, minlength=count)[:count]
     starts = torch.cumsum(lengths, 0) - lengths
-    slot = torch.arange(int(lengths.max()))
+    slot = torch.arange(int(lengths.max()), device=index.device)
     position = (starts[:, None] + slot).clamp(max=index.numel() - 1)
     members = torch.where(slot < lengths[:, None], order[position], index.numel())
     return members.to(device)
@@ -88,7 +88,7 @@ def _sum_into_bins(table: Tensor, count: int, lower: bool) -> Tensor:
     """Sum ``table`` (..., h, w) over the cells of each bin, in a fixed order: (..., count)."""
     shape = (table.shape[-2], table.shape[-1])
     flat = table.flatten(-2)
-    if torch.compiler.is_compiling():
+    if tracing():
         index = (lower_bin if lower else nearest_bin)(shape, table.device).flatten()
         longer = flat.new_zeros(*flat.shape[:-1], max(count, bin_count(shape, "linear") + 1))
         return longer.index_add(-1, index, flat)[..., :count]

@@ -8,10 +8,17 @@ over memory; on CPUs that is no gain up to 64 x 64.)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 from sgr_kernels.spectrum import basis, symmetric_part
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _CACHE_BYTES = 1 << 20
 
@@ -19,6 +26,20 @@ _CACHE_BYTES = 1 << 20
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a gradient of ``dtype`` is computed in: float32 or better."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _without_autocast(kernel: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """Keep autocast, which reaches below the dispatcher, from lowering a kernel's matrix products."""
+
+    @functools.wraps(kernel)
+    def run(images: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        device = images.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(images, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(images, *args, **kwargs)
+
+    return run
 
 
 def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
@@ -44,14 +65,14 @@ class _Transform:
         """Images (n, C, H, W) to quadrants (n, C, 2, Fh, 2, Fw)."""
         n, channels, height, width = images.shape
         half = images.to(self.dtype).reshape(n * channels * height, width) @ self.columns
-        whole = self.rows.mT @ half.view(n, channels, height, -1)
+        whole = self.rows.mT @ half.view(n, channels, height, self.columns.shape[1])
         return whole.view(n, channels, *self.quadrants)
 
     def inverse(self, quadrants: Tensor) -> Tensor:
         """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W)."""
         n, channels = quadrants.shape[:2]
-        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], -1)
-        images = half.reshape(-1, half.shape[-1]) @ self.columns.mT
+        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], self.columns.shape[1])
+        images = half.flatten(0, 2) @ self.columns.mT
         return images.view(n, channels, self.rows.shape[0], self.columns.shape[0])
 
 
@@ -89,6 +110,7 @@ def _mix(spectrum: Tensor, quadrants: Tensor) -> Tensor:
     return total
 
 
+@_without_autocast
 def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
     """``v = Sigma g``."""
     transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
@@ -99,6 +121,7 @@ def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
     return result
 
 
+@_without_autocast
 def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, precision: str) -> tuple[Tensor, Tensor]:
     """``q_b = g_b^T Sigma g_b`` and, if asked for, ``v = Sigma g``; both of the symmetric part of Sigma."""
     transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
@@ -132,6 +155,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype)
 
 
+@_without_autocast
 def cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, precision: str) -> Tensor:
     """``S[c, c', k, l] = sum Z^a_c Z^b_c'`` over samples and parities; its four parts for a signed table."""
     channels, same = a.shape[1], _same(a, b)

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 
 from sgr_kernels import checks
 from sgr_kernels._constants import wide_dtype
+from sgr_kernels.backends.torch_spectral import compute_dtype
 
 
 class Covariance(nn.Module):
@@ -86,6 +87,7 @@ class Estimate(Covariance):
         self.process_group = process_group
         self.frozen = False
         self._skipped_reported = 0
+        values = values.to(compute_dtype(values.dtype))  # the default dtype may be a low-precision one
         self.register_buffer("values", values)
         self.register_buffer("mean", values.new_zeros(shape))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -107,10 +109,9 @@ class Estimate(Covariance):
     def _refresh(self) -> None:
         """Rewrite in place what is derived from ``values``, so that a captured CUDA graph sees it."""
         if self.target_variance is not None:
-            variance = self._average_variance()
-            # A zero estimate means a zero penalty: no division by it.
-            ratio = self.target_variance / torch.where(variance > 0, variance, 1.0)
-            self.scale.copy_(torch.where(variance > 0, ratio, 0.0))
+            ratio = self.target_variance / self._average_variance()
+            # A zero estimate, or one too small to divide by, means a zero penalty.
+            self.scale.copy_(torch.where((ratio > 0) & ratio.isfinite(), ratio, 0.0))
 
     @torch.no_grad()
     def update(self, perturbation: Tensor) -> None:
@@ -217,17 +218,25 @@ class Estimate(Covariance):
                 return tensor.to(result.device, torch.promote_types(tensor.dtype, torch.float32))
             return result
 
-        return super()._apply(at_least_float32, recurse)
+        dtype = self.values.dtype
+        super()._apply(at_least_float32, recurse)
+        if self.values.dtype != dtype:
+            with torch.no_grad():
+                self._refresh()  # what is derived is not converted but derived anew, in the new precision
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        values, error_messages = state_dict.get(prefix + "values"), args[-1]
-        if isinstance(values, Tensor) and values.shape == self.values.shape:
-            try:
+        values, mean, error_messages = state_dict.get(prefix + "values"), state_dict.get(prefix + "mean"), args[-1]
+        try:
+            if isinstance(values, Tensor) and values.shape == self.values.shape:
                 self.check_values(values)
-            except ValueError as error:
-                error_messages.append(f"{prefix}{error}")
-                return
+            if isinstance(mean, Tensor) and not bool(mean.isfinite().all()):
+                raise ValueError("mean: expected finite numbers, got NaN or infinity")
+        except ValueError as error:
+            error_messages.append(f"{prefix}{error}")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._apply(lambda tensor: tensor)  # where tensors were assigned, they may be of low precision
         with torch.no_grad():
             self._refresh()
 

@@ -24,7 +24,7 @@ def _perturbation_shape(channels: int, size: int | tuple[int, ...]) -> tuple[int
     """(C, H, W), or (C, L) for a one-dimensional size; an int means a square."""
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels: expected a positive int, got {channels!r}")
-    extents = (size, size) if isinstance(size, int) else tuple(size)
+    extents = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
     if len(extents) not in (1, 2) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in extents):
         raise ValueError(f"size: expected (H, W), (L,) or an int, all positive, got {size!r}")
     return (channels, *extents)
@@ -104,8 +104,9 @@ class CovarianceFunction(Estimate):
         table = (2 * reach[0] - 1, 2 * reach[1] - 1) if form == "signed" else reach
         frequencies = frequency_counts(image_size, reach)
         parts = (4,) if form == "signed" else ()
-        self.register_buffer("table", torch.zeros(channels, channels, *table), persistent=False)
-        self.register_buffer("spectrum", torch.zeros(*parts, channels, channels, *frequencies), persistent=False)
+        self.register_buffer("table", self.values.new_zeros(channels, channels, *table), persistent=False)
+        spectrum = self.values.new_zeros(*parts, channels, channels, *frequencies)
+        self.register_buffer("spectrum", spectrum, persistent=False)
 
     @property
     def form(self) -> str:
@@ -129,7 +130,8 @@ class CovarianceFunction(Estimate):
         """
         options.setdefault("binning", "rounded" if isinstance(values, Tensor) and values.dim() == 3 else "even")
         form = FORM_OF_BINNING.get(options["binning"], "radial")
-        checks.covariance_form(values, form)
+        checks.covariance_form(values, form, "values")
+        values = values.detach()
         shape = _perturbation_shape(values.shape[0], size)
         image_size: Size = (1, shape[1]) if len(shape) == 2 else (shape[1], shape[2])
         if options["binning"] != "linear" or values.shape[2] > bin_count(image_size, "linear"):
@@ -139,7 +141,7 @@ class CovarianceFunction(Estimate):
         covariance = cls(values.shape[0], size, **options)
         covariance.check_values(values)
         covariance.to(values.device, torch.promote_types(values.dtype, torch.float32))
-        its, mine = _common_window(values.detach(), covariance.values, centred=form == "signed")
+        its, mine = _common_window(values, covariance.values, centred=form == "signed")
         mine.copy_(its)
         return covariance.freeze()
 
@@ -163,7 +165,8 @@ class CovarianceFunction(Estimate):
             cross_channel: Covariance between channels, as a fraction of that within one.
             rounded: Round the displacement r to an integer, as the paper's estimate does; the matrix is then
                 indefinite before it is clipped.
-            **options: Other arguments of `CovarianceFunction`.
+            **options: Other arguments of `CovarianceFunction`. With a radial ``binning`` the function is known at
+                integers alone.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -174,14 +177,17 @@ class CovarianceFunction(Estimate):
             raise ValueError(f"cross_channel: expected a number in [-1, 1], got {cross_channel!r}")
         shape = _perturbation_shape(channels, size)
         height, width = (1, shape[1]) if len(shape) == 2 else shape[1:]
-        if rounded:
-            distance = torch.arange(bin_count((height, width)), dtype=torch.float64)
+        binning = options.setdefault("binning", "rounded" if rounded else "even")
+        if FORM_OF_BINNING.get(binning) == "radial":
+            distance = torch.arange(bin_count((height, width), binning), dtype=torch.float64)
         else:
-            y, x = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
+            first = (1 - height, 1 - width) if binning == "offset" else (0, 0)
+            y, x = (torch.arange(a, b, dtype=torch.float64) for a, b in zip(first, (height, width)))
             distance = torch.hypot(y[:, None], x[None, :])
+            distance = distance.round() if rounded else distance
         mixing = torch.full((channels, channels), float(cross_channel), dtype=torch.float64).fill_diagonal_(1.0)
         values = torch.einsum("cd,...->cd...", mixing, torch.exp(-distance / decay_length))
-        return cls.from_values(values.to(torch.get_default_dtype()), size, **options)
+        return cls.from_values(values.to(compute_dtype(torch.get_default_dtype())), size, **options)
 
     @classmethod
     def from_images(
@@ -196,10 +202,14 @@ class CovarianceFunction(Estimate):
             **options: Other arguments of `CovarianceFunction`.
 
         Raises:
+            TypeError: If the images are neither floating point nor uint8.
             ValueError: If there are no images, or a value is not finite.
         """
+        if images.dtype != torch.uint8:
+            checks.check_images("images", images)
         if images.shape[0] == 0:
             raise ValueError("images: expected at least one image, got none")
+        images = images.detach()
 
         def pixels(part: Tensor) -> Tensor:
             return part.to(torch.float32) / 255 if part.dtype == torch.uint8 else part
