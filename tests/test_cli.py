@@ -194,7 +194,7 @@ def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, ca
 
 
 def test_demo_writes_its_report(tmp_path):
-    options = Options(epochs=1, images=30, draws=2, train_images=400, plan=Plan((0, 8), 2, (1.0, 16.0), (0.5, 1.5)))
+    options = Options(epochs=1, images=20, draws=2, train_images=160, plan=Plan((0, 8), 2, (1.0, 16.0), (0.5, 1.5)))
     lines = []
     result = run(tmp_path / "report", options, say=lines.append)
     assert any("training SGR" in line for line in lines)

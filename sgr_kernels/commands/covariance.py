@@ -74,10 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = {
         "data": images.name,
         "images": len(images),
-        "functions": {
-            source: {"values": function.values.tolist(), "decay_length": function.decay_length}
-            for source, function in zip(sources, functions)
-        },
+        "functions": {source: function.to_dict() for source, function in zip(sources, functions)},
     }
     write_atomically(path.with_suffix(".json"), (json.dumps(numbers, indent=2) + "\n").encode())
     rows = [[f.name, f"{f.variance:.3g}", f"{f.decay_length:.2f}"] for f in functions]

@@ -61,13 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["penalty_method"],
         help="way to the penalty's gradient; finite-difference is the cheapest, and approximate",
     )
-    add(
-        "--warmup",
-        type=common.natural,
-        default=_DEFAULTS["warmup"],
-        metavar="STEPS",
-        help="over which the strength grows",
-    )
+    add("--warmup", type=common.natural, default=_DEFAULTS["warmup"], metavar="STEPS", help="of the strength")
     add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")

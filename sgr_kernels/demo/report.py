@@ -82,9 +82,7 @@ class Demonstration:
                 }
                 for name, settings in self.methods.items()
             },
-            "covariance_functions": {
-                f.name: {"values": f.values.tolist(), "decay_length": f.decay_length} for f in self.covariances
-            },
+            "covariance_functions": {function.name: function.to_dict() for function in self.covariances},
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:

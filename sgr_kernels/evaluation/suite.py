@@ -59,6 +59,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
+            "units": {"attacks": "pixels in [0, 1]", "noise": "the image's standard deviation"},
             "clean": self.clean.to_dict(),
             "attacks": {name: curve.to_dict() for name, curve in self.attacks.items()},
             "noise": {f"{length:g}": curve.to_dict() for length, curve in self.noise.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,6 +30,10 @@ class DisplacementFunction:
     def variance(self) -> float:
         """Mean over the channels of the value at displacement 0."""
         return float(np.diagonal(self.values[:, :, 0]).mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, which has no infinity: a decay length that is not finite becomes None."""
+        return {"values": self.values.tolist(), "decay_length": _finite(self)}
 
 
 # Channels in their own colours (numbers of the palette), pairs of channels in others.
