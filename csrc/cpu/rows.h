@@ -1,0 +1,133 @@
+// Row panels: the second transform, and what happens between the transforms, frequency by frequency.
+#pragma once
+
+#include "kernels.h"
+#include "transform.h"
+
+namespace sgr::cpu {
+namespace SGR_ISA {
+
+// The rows of the workspace that one panel treats: lane j holds row frequency k of packed image p, with
+// p F + k = panel * lanes + j. Lanes beyond the last one repeat it, and are never stored.
+template <class T>
+struct Panel {
+  static constexpr int lanes = Simd<T>::lanes;
+
+  Panel(const Plan& plan, int64_t panel) : plan(plan) {
+    const int64_t total = plan.packed * plan.shape.rows, first = panel * lanes;
+    valid = static_cast<int>(total - first < lanes ? total - first : lanes);
+    for (int j = 0; j < lanes; ++j) {
+      const int64_t flat = first + (j < valid ? j : valid - 1);
+      image[j] = flat / plan.shape.rows;
+      frequency[j] = flat % plan.shape.rows;
+      offset[j] = frequency[j] * plan.stride + image[j] * plan.shape.width;
+    }
+  }
+
+  // Offset of a channel's cosine (0) or sine (1) rows.
+  int64_t base(int64_t channel, int kind) const {
+    return channel * plan.packed * plan.shape.width + kind * plan.shape.rows * plan.stride;
+  }
+
+  const Plan& plan;
+  int valid;
+  int64_t image[lanes], frequency[lanes], offset[lanes];
+};
+
+// Two vectors per pixel or frequency: the panel's cosine rows and its sine rows.
+constexpr int kKinds = 2;
+
+// Columns [0, width) of the panel's rows, transposed: pixels[x * kKinds + kind]. The tile at the right edge
+// overlaps its neighbour rather than run past the row; only rows narrower than a vector are read beyond their
+// end (the workspace has room), into pixels that nobody uses.
+template <class T>
+inline void load_pixels(const Panel<T>& panel, int64_t channel, const T* workspace, Vec<T>* pixels) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t width = panel.plan.shape.width;
+  for (int kind = 0; kind < kKinds; ++kind) {
+    const T* rows = workspace + panel.base(channel, kind);
+    for (int64_t next = 0; next < width; next += lanes) {
+      const int64_t x = width < lanes || next + lanes <= width ? next : width - lanes;
+      Vec<T> tile[lanes];
+      for (int j = 0; j < lanes; ++j) tile[j] = load<T>(rows + panel.offset[j] + x);
+      transpose<T>(tile);
+      for (int i = 0; i < lanes; ++i) pixels[(x + i) * kKinds + kind] = tile[i];
+    }
+  }
+}
+
+template <class T>
+inline void store_pixels(const Panel<T>& panel, int64_t channel, const Vec<T>* pixels, T* workspace) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t width = panel.plan.shape.width;
+  for (int kind = 0; kind < kKinds; ++kind) {
+    T* rows = workspace + panel.base(channel, kind);
+    for (int64_t next = 0; next < width; next += lanes) {
+      const int64_t x = width < lanes || next + lanes <= width ? next : width - lanes;
+      Vec<T> tile[lanes];
+      for (int i = 0; i < lanes; ++i) tile[i] = pixels[(x + i) * kKinds + kind];
+      transpose<T>(tile);
+      if (width >= lanes) {
+        for (int j = 0; j < panel.valid; ++j) store<T>(rows + panel.offset[j] + x, tile[j]);
+      } else {
+        for (int j = 0; j < panel.valid; ++j) {
+          __builtin_memcpy(rows + panel.offset[j], &tile[j], width * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+// Z_c of one frequency: four parities, the cosine and sine of l times the cosine and sine of k.
+template <class T>
+inline int64_t parity(const Shape& shape, int64_t l, int i) {
+  return (l + (i / kKinds) * shape.columns) * kKinds + i % kKinds;
+}
+
+// transformed <- Lambda transformed, per frequency; adds Z . Lambda Z to form. C: the number of channels, 0
+// if it is not known at compile time (then `mixed` holds that many vectors).
+template <class T, int C>
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
+                     Vec<T> (&form)[4]) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
+  for (int64_t l = 0; l < plan.shape.columns; ++l) {
+    const T* lambda = spectrum + l * channels * channels * lanes;
+    for (int i = 0; i < 4; ++i) {
+      Vec<T>* z = transformed + parity<T>(plan.shape, l, i);
+      Vec<T> fixed[C ? C : 1];
+      Vec<T>* y = C ? fixed : mixed;
+      for (int64_t c = 0; c < channels; ++c) {
+        y[c] = Vec<T>{};
+        for (int64_t d = 0; d < channels; ++d) {
+          y[c] += load<T>(lambda + (c * channels + d) * lanes) * z[d * plane];
+        }
+        form[i] += y[c] * z[c * plane];
+      }
+      for (int64_t c = 0; c < channels; ++c) z[c * plane] = y[c];
+    }
+  }
+}
+
+// sums[l][c][c'] += Z^a_c Z^b_c' over the parities; only c <= c' if both are the same.
+template <class T, int C>
+inline void accumulate_products(const Plan& plan, const Vec<T>* a, const Vec<T>* b, T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
+  for (int64_t l = 0; l < plan.shape.columns; ++l) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t d = a == b ? c : 0; d < channels; ++d) {
+        T* sum = sums + ((l * channels + c) * channels + d) * lanes;
+        Vec<T> value = load<T>(sum);
+        for (int i = 0; i < 4; ++i) {
+          const int64_t z = parity<T>(plan.shape, l, i);
+          value += a[z + c * plane] * b[z + d * plane];
+        }
+        store<T>(sum, value);
+      }
+    }
+  }
+}
+
+}  // namespace SGR_ISA
+}  // namespace sgr::cpu
