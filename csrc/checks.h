@@ -39,7 +39,7 @@ inline void check_images(const char* name, const Tensor& images) {
 
 inline void check_frequencies(const Shape& shape) {
   STD_TORCH_CHECK(2 * shape.rows >= shape.height && 2 * shape.columns >= shape.width,
-                  "expected at least half as many frequencies as pixels along each axis, got ", shape.rows,
+                  "frequencies: expected at least half as many as pixels along each axis, got ", shape.rows,
                   " x ", shape.columns, " for ", shape.height, " x ", shape.width, " pixels");
 }
 
@@ -49,25 +49,36 @@ inline Shape check_product(const Tensor& gradient, const Tensor& spectrum) {
   STD_TORCH_CHECK(spectrum.scalar_type() == compute_dtype(gradient), "spectrum: expected ",
                   torch::headeronly::toString(compute_dtype(gradient)), " for this gradient, got ",
                   torch::headeronly::toString(spectrum.scalar_type()));
-  STD_TORCH_CHECK(spectrum.device() == gradient.device(), "spectrum and gradient: expected one device");
-  STD_TORCH_CHECK(
-      spectrum.dim() == 4 && spectrum.size(0) == gradient.size(1) && spectrum.size(1) == gradient.size(1),
-      "spectrum: expected shape (C, C, Fh, Fw) with C = ", gradient.size(1), ", got ", shape_of(spectrum));
-  const Shape shape{gradient.size(0), gradient.size(1), gradient.size(2),
-                    gradient.size(3), spectrum.size(2), spectrum.size(3)};
+  STD_TORCH_CHECK(spectrum.device() == gradient.device(), "spectrum: expected the gradient's device");
+  const int64_t channels = gradient.size(1), leading = spectrum.dim() - 4;
+  STD_TORCH_CHECK((leading == 0 || (leading == 1 && spectrum.size(0) == 4)) &&
+                      spectrum.size(leading) == channels && spectrum.size(leading + 1) == channels,
+                  "spectrum: expected shape (C, C, Fh, Fw) or (4, C, C, Fh, Fw) with C = ", channels,
+                  ", got ", shape_of(spectrum));
+  Shape shape;
+  shape.batch = gradient.size(0);
+  shape.channels = channels;
+  shape.height = gradient.size(2);
+  shape.width = gradient.size(3);
+  shape.rows = spectrum.size(leading + 2);
+  shape.columns = spectrum.size(leading + 3);
+  shape.parts = leading == 0 ? 1 : 4;
   check_frequencies(shape);
   return shape;
 }
 
-// Sizes of cross_spectrum(a, b, rows, columns).
-inline Shape check_cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns) {
+// Sizes of cross_spectrum(a, b, rows, columns, signed).
+inline Shape check_cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns,
+                                  bool is_signed) {
   check_images("a", a);
   check_images("b", b);
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(),
-                  "a and b: expected one dtype and device");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a, ",
+                  torch::headeronly::toString(a.scalar_type()), ", got ",
+                  torch::headeronly::toString(b.scalar_type()));
+  STD_TORCH_CHECK(a.device() == b.device(), "b: expected the device of a");
   STD_TORCH_CHECK(shape_of(a) == shape_of(b), "b: expected the shape of a, ", shape_of(a), ", got ",
                   shape_of(b));
-  const Shape shape{a.size(0), a.size(1), a.size(2), a.size(3), rows, columns};
+  const Shape shape{a.size(0), a.size(1), a.size(2), a.size(3), rows, columns, is_signed ? 4 : 1};
   check_frequencies(shape);
   return shape;
 }

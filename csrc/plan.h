@@ -8,9 +8,11 @@
 namespace sgr {
 
 // Sizes of one call: `batch` images of `channels` planes, height x width pixels each, and the numbers of
-// odd frequencies along the two axes (spectrum: channels x channels x rows x columns).
+// odd frequencies along the two axes. Spectra are (channels, channels, rows, columns); those of signed tables
+// are stacks of four such parts (even-even, odd-even, even-odd, odd-odd in dy and dx).
 struct Shape {
   int64_t batch, channels, height, width, rows, columns;
+  int64_t parts;  // 1 or 4
 };
 
 // Odd frequencies of one axis: theta_k = pi (2k + 1) / (2 F), k = 0..F-1. The angle s * theta_k is reduced

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "workspace.h"
 
@@ -103,23 +104,27 @@ class Accumulation {
     return workspace;
   }
 
-  // result[c][c'][k][l] from total[panel][l][c][c'][lane]: the lanes are the frequencies k of packed images.
+  // result[part][c][c'][k][l] from total[panel][l][part][c][c'][lane]: the lanes are the k of all packed
+  // images.
   void unpack(T* result) const {
     const Shape& shape = plan_.shape;
-    const int64_t matrix = shape.channels * shape.channels;
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      for (int64_t d = 0; d < shape.channels; ++d) {
-        const int64_t entry = same_ && d < c ? d * shape.channels + c : c * shape.channels + d;
-        for (int64_t k = 0; k < shape.rows; ++k) {
-          for (int64_t l = 0; l < shape.columns; ++l) {
-            double sum = 0.0;
-            for (int64_t p = 0; p < plan_.packed; ++p) {
-              const int64_t row = p * shape.rows + k;
-              const int64_t vector = ((row / plan_.lanes) * shape.columns + l) * matrix + entry;
-              sum += total_.data()[vector * plan_.lanes + row % plan_.lanes];
-            }
-            *result++ = static_cast<T>(sum);
+    const int64_t channels = shape.channels, entries = shape.parts * channels * channels;
+    for (int64_t entry = 0; entry < entries; ++entry) {
+      const int64_t part = entry / (channels * channels), c = entry / channels % channels,
+                    d = entry % channels;
+      // With one operand only c <= c' was summed: the rest is its transpose.
+      const bool mirrored = same_ && d < c;
+      const int64_t source = mirrored ? (part * channels + d) * channels + c : entry;
+      const double sign = mirrored && (part == 1 || part == 2) ? -1.0 : 1.0;
+      for (int64_t k = 0; k < shape.rows; ++k) {
+        for (int64_t l = 0; l < shape.columns; ++l) {
+          double sum = 0.0;
+          for (int64_t p = 0; p < plan_.packed; ++p) {
+            const int64_t row = p * shape.rows + k;
+            const int64_t vector = ((row / plan_.lanes) * shape.columns + l) * entries + source;
+            sum += total_.data()[vector * plan_.lanes + row % plan_.lanes];
           }
+          *result++ = static_cast<T>(sign * sum);
         }
       }
     }
@@ -139,10 +144,12 @@ class Accumulation {
 
 }  // namespace
 
-Tensor cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns, const std::string&) {
-  const Shape shape = check_cross_spectrum(a, b, rows, columns);
-  Tensor result =
-      torch::stable::new_empty(a, {shape.channels, shape.channels, rows, columns}, compute_dtype(a));
+Tensor cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns, bool is_signed,
+                      const std::string&) {
+  const Shape shape = check_cross_spectrum(a, b, rows, columns, is_signed);
+  std::vector<int64_t> size{shape.channels, shape.channels, rows, columns};
+  if (is_signed) size.insert(size.begin(), shape.parts);
+  Tensor result = torch::stable::new_empty(a, size, compute_dtype(a));
   if (shape.batch == 0) return torch::stable::zero_(result);
   if (compute_dtype(a) == ScalarType::Double) {
     Accumulation<double>(a, b, result, shape).run(static_cast<double*>(result.mutable_data_ptr()));

@@ -68,12 +68,9 @@ inline void with_elements(const Images& images, const F& function) {
     function(static_cast<double*>(images.data));
   } else {
     switch (images.dtype) {
-      case Dtype::bfloat16:
-        return function(static_cast<BFloat16*>(images.data));
-      case Dtype::float16:
-        return function(static_cast<Float16*>(images.data));
-      default:
-        return function(static_cast<float*>(images.data));
+      case Dtype::bfloat16: return function(static_cast<BFloat16*>(images.data));
+      case Dtype::float16: return function(static_cast<Float16*>(images.data));
+      default: return function(static_cast<float*>(images.data));
     }
   }
 }

@@ -46,8 +46,9 @@ class KernelsFor final : public Kernels<T> {
     plan.scratch_size = lanes * (kKinds * larger(height_classes, width_classes) +   // classes
                                  kKinds * divide_up(shape.width, lanes) * lanes +   // pixels
                                  2 * shape.channels * 2 * shape.columns * kKinds +  // transformed a, b
-                                 shape.channels);                                   // mixed
-    plan.spectrum_size = plan.row_panels * shape.columns * shape.channels * shape.channels * lanes;
+                                 4 * shape.channels);                               // mixed
+    plan.spectrum_size =
+        plan.row_panels * shape.columns * shape.parts * shape.channels * shape.channels * lanes;
     plan.sums_size = plan.spectrum_size;
     return plan;
   }
@@ -55,20 +56,22 @@ class KernelsFor final : public Kernels<T> {
   void pack_spectrum(const Plan& plan, const T* spectrum, bool symmetric, T* packed, int64_t begin,
                      int64_t end) const override {
     const int64_t channels = plan.shape.channels, columns = plan.shape.columns;
-    const int64_t matrix = channels * channels, plane = plan.shape.rows * columns;
+    const int64_t plane = plan.shape.rows * columns, entries = plan.shape.parts * channels * channels;
     for (int64_t index = begin; index < end; ++index) {
       const Panel<T> panel(plan, index);
-      T* out = packed + index * columns * matrix * lanes;
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t d = 0; d < channels; ++d) {
-          const T* left = spectrum + (c * channels + d) * plane;
-          const T* right = symmetric ? spectrum + (d * channels + c) * plane : left;
-          for (int j = 0; j < lanes; ++j) {
-            const int64_t row = panel.frequency[j] * columns;
-            T* column = out + (c * channels + d) * lanes + j;
-            for (int64_t l = 0; l < columns; ++l) {
-              column[l * matrix * lanes] = T(0.5) * left[row + l] + T(0.5) * right[row + l];
-            }
+      for (int64_t entry = 0; entry < entries; ++entry) {
+        const int64_t part = entry / (channels * channels), c = entry / channels % channels,
+                      d = entry % channels;
+        const T* left = spectrum + entry * plane;
+        // The transposed matrix: channels change places, and parts odd in one axis their sign.
+        const T* right = spectrum + ((part * channels + d) * channels + c) * plane;
+        const T sign = part == 1 || part == 2 ? T(-0.5) : T(0.5);
+        T* out = packed + (index * columns * entries + entry) * lanes;
+        for (int j = 0; j < lanes; ++j) {
+          const int64_t row = panel.frequency[j] * columns;
+          for (int64_t l = 0; l < columns; ++l) {
+            out[l * entries * lanes + j] =
+                symmetric ? T(0.5) * left[row + l] + sign * right[row + l] : left[row + l];
           }
         }
       }
@@ -148,22 +151,7 @@ class KernelsFor final : public Kernels<T> {
       rows.forward(panel, workspace, rows.transformed);
       Vec<T> form[4] = {};
       const T* spectrum = packed_spectrum + index * plan.spectrum_size / plan.row_panels;
-      switch (plan.shape.channels) {
-        case 1:
-          multiply<T, 1>(plan, spectrum, rows.transformed, rows.mixed, form);
-          break;
-        case 2:
-          multiply<T, 2>(plan, spectrum, rows.transformed, rows.mixed, form);
-          break;
-        case 3:
-          multiply<T, 3>(plan, spectrum, rows.transformed, rows.mixed, form);
-          break;
-        case 4:
-          multiply<T, 4>(plan, spectrum, rows.transformed, rows.mixed, form);
-          break;
-        default:
-          multiply<T, 0>(plan, spectrum, rows.transformed, rows.mixed, form);
-      }
+      multiply<T>(plan, spectrum, rows.transformed, rows.mixed, form);
       if (forms != nullptr) {
         const Vec<T> total = (form[0] + form[1]) + (form[2] + form[3]);
         double* out = forms + index * plan.packed;
@@ -183,16 +171,7 @@ class KernelsFor final : public Kernels<T> {
       if (a != b) rows.forward(panel, b, rows.second);
       const Vec<T>* other = a == b ? rows.transformed : rows.second;
       T* sum = sums + index * plan.sums_size / plan.row_panels;
-      switch (plan.shape.channels) {
-        case 1:
-          accumulate_products<T, 1>(plan, rows.transformed, other, sum);
-          break;
-        case 3:
-          accumulate_products<T, 3>(plan, rows.transformed, other, sum);
-          break;
-        default:
-          accumulate_products<T, 0>(plan, rows.transformed, other, sum);
-      }
+      accumulate_products<T>(plan, rows.transformed, other, sum);
     }
   }
 
@@ -204,7 +183,7 @@ class KernelsFor final : public Kernels<T> {
       transformed = reinterpret_cast<Vec<T>*>(scratch);
       second = transformed + plan.shape.channels * plane;
       mixed = second + plan.shape.channels * plane;
-      pixels = mixed + plan.shape.channels;
+      pixels = mixed + 4 * plan.shape.channels;
       classes = pixels + divide_up(plan.shape.width, lanes) * lanes * kKinds;
     }
 

@@ -41,7 +41,7 @@ class Kernels {
   virtual int max_block() const = 0;
   virtual Plan plan(const Shape& shape) const = 0;
 
-  // Spectrum in the order in which rows_multiply reads it; symmetric: of (Lambda + Lambda^T) / 2.
+  // Spectrum in the order in which rows_multiply reads it; symmetric: that of (Sigma + Sigma^T) / 2.
   virtual void pack_spectrum(const Plan& plan, const T* spectrum, bool symmetric, T* packed, int64_t begin,
                              int64_t end) const = 0;
 
@@ -62,8 +62,8 @@ class Kernels {
   virtual void rows_multiply(const Plan& plan, const Axis<T>& axis, const T* packed_spectrum, T* workspace,
                              bool inverse, double* forms, T* scratch, int64_t begin, int64_t end) const = 0;
 
-  // For row panels [begin, end): row transform, then sums[panel][l][c][c'][lane] += Z^a_c Z^b_c' over the
-  // parities. With a == b only c <= c' is written.
+  // For row panels [begin, end): row transform, then sums[panel][l][part][c][c'][lane] += Z^a_c Z^b_c' over
+  // the parities. With a == b only c <= c' is written.
   virtual void rows_accumulate(const Plan& plan, const Axis<T>& axis, const T* a, const T* b, T* sums,
                                T* scratch, int64_t begin, int64_t end) const = 0;
 

@@ -78,54 +78,95 @@ inline void store_pixels(const Panel<T>& panel, int64_t channel, const Vec<T>* p
   }
 }
 
-// Z_c of one frequency: four parities, the cosine and sine of l times the cosine and sine of k.
-template <class T>
+// The four parities of one frequency, Z[i]: bit 0 of i tells cosine from sine of k, bit 1 of l. A spectrum's
+// part p is odd in the axes whose bits are set in p; it multiplies Z turned in those axes: cosine <- sine,
+// sine <- -cosine. (An even spectrum has part 0 only.)
+constexpr bool turned_sign(int part, int i) { return (part & i) == 1 || (part & i) == 2; }
+
+// Offset of Z[i] at column frequency l within a channel's plane of transformed vectors.
 inline int64_t parity(const Shape& shape, int64_t l, int i) {
-  return (l + (i / kKinds) * shape.columns) * kKinds + i % kKinds;
+  return (l + (i / 2) * shape.columns) * kKinds + i % 2;
 }
 
 // transformed <- Lambda transformed, per frequency; adds Z . Lambda Z to form. C: the number of channels, 0
-// if it is not known at compile time (then `mixed` holds that many vectors).
-template <class T, int C>
+// if it is not known at compile time; mixed: four vectors per channel.
+template <class T, int C, int Parts>
 inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
                      Vec<T> (&form)[4]) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
+  Vec<T> fixed[C ? 4 * C : 1];
+  Vec<T>* y = C ? fixed : mixed;
   for (int64_t l = 0; l < plan.shape.columns; ++l) {
-    const T* lambda = spectrum + l * channels * channels * lanes;
-    for (int i = 0; i < 4; ++i) {
-      Vec<T>* z = transformed + parity<T>(plan.shape, l, i);
-      Vec<T> fixed[C ? C : 1];
-      Vec<T>* y = C ? fixed : mixed;
-      for (int64_t c = 0; c < channels; ++c) {
-        y[c] = Vec<T>{};
+    const int64_t position[4] = {parity(plan.shape, l, 0), parity(plan.shape, l, 1), parity(plan.shape, l, 2),
+                                 parity(plan.shape, l, 3)};
+    for (int64_t c = 0; c < channels; ++c) {
+      Vec<T> sum[4] = {};
+      for (int part = 0; part < Parts; ++part) {
         for (int64_t d = 0; d < channels; ++d) {
-          y[c] += load<T>(lambda + (c * channels + d) * lanes) * z[d * plane];
+          const Vec<T> lambda = load<T>(spectrum + ((part * channels + c) * channels + d) * lanes);
+          for (int i = 0; i < 4; ++i) {
+            const Vec<T> z = transformed[d * plane + position[i ^ part]];
+            sum[i] += turned_sign(part, i) ? -lambda * z : lambda * z;
+          }
         }
-        form[i] += y[c] * z[c * plane];
       }
-      for (int64_t c = 0; c < channels; ++c) z[c * plane] = y[c];
+      for (int i = 0; i < 4; ++i) {
+        y[c * 4 + i] = sum[i];
+        form[i] += sum[i] * transformed[c * plane + position[i]];
+      }
     }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int i = 0; i < 4; ++i) transformed[c * plane + position[i]] = y[c * 4 + i];
+    }
+    spectrum += Parts * channels * channels * lanes;
   }
 }
 
-// sums[l][c][c'] += Z^a_c Z^b_c' over the parities; only c <= c' if both are the same.
-template <class T, int C>
+template <class T>
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
+                     Vec<T> (&form)[4]) {
+  if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed, form);
+  switch (plan.shape.channels) {
+    case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed, form);
+    case 2: return multiply<T, 2, 1>(plan, spectrum, transformed, mixed, form);
+    case 3: return multiply<T, 3, 1>(plan, spectrum, transformed, mixed, form);
+    case 4: return multiply<T, 4, 1>(plan, spectrum, transformed, mixed, form);
+    default: return multiply<T, 0, 1>(plan, spectrum, transformed, mixed, form);
+  }
+}
+
+// sums[l][part][c][c'] += Z^a_c Z^b_c', the latter turned, over the parities; only c <= c' if both are the
+// same.
+template <class T, int C, int Parts>
 inline void accumulate_products(const Plan& plan, const Vec<T>* a, const Vec<T>* b, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
   for (int64_t l = 0; l < plan.shape.columns; ++l) {
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t d = a == b ? c : 0; d < channels; ++d) {
-        T* sum = sums + ((l * channels + c) * channels + d) * lanes;
-        Vec<T> value = load<T>(sum);
-        for (int i = 0; i < 4; ++i) {
-          const int64_t z = parity<T>(plan.shape, l, i);
-          value += a[z + c * plane] * b[z + d * plane];
+    for (int part = 0; part < Parts; ++part) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t d = a == b ? c : 0; d < channels; ++d) {
+          T* sum = sums + (((l * Parts + part) * channels + c) * channels + d) * lanes;
+          Vec<T> value = load<T>(sum);
+          for (int i = 0; i < 4; ++i) {
+            const Vec<T> za = a[c * plane + parity(plan.shape, l, i)];
+            const Vec<T> zb = b[d * plane + parity(plan.shape, l, i ^ part)];
+            value += turned_sign(part, i) ? -za * zb : za * zb;
+          }
+          store<T>(sum, value);
         }
-        store<T>(sum, value);
       }
     }
+  }
+}
+
+template <class T>
+inline void accumulate_products(const Plan& plan, const Vec<T>* a, const Vec<T>* b, T* sums) {
+  if (plan.shape.parts == 4) return accumulate_products<T, 0, 4>(plan, a, b, sums);
+  switch (plan.shape.channels) {
+    case 1: return accumulate_products<T, 1, 1>(plan, a, b, sums);
+    case 3: return accumulate_products<T, 3, 1>(plan, a, b, sums);
+    default: return accumulate_products<T, 0, 1>(plan, a, b, sums);
   }
 }
 

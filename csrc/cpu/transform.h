@@ -54,25 +54,13 @@ inline void run_blocks(const std::vector<Block>& blocks, const T* coefficients, 
                        int64_t stride) {
   for (const Block* block = blocks.data(); block != blocks.data() + blocks.size(); ++block) {
     switch (block->size) {
-      case 1:
-        run_block<T, 1, V>(*block, coefficients, in, out, stride);
-        break;
-      case 2:
-        run_block<T, 2, V>(*block, coefficients, in, out, stride);
-        break;
-      case 3:
-        run_block<T, 3, V>(*block, coefficients, in, out, stride);
-        break;
-      case 4:
-        run_block<T, 4, V>(*block, coefficients, in, out, stride);
-        break;
+      case 1: run_block<T, 1, V>(*block, coefficients, in, out, stride); break;
+      case 2: run_block<T, 2, V>(*block, coefficients, in, out, stride); break;
+      case 3: run_block<T, 3, V>(*block, coefficients, in, out, stride); break;
+      case 4: run_block<T, 4, V>(*block, coefficients, in, out, stride); break;
 #if SGR_VECTOR_BYTES == 64
-      case 5:
-        run_block<T, 5, V>(*block, coefficients, in, out, stride);
-        break;
-      case 6:
-        run_block<T, 6, V>(*block, coefficients, in, out, stride);
-        break;
+      case 5: run_block<T, 5, V>(*block, coefficients, in, out, stride); break;
+      case 6: run_block<T, 6, V>(*block, coefficients, in, out, stride); break;
 #endif
     }
   }

@@ -15,17 +15,10 @@ inline Images images_of(const Tensor& tensor) {
   Images images;
   images.data = const_cast<void*>(tensor.const_data_ptr());
   switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      images.dtype = Dtype::float64;
-      break;
-    case ScalarType::BFloat16:
-      images.dtype = Dtype::bfloat16;
-      break;
-    case ScalarType::Half:
-      images.dtype = Dtype::float16;
-      break;
-    default:
-      images.dtype = Dtype::float32;
+    case ScalarType::Double: images.dtype = Dtype::float64; break;
+    case ScalarType::BFloat16: images.dtype = Dtype::bfloat16; break;
+    case ScalarType::Half: images.dtype = Dtype::float16; break;
+    default: images.dtype = Dtype::float32;
   }
   for (int i = 0; i < 4; ++i) images.strides[i] = tensor.stride(i);
   return images;
