@@ -36,8 +36,10 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 INSTRUCTION_SETS = {"baseline": (16, [])}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = (32, ["-mavx2", "-mfma"])
-    avx512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-    INSTRUCTION_SETS["avx512"] = (64, avx512)
+    INSTRUCTION_SETS["avx512"] = (
+        64,
+        ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    )
 
 
 def say(message: str) -> None:
@@ -144,11 +146,11 @@ class BuildKernels(build_ext):
         except CompileError as error:
             if not ext.optional:
                 raise
-            if "cuda" not in self.kinds:
-                say("cpu kernels left out: their build failed (above); the package works without them")
-                raise
-            say(f"cuda kernels left out: their build failed: {error}")
-            self.build_module(target, ["cpu"])
+            say(f"{self.kinds[-1]} kernels left out: their build failed: {error}")
+            if self.kinds == ["cpu"]:
+                raise  # which setuptools reports, and goes on
+            self.kinds = ["cpu"]
+            self.build_extension(ext)
 
     def build_module(self, target: Path, kinds: list[str]) -> None:
         jobs = self.cpu_jobs("cuda" in kinds) + (self.cuda_jobs() if "cuda" in kinds else [])
@@ -209,16 +211,17 @@ def run(command: list[str]) -> None:
         raise CompileError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
-BuildKernels.found = Toolchain.find()
-BuildKernels.kinds = choose(BuildKernels.found)
-if BuildKernels.kinds:
-    optional = os.environ.get("SGR_BUILD", "auto") == "auto"
-    sources = [str(path.relative_to(ROOT)) for path in [CSRC / "register.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]]
-    setup(
-        ext_modules=[Extension("sgr_kernels._C", sources, py_limited_api=True, optional=optional)],
-        cmdclass={"build_ext": BuildKernels},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
-else:
-    say("pure Python package: the plain PyTorch backend serves")
-    setup()
+if __name__ == "__main__":
+    BuildKernels.found = Toolchain.find()
+    BuildKernels.kinds = choose(BuildKernels.found)
+    if BuildKernels.kinds:
+        optional = os.environ.get("SGR_BUILD", "auto") == "auto"
+        sources = [str(path.relative_to(ROOT)) for path in [CSRC / "register.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]]
+        setup(
+            ext_modules=[Extension("sgr_kernels._C", sources, py_limited_api=True, optional=optional)],
+            cmdclass={"build_ext": BuildKernels},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )
+    else:
+        say("pure Python package: the plain PyTorch backend serves")
+        setup()

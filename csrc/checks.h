@@ -29,18 +29,17 @@ inline ScalarType compute_dtype(const Tensor& tensor) {
 
 inline void check_images(const char* name, const Tensor& images) {
   const ScalarType dtype = images.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  name, ": expected float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  name, ": expected float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(images.dim() == 4 && images.size(1) > 0 && images.size(2) > 0 && images.size(3) > 0, name,
                   ": expected shape (B, C, H, W) with C, H, W >= 1, got ", shape_of(images));
 }
 
 inline void check_frequencies(const Shape& shape) {
   STD_TORCH_CHECK(2 * shape.rows >= shape.height && 2 * shape.columns >= shape.width,
-                  "frequencies: expected at least half as many as pixels along each axis, got ", shape.rows,
-                  " x ", shape.columns, " for ", shape.height, " x ", shape.width, " pixels");
+                  "frequencies: expected at least half as many as pixels along each axis, got ", shape.rows, " x ",
+                  shape.columns, " for ", shape.height, " x ", shape.width, " pixels");
 }
 
 // Sizes of product(gradient, spectrum) and quadratic_form(gradient, spectrum).
@@ -51,10 +50,10 @@ inline Shape check_product(const Tensor& gradient, const Tensor& spectrum) {
                   torch::headeronly::toString(spectrum.scalar_type()));
   STD_TORCH_CHECK(spectrum.device() == gradient.device(), "spectrum: expected the gradient's device");
   const int64_t channels = gradient.size(1), leading = spectrum.dim() - 4;
-  STD_TORCH_CHECK((leading == 0 || (leading == 1 && spectrum.size(0) == 4)) &&
-                      spectrum.size(leading) == channels && spectrum.size(leading + 1) == channels,
-                  "spectrum: expected shape (C, C, Fh, Fw) or (4, C, C, Fh, Fw) with C = ", channels,
-                  ", got ", shape_of(spectrum));
+  STD_TORCH_CHECK((leading == 0 || (leading == 1 && spectrum.size(0) == 4)) && spectrum.size(leading) == channels &&
+                      spectrum.size(leading + 1) == channels,
+                  "spectrum: expected shape (C, C, Fh, Fw) or (4, C, C, Fh, Fw) with C = ", channels, ", got ",
+                  shape_of(spectrum));
   Shape shape;
   shape.batch = gradient.size(0);
   shape.channels = channels;
@@ -68,16 +67,13 @@ inline Shape check_product(const Tensor& gradient, const Tensor& spectrum) {
 }
 
 // Sizes of cross_spectrum(a, b, rows, columns, signed).
-inline Shape check_cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns,
-                                  bool is_signed) {
+inline Shape check_cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t columns, bool is_signed) {
   check_images("a", a);
   check_images("b", b);
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected the dtype of a, ",
-                  torch::headeronly::toString(a.scalar_type()), ", got ",
-                  torch::headeronly::toString(b.scalar_type()));
+                  torch::headeronly::toString(a.scalar_type()), ", got ", torch::headeronly::toString(b.scalar_type()));
   STD_TORCH_CHECK(a.device() == b.device(), "b: expected the device of a");
-  STD_TORCH_CHECK(shape_of(a) == shape_of(b), "b: expected the shape of a, ", shape_of(a), ", got ",
-                  shape_of(b));
+  STD_TORCH_CHECK(shape_of(a) == shape_of(b), "b: expected the shape of a, ", shape_of(a), ", got ", shape_of(b));
   const Shape shape{a.size(0), a.size(1), a.size(2), a.size(3), rows, columns, is_signed ? 4 : 1};
   check_frequencies(shape);
   return shape;

@@ -54,8 +54,7 @@ PyObject* select_instruction_set(PyObject*, PyObject* argument) {
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "What this binary was built with."},
-    {"instruction_sets", instruction_sets, METH_NOARGS,
-     "CPU instruction sets that can be used here, best first."},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "CPU instruction sets that can be used here, best first."},
     {"select_instruction_set", select_instruction_set, METH_O, "Use this one (for tests)."},
     {nullptr, nullptr, 0, nullptr},
 };

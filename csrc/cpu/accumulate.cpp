@@ -39,9 +39,14 @@ class Accumulation {
         workspace_(result, workspaces_ * operands_ * plan_.workspace_size),
         scratch_(result, threads_ * plan_.scratch_size),
         sums_(result, chunks_ * plan_.sums_size),
-        total_(result, plan_.sums_size) {}
+        total_(result, plan_.blocks > chunk_blocks_ ? plan_.sums_size : 0) {}
 
   void run(T* result) {
+    if (plan_.blocks <= chunk_blocks_) {
+      add_chunk(0, 0, 0, split_blocks_ ? threads_ : 1);
+      unpack(sums_.data(), result);
+      return;
+    }
     std::fill(total_.data(), total_.data() + plan_.sums_size, 0.0);
     for (int64_t first = 0; first < plan_.blocks; first += chunks_ * chunk_blocks_) {
       const int64_t blocks = std::min(plan_.blocks - first, chunks_ * chunk_blocks_);
@@ -53,14 +58,9 @@ class Accumulation {
           for (int64_t chunk = begin; chunk < end; ++chunk) add_chunk(first, chunk, slot, 1);
         });
       }
-      share(plan_.sums_size, threads_, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const T* sums = sums_.data() + chunk * plan_.sums_size;
-          for (int64_t i = begin; i < end; ++i) total_.data()[i] += static_cast<double>(sums[i]);
-        }
-      });
+      add_to_total(chunks);
     }
-    unpack(result);
+    unpack(total_.data(), result);
   }
 
  private:
@@ -91,12 +91,10 @@ class Accumulation {
     }
   }
 
-  const T* transform_columns(const Images& images, int64_t block, int64_t index, int64_t slot,
-                             int64_t threads) {
+  const T* transform_columns(const Images& images, int64_t block, int64_t index, int64_t slot, int64_t threads) {
     T* workspace = workspace_.data() + index * plan_.workspace_size;
-    share(plan_.shape.height, threads, [&](int64_t, int64_t begin, int64_t end) {
-      kernels_.load(plan_, images, block, workspace, begin, end);
-    });
+    share(plan_.shape.height, threads,
+          [&](int64_t, int64_t begin, int64_t end) { kernels_.load(plan_, images, block, workspace, begin, end); });
     share(plan_.column_panels, threads, [&](int64_t part, int64_t begin, int64_t end) {
       T* scratch = scratch_.data() + (slot + part) * plan_.scratch_size;
       kernels_.columns_forward(plan_, axes_.vertical(), workspace, scratch, begin, end);
@@ -104,14 +102,23 @@ class Accumulation {
     return workspace;
   }
 
-  // result[part][c][c'][k][l] from total[panel][l][part][c][c'][lane]: the lanes are the k of all packed
+  void add_to_total(int64_t chunks) {
+    share(plan_.sums_size, threads_, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const T* sums = sums_.data() + chunk * plan_.sums_size;
+        for (int64_t i = begin; i < end; ++i) total_.data()[i] += static_cast<double>(sums[i]);
+      }
+    });
+  }
+
+  // result[part][c][c'][k][l] from sums[panel][l][part][c][c'][lane]: the lanes are the k of all packed
   // images.
-  void unpack(T* result) const {
+  template <class Sum>
+  void unpack(const Sum* sums, T* result) const {
     const Shape& shape = plan_.shape;
     const int64_t channels = shape.channels, entries = shape.parts * channels * channels;
     for (int64_t entry = 0; entry < entries; ++entry) {
-      const int64_t part = entry / (channels * channels), c = entry / channels % channels,
-                    d = entry % channels;
+      const int64_t part = entry / (channels * channels), c = entry / channels % channels, d = entry % channels;
       // With one operand only c <= c' was summed: the rest is its transpose.
       const bool mirrored = same_ && d < c;
       const int64_t source = mirrored ? (part * channels + d) * channels + c : entry;
@@ -122,7 +129,7 @@ class Accumulation {
           for (int64_t p = 0; p < plan_.packed; ++p) {
             const int64_t row = p * shape.rows + k;
             const int64_t vector = ((row / plan_.lanes) * shape.columns + l) * entries + source;
-            sum += total_.data()[vector * plan_.lanes + row % plan_.lanes];
+            sum += sums[vector * plan_.lanes + row % plan_.lanes];
           }
           *result++ = static_cast<T>(sign * sum);
         }
@@ -159,8 +166,6 @@ Tensor cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t co
   return result;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sgr_kernels, CPU, m) {
-  m.impl("native_cross_spectrum", TORCH_BOX(&cross_spectrum));
-}
+STABLE_TORCH_LIBRARY_IMPL(sgr_kernels, CPU, m) { m.impl("native_cross_spectrum", TORCH_BOX(&cross_spectrum)); }
 
 }  // namespace sgr::cpu

@@ -13,8 +13,7 @@ namespace sgr::cpu {
 namespace SGR_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes =
-    256 << 10;  // images are packed into one block while it stays far below the L2 size
+constexpr int64_t kBlockBytes = 256 << 10;  // images are packed into one block while it stays far below the L2 size
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -47,8 +46,7 @@ class KernelsFor final : public Kernels<T> {
                                  kKinds * divide_up(shape.width, lanes) * lanes +   // pixels
                                  2 * shape.channels * 2 * shape.columns * kKinds +  // transformed a, b
                                  4 * shape.channels);                               // mixed
-    plan.spectrum_size =
-        plan.row_panels * shape.columns * shape.parts * shape.channels * shape.channels * lanes;
+    plan.spectrum_size = plan.row_panels * shape.columns * shape.parts * shape.channels * shape.channels * lanes;
     plan.sums_size = plan.spectrum_size;
     return plan;
   }
@@ -60,8 +58,7 @@ class KernelsFor final : public Kernels<T> {
     for (int64_t index = begin; index < end; ++index) {
       const Panel<T> panel(plan, index);
       for (int64_t entry = 0; entry < entries; ++entry) {
-        const int64_t part = entry / (channels * channels), c = entry / channels % channels,
-                      d = entry % channels;
+        const int64_t part = entry / (channels * channels), c = entry / channels % channels, d = entry % channels;
         const T* left = spectrum + entry * plane;
         // The transposed matrix: channels change places, and parts odd in one axis their sign.
         const T* right = spectrum + ((part * channels + d) * channels + c) * plane;
@@ -70,8 +67,7 @@ class KernelsFor final : public Kernels<T> {
         for (int j = 0; j < lanes; ++j) {
           const int64_t row = panel.frequency[j] * columns;
           for (int64_t l = 0; l < columns; ++l) {
-            out[l * entries * lanes + j] =
-                symmetric ? T(0.5) * left[row + l] + sign * right[row + l] : left[row + l];
+            out[l * entries * lanes + j] = symmetric ? T(0.5) * left[row + l] + sign * right[row + l] : left[row + l];
           }
         }
       }
@@ -143,8 +139,8 @@ class KernelsFor final : public Kernels<T> {
     }
   }
 
-  void rows_multiply(const Plan& plan, const Axis<T>& axis, const T* packed_spectrum, T* workspace,
-                     bool inverse, double* forms, T* scratch, int64_t begin, int64_t end) const override {
+  void rows_multiply(const Plan& plan, const Axis<T>& axis, const T* packed_spectrum, T* workspace, bool inverse,
+                     double* forms, T* scratch, int64_t begin, int64_t end) const override {
     const Rows rows(plan, axis, scratch);
     for (int64_t index = begin; index < end; ++index) {
       const Panel<T> panel(plan, index);
@@ -199,8 +195,8 @@ class KernelsFor final : public Kernels<T> {
     void inverse(const Panel<T>& panel, T* workspace) const {
       constexpr int64_t stride = kKinds * lanes;
       for (int64_t c = 0; c < plan.shape.channels; ++c) {
-        transform_inverse<T, kKinds>(axis, reinterpret_cast<const T*>(transformed + c * plane), stride,
-                                     classes, reinterpret_cast<T*>(pixels), stride);
+        transform_inverse<T, kKinds>(axis, reinterpret_cast<const T*>(transformed + c * plane), stride, classes,
+                                     reinterpret_cast<T*>(pixels), stride);
         store_pixels<T>(panel, c, pixels, workspace);
       }
     }
@@ -213,13 +209,11 @@ class KernelsFor final : public Kernels<T> {
 
   // The number of images per block that leaves the fewest lanes empty.
   static int64_t packed_images(const Shape& shape) {
-    const int64_t image_bytes =
-        2 * shape.rows * shape.channels * shape.width * static_cast<int64_t>(sizeof(T));
+    const int64_t image_bytes = 2 * shape.rows * shape.channels * shape.width * static_cast<int64_t>(sizeof(T));
     int64_t best = 1, best_cost = 0;
     for (int64_t packed = 1; packed <= lanes; ++packed) {
       if (packed > 1 && (packed > shape.batch || packed * image_bytes > kBlockBytes)) break;
-      const int64_t columns =
-          divide_up(packed * shape.channels * shape.width, lanes) * shape.height * shape.rows;
+      const int64_t columns = divide_up(packed * shape.channels * shape.width, lanes) * shape.height * shape.rows;
       const int64_t rows =
           divide_up(packed * shape.rows, lanes) * kKinds * shape.channels * shape.width * shape.columns;
       const int64_t cost = divide_up(shape.batch, packed) * (columns + rows);

@@ -64,8 +64,8 @@ class Kernels {
 
   // For row panels [begin, end): row transform, then sums[panel][l][part][c][c'][lane] += Z^a_c Z^b_c' over
   // the parities. With a == b only c <= c' is written.
-  virtual void rows_accumulate(const Plan& plan, const Axis<T>& axis, const T* a, const T* b, T* sums,
-                               T* scratch, int64_t begin, int64_t end) const = 0;
+  virtual void rows_accumulate(const Plan& plan, const Axis<T>& axis, const T* a, const T* b, T* sums, T* scratch,
+                               int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;

@@ -16,8 +16,8 @@ namespace {
 template <class T>
 class Multiplication {
  public:
-  Multiplication(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric,
-                 Tensor* product, T* form)
+  Multiplication(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric, Tensor* product,
+                 T* form)
       : kernels_(kernels<T>()),
         plan_(kernels_.plan(shape)),
         axes_(shape, kernels_.max_block()),
@@ -27,8 +27,7 @@ class Multiplication {
         form_(form),
         threads_(useful_threads((inverse_ ? 2 : 1) * transform_operations(shape))),
         // Whole blocks per thread, unless there are too few of them to go round.
-        split_blocks_(plan_.blocks < threads_ ||
-                      (plan_.blocks < 4 * threads_ && plan_.blocks % threads_ != 0)),
+        split_blocks_(plan_.blocks < threads_ || (plan_.blocks < 4 * threads_ && plan_.blocks % threads_ != 0)),
         workspaces_(split_blocks_ ? 1 : threads_),
         workspace_(spectrum, workspaces_ * plan_.workspace_size),
         scratch_(spectrum, threads_ * plan_.scratch_size),
@@ -57,24 +56,22 @@ class Multiplication {
     T* workspace = workspace_.data() + slot * plan_.workspace_size;
     double* forms = form_ ? forms_.data() + slot * plan_.row_panels * plan_.packed : nullptr;
     const auto scratch = [&](int64_t part) { return scratch_.data() + (slot + part) * plan_.scratch_size; };
-    share(plan_.shape.height, threads, [&](int64_t, int64_t begin, int64_t end) {
-      kernels_.load(plan_, gradient_, block, workspace, begin, end);
-    });
+    share(plan_.shape.height, threads,
+          [&](int64_t, int64_t begin, int64_t end) { kernels_.load(plan_, gradient_, block, workspace, begin, end); });
     share(plan_.column_panels, threads, [&](int64_t part, int64_t begin, int64_t end) {
       kernels_.columns_forward(plan_, axes_.vertical(), workspace, scratch(part), begin, end);
     });
     share(plan_.row_panels, threads, [&](int64_t part, int64_t begin, int64_t end) {
-      kernels_.rows_multiply(plan_, axes_.horizontal(), spectrum_.data(), workspace, inverse_, forms,
-                             scratch(part), begin, end);
+      kernels_.rows_multiply(plan_, axes_.horizontal(), spectrum_.data(), workspace, inverse_, forms, scratch(part),
+                             begin, end);
     });
     if (form_) add_forms(block, forms);
     if (!inverse_) return;
     share(plan_.column_panels, threads, [&](int64_t part, int64_t begin, int64_t end) {
       kernels_.columns_inverse(plan_, axes_.vertical(), workspace, scratch(part), begin, end);
     });
-    share(plan_.shape.height, threads, [&](int64_t, int64_t begin, int64_t end) {
-      kernels_.store(plan_, product_, block, workspace, begin, end);
-    });
+    share(plan_.shape.height, threads,
+          [&](int64_t, int64_t begin, int64_t end) { kernels_.store(plan_, product_, block, workspace, begin, end); });
   }
 
   void add_forms(int64_t block, const double* forms) {
@@ -102,15 +99,15 @@ class Multiplication {
 };
 
 template <class T>
-void multiply(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric,
-              Tensor* product, Tensor* form) {
+void multiply(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric, Tensor* product,
+              Tensor* form) {
   if (shape.batch == 0) return;
   T* q = form ? static_cast<T*>(form->mutable_data_ptr()) : nullptr;
   Multiplication<T>(gradient, spectrum, shape, symmetric, product, q).run();
 }
 
-void multiply(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric,
-              Tensor* product, Tensor* form) {
+void multiply(const Tensor& gradient, const Tensor& spectrum, const Shape& shape, bool symmetric, Tensor* product,
+              Tensor* form) {
   if (spectrum.scalar_type() == ScalarType::Double) {
     multiply<double>(gradient, spectrum, shape, symmetric, product, form);
   } else {
@@ -131,8 +128,7 @@ std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& 
                                           const std::string&) {
   const Shape shape = check_product(gradient, spectrum);
   Tensor form = torch::stable::new_empty(spectrum, {shape.batch});
-  Tensor result =
-      with_product ? torch::stable::empty_like(gradient) : torch::stable::new_empty(gradient, {0});
+  Tensor result = with_product ? torch::stable::empty_like(gradient) : torch::stable::new_empty(gradient, {0});
   multiply(gradient, spectrum, shape, true, with_product ? &result : nullptr, &form);
   return {form, result};
 }

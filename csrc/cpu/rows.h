@@ -84,15 +84,12 @@ inline void store_pixels(const Panel<T>& panel, int64_t channel, const Vec<T>* p
 constexpr bool turned_sign(int part, int i) { return (part & i) == 1 || (part & i) == 2; }
 
 // Offset of Z[i] at column frequency l within a channel's plane of transformed vectors.
-inline int64_t parity(const Shape& shape, int64_t l, int i) {
-  return (l + (i / 2) * shape.columns) * kKinds + i % 2;
-}
+inline int64_t parity(const Shape& shape, int64_t l, int i) { return (l + (i / 2) * shape.columns) * kKinds + i % 2; }
 
 // transformed <- Lambda transformed, per frequency; adds Z . Lambda Z to form. C: the number of channels, 0
 // if it is not known at compile time; mixed: four vectors per channel.
 template <class T, int C, int Parts>
-inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
-                     Vec<T> (&form)[4]) {
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed, Vec<T> (&form)[4]) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
   Vec<T> fixed[C ? 4 * C : 1];
@@ -124,8 +121,7 @@ inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, V
 }
 
 template <class T>
-inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
-                     Vec<T> (&form)[4]) {
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed, Vec<T> (&form)[4]) {
   if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed, form);
   switch (plan.shape.channels) {
     case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed, form);

@@ -25,16 +25,15 @@ inline void combine(const T* coefficients, int32_t terms, const Vec<T>* in, Vec<
 }
 
 template <class T, int R, int V, int... I>
-inline void store_sums(const Block& block, const Vec<T> (&p)[R * V], const Vec<T> (&q)[R * V], T* out,
-                       int64_t stride, std::integer_sequence<int, I...>) {
+inline void store_sums(const Block& block, const Vec<T> (&p)[R * V], const Vec<T> (&q)[R * V], T* out, int64_t stride,
+                       std::integer_sequence<int, I...>) {
   constexpr int lanes = Simd<T>::lanes;
   T* plus = out + block.plus * stride;
   T* minus = out + block.minus * stride;
   const int64_t plus_step = block.plus_step * stride, minus_step = block.minus_step * stride;
   (store<T>(plus + (I / V) * plus_step + (I % V) * lanes, p[I] + q[I]), ...);
-  ((I / V < R - 1 || block.last_has_partner
-        ? store<T>(minus + (I / V) * minus_step + (I % V) * lanes, p[I] - q[I])
-        : void()),
+  ((I / V < R - 1 || block.last_has_partner ? store<T>(minus + (I / V) * minus_step + (I % V) * lanes, p[I] - q[I])
+                                            : void()),
    ...);
 }
 

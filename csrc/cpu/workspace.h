@@ -30,8 +30,7 @@ template <class T>
 class Buffer {
  public:
   Buffer(const Tensor& like, int64_t size)
-      : tensor_(
-            torch::stable::new_empty(like, {size}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
+      : tensor_(torch::stable::new_empty(like, {size}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
         data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
   T* data() const { return data_; }
 
@@ -49,8 +48,7 @@ void share(int64_t count, int64_t slots, const F& work) {
     return;
   }
   torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
-    for (int64_t slot = first; slot < last; ++slot)
-      work(slot, slot * count / slots, (slot + 1) * count / slots);
+    for (int64_t slot = first; slot < last; ++slot) work(slot, slot * count / slots, (slot + 1) * count / slots);
   });
 }
 
@@ -65,8 +63,7 @@ inline int64_t useful_threads(double operations) {
 inline double transform_operations(const Shape& shape) {
   const double height = static_cast<double>(shape.height), width = static_cast<double>(shape.width);
   const double rows = static_cast<double>(shape.rows), columns = static_cast<double>(shape.columns);
-  return static_cast<double>(shape.batch * shape.channels) *
-         (height * width * rows + 2 * rows * width * columns) / 2;
+  return static_cast<double>(shape.batch * shape.channels) * (height * width * rows + 2 * rows * width * columns) / 2;
 }
 
 // The transforms of both axes; a square image has only one.
