@@ -31,6 +31,13 @@ MINIMUM_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11: the binary loads under that and later ones
 LIMITED_API = "0x030a0000"  # Python 3.10
 
+# What a torch without CUDA lacks of what CUDA launchers call. As weak references they let the binary load there.
+TORCH_CUDA_SYMBOLS = (
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
+
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # csrc/cpu/kernels.cpp is compiled once for each: the bytes of a vector, and the compiler's flags.
 INSTRUCTION_SETS = {"baseline": (16, [])}
@@ -159,6 +166,9 @@ class BuildKernels(build_ext):
             path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, jobs))
+        for path in objects:
+            if path.suffixes == [".cu", ".o"]:
+                run(["objcopy", *(f"--weaken-symbol={name}" for name in TORCH_CUDA_SYMBOLS), str(path)])
         # nvcc knows where its own libraries are. libtorch brings those of CUDA into scope where there are any.
         linker = [str(self.found.nvcc), "-ccbin", self.found.compiler] if "cuda" in kinds else [self.found.compiler]
         libraries = [f"-L{self.found.torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -176,8 +186,8 @@ class BuildKernels(build_ext):
         kernels = CSRC / "cpu" / "kernels.cpp"
         defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={LIMITED_API}"]
         if with_cuda:
-            names = ",".join(re.sub(".*code=", "", flag) for flag in cuda_architectures())
-            defines += [f"-DSGR_CUDA_ARCHITECTURES={names}", f"-DSGR_CUDA_COMPILER={nvcc_version(self.found.nvcc)}"]
+            names = ",".join(flag.rpartition("=")[2] for flag in cuda_architectures())
+            defines += [f'-DSGR_CUDA_ARCHITECTURES="{names}"', f'-DSGR_CUDA_COMPILER="{nvcc_version(self.found.nvcc)}"']
         jobs = []
         for source in [CSRC / "register.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
             if source != kernels:

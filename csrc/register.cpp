@@ -5,9 +5,6 @@
 
 #include "cpu/kernels.h"
 
-#define SGR_STRINGIZE_(x) #x
-#define SGR_STRINGIZE(x) SGR_STRINGIZE_(x)
-
 namespace {
 
 #if defined(__clang__)
@@ -19,11 +16,9 @@ constexpr char kCompiler[] = "unknown";
 #endif
 
 #ifdef SGR_CUDA_ARCHITECTURES
-constexpr char kCudaArchitectures[] = SGR_STRINGIZE(SGR_CUDA_ARCHITECTURES);
-constexpr char kCudaCompiler[] = SGR_STRINGIZE(SGR_CUDA_COMPILER);
+constexpr char kCudaArchitectures[] = SGR_CUDA_ARCHITECTURES, kCudaCompiler[] = SGR_CUDA_COMPILER;
 #else
-constexpr char kCudaArchitectures[] = "";
-constexpr char kCudaCompiler[] = "";
+constexpr char kCudaArchitectures[] = "", kCudaCompiler[] = "";
 #endif
 
 PyObject* build_info(PyObject*, PyObject*) {
