@@ -4,7 +4,10 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "kernels.h"
+#include "simd.h"
 
 namespace sgr::cpu {
 namespace SGR_ISA {
@@ -53,11 +56,19 @@ struct Float16 {
 
 template <class To, class From>
 inline void convert_row(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t count) {
-  if (from_stride == 1 && to_stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
-  } else {
+  if (from_stride != 1 || to_stride != 1) {
     for (int64_t i = 0; i < count; ++i) to[i * to_stride] = static_cast<To>(from[i * from_stride]);
+    return;
   }
+  if constexpr (std::is_same_v<To, From>) {
+    // Whole vectors, of which the last overlaps the one before: rows are short, remainders as dear as the rest.
+    constexpr int64_t lanes = Simd<To>::lanes;
+    if (count >= lanes) {
+      for (int64_t i = 0; i + lanes < count; i += lanes) store<To>(to + i, load<To>(from + i));
+      return store<To>(to + count - lanes, load<To>(from + count - lanes));
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
 // Calls function(pointer), a pointer to the images' own element type. Double precision computes on float64

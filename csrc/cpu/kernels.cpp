@@ -149,10 +149,7 @@ class KernelsFor final : public Kernels<T> {
       const T* spectrum = packed_spectrum + index * plan.spectrum_size / plan.row_panels;
       multiply<T>(plan, spectrum, rows.transformed, rows.mixed, form);
       if (forms != nullptr) {
-        const Vec<T> total = (form[0] + form[1]) + (form[2] + form[3]);
-        double* out = forms + index * plan.packed;
-        for (int64_t p = 0; p < plan.packed; ++p) out[p] = 0.0;
-        for (int j = 0; j < panel.valid; ++j) out[panel.image[j]] += static_cast<double>(total[j]);
+        panel.sum_by_image((form[0] + form[1]) + (form[2] + form[3]), forms + index * plan.packed);
       }
       if (inverse) rows.inverse(panel, workspace);
     }

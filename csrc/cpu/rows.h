@@ -16,17 +16,33 @@ struct Panel {
   Panel(const Plan& plan, int64_t panel) : plan(plan) {
     const int64_t total = plan.packed * plan.shape.rows, first = panel * lanes;
     valid = static_cast<int>(total - first < lanes ? total - first : lanes);
+    int64_t p = first / plan.shape.rows, k = first % plan.shape.rows;
     for (int j = 0; j < lanes; ++j) {
-      const int64_t flat = first + (j < valid ? j : valid - 1);
-      image[j] = flat / plan.shape.rows;
-      frequency[j] = flat % plan.shape.rows;
-      offset[j] = frequency[j] * plan.stride + image[j] * plan.shape.width;
+      image[j] = p;
+      frequency[j] = k;
+      offset[j] = k * plan.stride + p * plan.shape.width;
+      if (j + 1 >= valid) continue;
+      if (++k == plan.shape.rows) {
+        k = 0;
+        ++p;
+      }
     }
   }
 
   // Offset of a channel's cosine (0) or sine (1) rows.
   int64_t base(int64_t channel, int kind) const {
     return channel * plan.packed * plan.shape.width + kind * plan.shape.rows * plan.stride;
+  }
+
+  // sums[p] = the sum of the lanes that belong to packed image p.
+  void sum_by_image(Vec<T> values, double* sums) const {
+    for (int64_t p = 0; p < plan.packed; ++p) sums[p] = 0.0;
+    for (int j = 0; j < valid;) {
+      const int64_t p = image[j];
+      double sum = 0.0;
+      for (; j < valid && image[j] == p; ++j) sum += static_cast<double>(values[j]);
+      sums[p] = sum;
+    }
   }
 
   const Plan& plan;
