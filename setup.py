@@ -1,5 +1,237 @@
-"""Build script; everything declarative is in pyproject.toml."""
+"""Build script: compiles csrc/ as far as this environment allows, and says what it left out and why.
 
-from setuptools import setup
+``SGR_BUILD=auto`` (default) builds the CPU kernels where torch and a C++ compiler are found, the CUDA kernels
+where nvcc is found too (whether or not there is a GPU), and falls back to pure Python where a build fails;
+``cpu`` and ``cuda`` ask for kernels and fail without them; ``none`` builds pure Python.
+Everything declarative is in pyproject.toml.
+"""
 
-setup()
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+MINIMUM_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11: the binary loads under that and later ones
+LIMITED_API = "0x030a0000"  # Python 3.10
+
+# What a torch without CUDA lacks of what CUDA launchers call. As weak references they let the binary load there.
+TORCH_CUDA_SYMBOLS = (
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
+
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+# csrc/cpu/kernels.cpp is compiled once for each: the bytes of a vector, and the compiler's flags.
+INSTRUCTION_SETS = {"baseline": (16, [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = (32, ["-mavx2", "-mfma"])
+    INSTRUCTION_SETS["avx512"] = (
+        64,
+        ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    )
+
+
+def say(message: str) -> None:
+    print(f"sgr_kernels: {message}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Toolchain:
+    """What the environment offers; ``missing`` says why something cannot be built."""
+
+    torch: Path | None = None
+    compiler: str | None = None
+    nvcc: Path | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls) -> Toolchain:
+        found = cls()
+        found.torch, problem = find_torch()
+        found.compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++"])), None)
+        if found.torch is None:
+            found.missing["cpu"] = problem
+        elif found.compiler is None:
+            found.missing["cpu"] = "no C++ compiler found (CXX, c++, g++)"
+        found.nvcc = find_nvcc()
+        if "cpu" in found.missing:
+            found.missing["cuda"] = found.missing["cpu"]
+        elif not cuda_sources():
+            found.missing["cuda"] = "no CUDA sources in csrc/cuda"
+        elif found.nvcc is None:
+            found.missing["cuda"] = "nvcc not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        return found
+
+
+def find_torch() -> tuple[Path | None, str]:
+    """The directory of an installed torch with the stable ABI's headers, or None and the reason."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch is not visible to the build (install it first and pass --no-build-isolation)"
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MINIMUM_TORCH:
+        return None, f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}"
+    directory = Path(spec.submodule_search_locations[0])
+    if not (directory / "include/torch/csrc/stable/library.h").is_file():
+        return None, f"torch {version} comes without the stable ABI's headers"
+    return directory, ""
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [Path(home, "bin/nvcc") for home in homes if home]
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path("/usr/local/cuda/bin/nvcc")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def cuda_architectures() -> list[str]:
+    """``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") as nvcc's -gencode values; default: sm_80, sm_90 and PTX."""
+    flags = []
+    for item in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0;9.0+PTX"):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 9.0+PTX, got {item!r}")
+        number = match[1] + match[2]
+        flags.append(f"arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def choose(found: Toolchain) -> list[str]:
+    """The kernels to build: of ``cpu`` and ``cuda``, those wanted and possible."""
+    mode = os.environ.get("SGR_BUILD", "auto")
+    if mode not in ("auto", "cpu", "cuda", "none"):
+        raise ValueError(f"SGR_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
+    wanted = {"auto": ["cpu", "cuda"], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}[mode]
+    for kind in wanted:
+        if kind in found.missing and mode != "auto":
+            raise RuntimeError(f"SGR_BUILD={mode}: cannot build the {kind} kernels: {found.missing[kind]}")
+    for kind in ("cpu", "cuda"):
+        if kind not in wanted:
+            say(f"{kind} kernels left out: SGR_BUILD={mode}")
+        elif kind in found.missing:
+            say(f"{kind} kernels left out: {found.missing[kind]}")
+    return [kind for kind in wanted if kind not in found.missing]
+
+
+class BuildKernels(build_ext):
+    """Compiles each source as its kind demands and links everything into one limited-API module."""
+
+    found: Toolchain
+    kinds: list[str]
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.build_module(target, self.kinds)
+        except CompileError as error:
+            if not ext.optional:
+                raise
+            say(f"{self.kinds[-1]} kernels left out: their build failed: {error}")
+            if self.kinds == ["cpu"]:
+                raise  # which setuptools reports, and goes on
+            self.kinds = ["cpu"]
+            self.build_extension(ext)
+
+    def build_module(self, target: Path, kinds: list[str]) -> None:
+        jobs = self.cpu_jobs("cuda" in kinds) + (self.cuda_jobs() if "cuda" in kinds else [])
+        objects = [Path(command[-1]) for command in jobs]
+        for path in objects:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, jobs))
+        for path in objects:
+            if path.suffixes == [".cu", ".o"]:
+                run(["objcopy", *(f"--weaken-symbol={name}" for name in TORCH_CUDA_SYMBOLS), str(path)])
+        # nvcc knows where its own libraries are. libtorch brings those of CUDA into scope where there are any.
+        linker = [str(self.found.nvcc), "-ccbin", self.found.compiler] if "cuda" in kinds else [self.found.compiler]
+        libraries = [f"-L{self.found.torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        run([*linker, "-shared", *map(str, objects), *libraries, "-o", str(target)])
+        say(f"built {' and '.join(kinds)} kernels for torch >= {'.'.join(map(str, MINIMUM_TORCH))}")
+
+    def object_path(self, source: Path, variant: str = "") -> str:
+        return str(Path(self.build_temp, variant, source.relative_to(ROOT).with_suffix(source.suffix + ".o")))
+
+    @property
+    def includes(self) -> list[str]:
+        return ["-isystem", str(self.found.torch / "include"), f"-I{sysconfig.get_paths()['include']}"]
+
+    def cpu_jobs(self, with_cuda: bool) -> list[list[str]]:
+        kernels = CSRC / "cpu" / "kernels.cpp"
+        defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DPy_LIMITED_API={LIMITED_API}"]
+        if with_cuda:
+            names = ",".join(flag.rpartition("=")[2] for flag in cuda_architectures())
+            defines += [f'-DSGR_CUDA_ARCHITECTURES="{names}"', f'-DSGR_CUDA_COMPILER="{nvcc_version(self.found.nvcc)}"']
+        jobs = []
+        for source in [CSRC / "register.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+            if source != kernels:
+                jobs.append([self.found.compiler, *COMMON, *defines, *self.includes, "-c", str(source), "-o"])
+                jobs[-1].append(self.object_path(source))
+        for name, (size, flags) in INSTRUCTION_SETS.items():
+            isa = [f"-DSGR_ISA={name}", f"-DSGR_VECTOR_BYTES={size}", *flags]
+            jobs.append([self.found.compiler, *COMMON, *isa, "-c", str(kernels), "-o", self.object_path(kernels, name)])
+        return jobs
+
+    def cuda_jobs(self) -> list[list[str]]:
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+        flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-ccbin", self.found.compiler]
+        for architecture in cuda_architectures():
+            flags += ["-gencode", architecture]
+        return [
+            [str(self.found.nvcc), *flags, *self.includes, "-c", str(source), "-o", self.object_path(source)]
+            for source in cuda_sources()
+        ]
+
+
+def nvcc_version(nvcc: Path) -> str:
+    output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release (\S+),", output)
+    return match[1] if match else "unknown"
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise CompileError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+if __name__ == "__main__":
+    BuildKernels.found = Toolchain.find()
+    BuildKernels.kinds = choose(BuildKernels.found)
+    if BuildKernels.kinds:
+        optional = os.environ.get("SGR_BUILD", "auto") == "auto"
+        sources = [str(path.relative_to(ROOT)) for path in [CSRC / "register.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]]
+        setup(
+            ext_modules=[Extension("sgr_kernels._C", sources, py_limited_api=True, optional=optional)],
+            cmdclass={"build_ext": BuildKernels},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )
+    else:
+        say("pure Python package: the plain PyTorch backend serves")
+        setup()

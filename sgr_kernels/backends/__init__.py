@@ -1,10 +1,22 @@
 """Backends: ways to compute the operators. ``registry`` chooses, each other file is one way."""
 
-from sgr_kernels.backends import reference
+from sgr_kernels._extension import BuildInfo, build_info
+from sgr_kernels.backends import native, reference
 from sgr_kernels.backends.registry import Backend, Request, available, choose, names, register, use_backend
 
-__all__ = ["Backend", "Request", "available", "choose", "names", "register", "use_backend"]
+__all__ = [
+    "Backend",
+    "BuildInfo",
+    "Request",
+    "available",
+    "build_info",
+    "choose",
+    "names",
+    "register",
+    "use_backend",
+]
 
 # In the order of preference of backend="auto".
+register(native.BACKEND)
 register(Backend("torch", lambda request: None))
 register(reference.BACKEND)

@@ -1,0 +1,61 @@
+// The Python module. Importing it runs the static registrations beside the kernels; the schemas are defined
+// in Python. What it offers itself is information about the build.
+#include <Python.h>
+#include <torch/headeronly/version.h>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+#if defined(__clang__)
+constexpr char kCompiler[] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr char kCompiler[] = "gcc " __VERSION__;
+#else
+constexpr char kCompiler[] = "unknown";
+#endif
+
+#ifdef SGR_CUDA_ARCHITECTURES
+constexpr char kCudaArchitectures[] = SGR_CUDA_ARCHITECTURES, kCudaCompiler[] = SGR_CUDA_COMPILER;
+#else
+constexpr char kCudaArchitectures[] = "", kCudaCompiler[] = "";
+#endif
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s, s:s, s:s, s:s}", "torch", TORCH_VERSION, "compiler", kCompiler, "cuda_compiler",
+                       kCudaCompiler, "cuda_architectures", kCudaArchitectures);
+}
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  const char* names[8];
+  const int count = sgr::cpu::instruction_sets(names, 8);
+  PyObject* list = PyList_New(0);
+  for (int i = 0; list != nullptr && i < count; ++i) {
+    PyObject* name = PyUnicode_FromString(names[i]);
+    if (name == nullptr || PyList_Append(list, name) != 0) Py_CLEAR(list);
+    Py_XDECREF(name);
+  }
+  return list;
+}
+
+PyObject* select_instruction_set(PyObject*, PyObject* argument) {
+  const char* name = PyUnicode_AsUTF8AndSize(argument, nullptr);
+  if (name == nullptr) return nullptr;
+  if (!sgr::cpu::select_instruction_set(name)) {
+    return PyErr_Format(PyExc_ValueError, "instruction set %R is not one of instruction_sets()", argument);
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What this binary was built with."},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "CPU instruction sets that can be used here, best first."},
+    {"select_instruction_set", select_instruction_set, METH_O, "Use this one (for tests)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,67 @@
+"""The compiled kernels: the only place that imports the binary, and what it was built with.
+
+A binary that is absent or fails to load never breaks the package: the other backends serve.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import TypedDict
+
+import torch
+
+_NOT_BUILT = (
+    "this installation has no compiled kernels; installing sgr_kernels from source with --no-build-isolation, "
+    "where torch and a C++ compiler are, builds them"
+)
+
+
+class BuildInfo(TypedDict):
+    """What is compiled in, and why nothing is if nothing is."""
+
+    kernels: list[str]
+    """Device types with kernels: of ``"cpu"`` and ``"cuda"``."""
+    instruction_sets: list[str]
+    """What the CPU kernels can use on this machine, best first."""
+    cuda_architectures: list[str]
+    """Such as ``"sm_90"``, or ``"compute_90"`` for PTX."""
+    built_with: dict[str, str]
+    """Versions of torch, the C++ compiler and nvcc."""
+    error: str | None
+    """Why there are no kernels."""
+
+
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The binary, or None and the reason. Importing it registers the kernels with PyTorch's dispatcher."""
+    if importlib.util.find_spec(name) is None:
+        return None, _NOT_BUILT
+    try:
+        return importlib.import_module(name), None
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (
+            f"the compiled kernels failed to load under torch {torch.__version__} ({error}); "
+            "reinstalling sgr_kernels with --no-build-isolation builds them for this torch"
+        )
+        warnings.warn(f"{reason}. The PyTorch backend serves meanwhile.", RuntimeWarning, stacklevel=2)
+        return None, reason
+
+
+binary, _error = _load("sgr_kernels._C")
+
+
+def build_info() -> BuildInfo:
+    """What the compiled kernels were built with, and for what."""
+    if binary is None:
+        return {"kernels": [], "instruction_sets": [], "cuda_architectures": [], "built_with": {}, "error": _error}
+    built_with: dict[str, str] = dict(binary.build_info())
+    architectures = built_with.pop("cuda_architectures")
+    return {
+        "kernels": ["cpu", "cuda"] if architectures else ["cpu"],
+        "instruction_sets": binary.instruction_sets(),
+        "cuda_architectures": architectures.split(",") if architectures else [],
+        "built_with": {name: version for name, version in built_with.items() if version},
+        "error": None,
+    }

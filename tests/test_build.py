@@ -1,0 +1,179 @@
+"""What setup.py builds, leaves out and says, in environments with and without its tools; and the binary's loading."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from sgr_kernels import _extension
+
+ROOT = Path(__file__).parents[1]
+
+
+def script() -> ModuleType:
+    """setup.py as a module: its definitions, nothing built."""
+    spec = importlib.util.spec_from_file_location("sgr_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sgr_setup"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a source distribution holds."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "sgr_kernels").mkdir()
+    for name in ("__init__.py", "_version.py"):
+        shutil.copy(ROOT / "sgr_kernels" / name, tmp_path / "sgr_kernels" / name)
+    return tmp_path
+
+
+def build(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py; with PYTHONPATH as given alone, so that "no torch" can be arranged."""
+    variables = {"PATH": "/nonexistent", "HOME": str(checkout), **environment}
+    arguments = [sys.executable, "setup.py", *(command or ("build_ext",))]
+    return subprocess.run(arguments, cwd=checkout, env=variables, capture_output=True, text=True, check=False)
+
+
+def executable(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def built(checkout: Path) -> list[Path]:
+    return list(checkout.glob("build/lib*/sgr_kernels/*.so"))
+
+
+def test_nothing_without_a_compiler(checkout: Path) -> None:
+    result = build(checkout)
+    assert result.returncode == 0, result.stderr
+    assert "cpu kernels left out: no C++ compiler found" in result.stderr
+    assert "cuda kernels left out" in result.stderr
+    assert "pure Python package" in result.stderr
+
+
+def test_nothing_without_torch(checkout: Path) -> None:
+    """An isolated build does not see torch."""
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'torch' else find(n)"
+    (checkout / "sitecustomize.py").write_text(hide)
+    result = build(checkout, PYTHONPATH=str(checkout), CXX=executable(checkout / "cxx", "exit 1"))
+    assert result.returncode == 0, result.stderr
+    assert "cpu kernels left out: torch is not visible to the build" in result.stderr
+    assert "--no-build-isolation" in result.stderr
+
+
+def test_nothing_when_asked(checkout: Path) -> None:
+    result = build(checkout, SGR_BUILD="none", CXX=executable(checkout / "cxx", "exit 1"))
+    assert result.returncode == 0, result.stderr
+    assert "cpu kernels left out: SGR_BUILD=none" in result.stderr
+
+
+def test_failing_compiler_falls_back(checkout: Path) -> None:
+    result = build(checkout, CXX=executable(checkout / "cxx", "echo out of order >&2; exit 1"))
+    assert result.returncode == 0, result.stderr
+    assert "cpu kernels left out: their build failed" in result.stderr
+    assert "out of order" in result.stdout + result.stderr
+    assert not built(checkout)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_kernels_asked_for_are_not_left_out(checkout: Path, mode: str) -> None:
+    result = build(checkout, SGR_BUILD=mode, CXX=executable(checkout / "cxx", "echo out of order >&2; exit 1"))
+    assert result.returncode != 0
+    missing = build(checkout, SGR_BUILD=mode)
+    assert missing.returncode != 0
+    assert f"SGR_BUILD={mode}: cannot build the cpu kernels: no C++ compiler found" in missing.stderr
+
+
+def test_unknown_mode_is_an_error(checkout: Path) -> None:
+    result = build(checkout, SGR_BUILD="gpu")
+    assert result.returncode != 0
+    assert "SGR_BUILD: expected auto, cpu, cuda or none, got 'gpu'" in result.stderr
+
+
+def test_source_distribution_holds_the_sources(checkout: Path) -> None:
+    result = build(checkout, "sdist", SGR_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (archive,) = checkout.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as contents:
+        names = {name.partition("/")[2] for name in contents.getnames()}
+    sources = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu")
+    }
+    assert sources <= names
+
+
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = script()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    default = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+    assert setup.cuda_architectures() == default
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
+    codes = [flag.partition("code=")[2] for flag in setup.cuda_architectures()]
+    assert codes == ["sm_86", "sm_90a", "sm_120", "compute_120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected .* got 'Hopper'"):
+        setup.cuda_architectures()
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The kernels, built with address and undefined-behaviour sanitizers, in buffers of exactly the promised sizes."""
+    setup = script()
+    compiler = setup.Toolchain.find().compiler
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = [compiler, "-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    csrc, objects = ROOT / "csrc", []
+    for name, (size, options) in setup.INSTRUCTION_SETS.items():
+        objects.append(str(tmp_path / f"{name}.o"))
+        isa = [f"-DSGR_ISA={name}", f"-DSGR_VECTOR_BYTES={size}", *options]
+        subprocess.run([*flags, *isa, "-c", str(csrc / "cpu/kernels.cpp"), "-o", objects[-1]], check=True)
+    sources = [ROOT / "tests/native/sanitize.cpp", csrc / "cpu/axis.cpp", csrc / "cpu/select.cpp"]
+    program = str(tmp_path / "sanitize")
+    subprocess.run([*flags, f"-I{csrc}", *map(str, sources), *objects, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_broken_binary_is_reported_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sgr_broken.abi3.so").write_text("not a library")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="failed to load under torch .* --no-build-isolation .* PyTorch backend"):
+        binary, error = _extension._load("sgr_broken")
+    assert binary is None
+    assert "sgr_broken" in str(error)
+
+
+def test_absent_binary_is_no_error() -> None:
+    binary, error = _extension._load("sgr_kernels._absent")
+    assert binary is None
+    assert "no compiled kernels" in str(error)
+
+
+def test_build_info() -> None:
+    info = _extension.build_info()
+    if _extension.binary is None:
+        assert info["error"]
+        return
+    assert info["error"] is None
+    assert "cpu" in info["kernels"]
+    assert info["instruction_sets"][-1] == "baseline"
+    assert info["built_with"]["torch"].split(".")[0] == torch.__version__.split(".")[0]
+    assert bool(info["cuda_architectures"]) == ("cuda" in info["kernels"])
+    with pytest.raises(ValueError, match="'sse9'"):
+        _extension.binary.select_instruction_set("sse9")
