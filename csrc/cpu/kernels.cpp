@@ -40,9 +40,9 @@ class KernelsFor final : public Kernels<T> {
     plan.column_panels = divide_up(plan.vectors, 2);
     plan.row_panels = divide_up(plan.packed * shape.rows, lanes);
     plan.workspace_size = (2 * shape.rows * plan.stride) + lanes;
-    const int64_t height_classes = larger(2 * (shape.height / 2) + 1, 4 * ((shape.rows + 1) / 2));
-    const int64_t width_classes = larger(2 * (shape.width / 2) + 1, 4 * ((shape.columns + 1) / 2));
-    plan.scratch_size = lanes * (kKinds * larger(height_classes, width_classes) +   // classes
+    const int64_t transform_rows =
+        larger(Axis<T>::scratch_rows(shape.height, shape.rows), Axis<T>::scratch_rows(shape.width, shape.columns));
+    plan.scratch_size = lanes * (kKinds * transform_rows +                          // of one transform
                                  kKinds * divide_up(shape.width, lanes) * lanes +   // pixels
                                  2 * shape.channels * 2 * shape.columns * kKinds +  // transformed a, b
                                  4 * shape.channels);                               // mixed
@@ -115,26 +115,26 @@ class KernelsFor final : public Kernels<T> {
 
   void columns_forward(const Plan& plan, const Axis<T>& axis, T* workspace, T* scratch, int64_t begin,
                        int64_t end) const override {
-    auto* classes = reinterpret_cast<Vec<T>*>(scratch);
+    auto* transform = reinterpret_cast<Vec<T>*>(scratch);
     for (int64_t panel = begin; panel < end; ++panel) {
       T* columns = workspace + panel * 2 * lanes;
       if (panel * 2 + 1 < plan.vectors) {
-        transform_forward<T, 2>(axis, columns, plan.stride, classes, columns, plan.stride);
+        transform_forward<T, 2>(axis, columns, plan.stride, transform, columns, plan.stride);
       } else {
-        transform_forward<T, 1>(axis, columns, plan.stride, classes, columns, plan.stride);
+        transform_forward<T, 1>(axis, columns, plan.stride, transform, columns, plan.stride);
       }
     }
   }
 
   void columns_inverse(const Plan& plan, const Axis<T>& axis, T* workspace, T* scratch, int64_t begin,
                        int64_t end) const override {
-    auto* classes = reinterpret_cast<Vec<T>*>(scratch);
+    auto* transform = reinterpret_cast<Vec<T>*>(scratch);
     for (int64_t panel = begin; panel < end; ++panel) {
       T* columns = workspace + panel * 2 * lanes;
       if (panel * 2 + 1 < plan.vectors) {
-        transform_inverse<T, 2>(axis, columns, plan.stride, classes, columns, plan.stride);
+        transform_inverse<T, 2>(axis, columns, plan.stride, transform, columns, plan.stride);
       } else {
-        transform_inverse<T, 1>(axis, columns, plan.stride, classes, columns, plan.stride);
+        transform_inverse<T, 1>(axis, columns, plan.stride, transform, columns, plan.stride);
       }
     }
   }
@@ -177,14 +177,14 @@ class KernelsFor final : public Kernels<T> {
       second = transformed + plan.shape.channels * plane;
       mixed = second + plan.shape.channels * plane;
       pixels = mixed + 4 * plan.shape.channels;
-      classes = pixels + divide_up(plan.shape.width, lanes) * lanes * kKinds;
+      transform = pixels + divide_up(plan.shape.width, lanes) * lanes * kKinds;
     }
 
     void forward(const Panel<T>& panel, const T* workspace, Vec<T>* out) const {
       constexpr int64_t stride = kKinds * lanes;
       for (int64_t c = 0; c < plan.shape.channels; ++c) {
         load_pixels<T>(panel, c, workspace, pixels);
-        transform_forward<T, kKinds>(axis, reinterpret_cast<const T*>(pixels), stride, classes,
+        transform_forward<T, kKinds>(axis, reinterpret_cast<const T*>(pixels), stride, transform,
                                      reinterpret_cast<T*>(out + c * plane), stride);
       }
     }
@@ -192,7 +192,7 @@ class KernelsFor final : public Kernels<T> {
     void inverse(const Panel<T>& panel, T* workspace) const {
       constexpr int64_t stride = kKinds * lanes;
       for (int64_t c = 0; c < plan.shape.channels; ++c) {
-        transform_inverse<T, kKinds>(axis, reinterpret_cast<const T*>(transformed + c * plane), stride, classes,
+        transform_inverse<T, kKinds>(axis, reinterpret_cast<const T*>(transformed + c * plane), stride, transform,
                                      reinterpret_cast<T*>(pixels), stride);
         store_pixels<T>(panel, c, pixels, workspace);
       }
@@ -201,15 +201,17 @@ class KernelsFor final : public Kernels<T> {
     const Plan& plan;
     const Axis<T>& axis;
     int64_t plane;
-    Vec<T>*transformed, *second, *mixed, *pixels, *classes;
+    Vec<T>*transformed, *second, *mixed, *pixels, *transform;
   };
 
-  // The number of images per block that leaves the fewest lanes empty.
+  // The number of images per block that leaves the fewest lanes empty, while image and spectrum stay in cache.
   static int64_t packed_images(const Shape& shape) {
-    const int64_t image_bytes = 2 * shape.rows * shape.channels * shape.width * static_cast<int64_t>(sizeof(T));
+    const int64_t image = 2 * shape.rows * shape.channels * shape.width;
+    const int64_t spectrum = shape.parts * shape.channels * shape.channels * shape.rows * shape.columns;
+    const int64_t bytes = larger(image, spectrum) * static_cast<int64_t>(sizeof(T));
     int64_t best = 1, best_cost = 0;
     for (int64_t packed = 1; packed <= lanes; ++packed) {
-      if (packed > 1 && (packed > shape.batch || packed * image_bytes > kBlockBytes)) break;
+      if (packed > 1 && (packed > shape.batch || packed * bytes > kBlockBytes)) break;
       const int64_t columns = divide_up(packed * shape.channels * shape.width, lanes) * shape.height * shape.rows;
       const int64_t rows =
           divide_up(packed * shape.rows, lanes) * kKinds * shape.channels * shape.width * shape.columns;
