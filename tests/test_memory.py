@@ -6,23 +6,22 @@ import subprocess
 import sys
 
 _MEASURE = """
-import resource
+import re
+from pathlib import Path
 import torch
 from sgr_kernels.functional import covariance_quadratic_form
 
-def resident():
-    pages = int(open("/proc/self/statm").read().split()[1])
-    return pages * resource.getpagesize()
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(2)
 f = torch.rand(3, 3, 316)
 warm = torch.randn(2, 3, 224, 224, requires_grad=True)
 covariance_quadratic_form(warm, f, backend="{backend}").sum().backward()
 g = torch.randn(32, 3, 224, 224, requires_grad=True)
-before = resident()
+before = kilobytes("VmRSS")
 covariance_quadratic_form(g, f, backend="{backend}").sum().backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print((peak - before) / (g.numel() * g.element_size()))
+print((kilobytes("VmHWM") - before) * 1024 / (g.numel() * g.element_size()))
 """
 
 
