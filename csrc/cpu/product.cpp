@@ -128,8 +128,8 @@ std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& 
                                           const std::string&) {
   const Shape shape = check_product(gradient, spectrum);
   Tensor form = torch::stable::new_empty(spectrum, {shape.batch});
-  Tensor result = with_product ? torch::stable::new_empty(gradient, gradient.sizes())
-                               : torch::stable::new_empty(gradient, {0});
+  Tensor result =
+      with_product ? torch::stable::new_empty(gradient, gradient.sizes()) : torch::stable::new_empty(gradient, {0});
   multiply(gradient, spectrum, shape, true, with_product ? &result : nullptr, &form);
   return {form, result};
 }
