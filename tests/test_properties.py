@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import torch
-from helpers import covariances, gradients
 from hypothesis import given
 
 from sgr_kernels import functional as sgr
+from tests.helpers import covariances, gradients
 
 FORMS = st.sampled_from(["radial", "even", "signed"])
 SEEDS = st.integers(0, 2**31)
