@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # like torch.compiler.disable, but importing the compiler on first use
+from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
@@ -186,7 +187,8 @@ class SGRLoss(nn.Module):
         self._stop_if_hopeless()
         differentiable = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            images = images.clone() if images.is_inference() else images
+            # What was made under inference mode cannot be saved for a backward.
+            images, labels = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (images, labels))
             # Finite differences are made of plain passes, which a compiler of the whole step may trace.
             step = self._step if self.method == "finite-difference" else self._untraced_step
             loss = step(model, images if differentiable else images.detach(), labels, differentiable)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from sgr_kernels import backends
+from sgr_kernels.backends import Request
 
 torch.set_num_threads(1)
 
@@ -50,10 +51,10 @@ def unavailable(backend: str, device: str) -> str | None:
     """Why a backend is not tested on a device; None where it is."""
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    if backend not in backends.names():
-        return f"this build has no backend {backend!r}"
-    if backend not in backends.available(device):
-        return f"backend {backend!r} cannot run on {device}"
+    try:
+        backends.choose(backend, Request("product", torch.device(device), torch.float32, 1, 1, (28, 28), "even"))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
     return None
 
 

@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
-from helpers import covariances, dense_product, gradients
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from sgr_kernels import functional as sgr
+from tests.helpers import covariances, dense_product, gradients
 
 FORMS = ("radial", "even", "signed")
 SIZE = (2, 3)

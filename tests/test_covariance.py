@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from helpers import dense_covariance, gradients, norms
 
 from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.covariance import Covariance
+from tests.helpers import dense_covariance, gradients, norms
 
 SIZE = (5, 6)
 BINNINGS = ("rounded", "linear", "even", "offset")

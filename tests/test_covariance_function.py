@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import dense, dense_covariance, gradients, norms, table_shape
 
 from sgr_kernels import CovarianceFunction
+from tests.helpers import dense, dense_covariance, gradients, norms, table_shape
 
 BINNINGS = ("rounded", "linear", "even", "offset")
 FORMS = {"rounded": "radial", "even": "even", "offset": "signed"}

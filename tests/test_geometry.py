@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from helpers import covariances, dense
 
 from sgr_kernels import geometry
+from tests.helpers import covariances, dense
 
 CPU = torch.device("cpu")
 SIZES = [(1, 1), (1, 2), (2, 2), (1, 9), (4, 1), (3, 5), (6, 6), (7, 4)]

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import sgr_kernels
 from sgr_kernels import functional as sgr
 from sgr_kernels.ops import SCHEMAS
+from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 
 
 def _images(dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import covariances, dense, table_shape
 
 from sgr_kernels import embedding, spectrum
 from sgr_kernels.geometry import dense_matrix
 from sgr_kernels.lanczos import smallest_eigenvalue
+from tests.helpers import covariances, dense, table_shape
 
 CPU = torch.device("cpu")
 F64 = torch.float64

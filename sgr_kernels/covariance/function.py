@@ -30,6 +30,12 @@ def _perturbation_shape(channels: int, size: int | tuple[int, ...]) -> tuple[int
     return (channels, *extents)
 
 
+def _form_of(binning: str) -> str:
+    if binning not in FORM_OF_BINNING:
+        raise ValueError(f"binning: expected one of {', '.join(map(repr, FORM_OF_BINNING))}, got {binning!r}")
+    return FORM_OF_BINNING[binning]
+
+
 def _common_window(a: Tensor, b: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     """Views of the displacements that two sets of values share: their leading or, centred, their middle parts."""
 
@@ -87,12 +93,10 @@ class CovarianceFunction(Estimate):
     ) -> None:
         shape = _perturbation_shape(channels, size)
         checks.check_max_displacement(max_displacement)
-        if binning not in FORM_OF_BINNING:
-            raise ValueError(f"binning: expected one of {', '.join(map(repr, FORM_OF_BINNING))}, got {binning!r}")
+        form = _form_of(binning)
         if psd not in ("clip", "none"):
             raise ValueError(f"psd: expected 'clip' or 'none', got {psd!r}")
         image_size: Size = (1, shape[1]) if len(shape) == 2 else (shape[1], shape[2])
-        form = FORM_OF_BINNING[binning]
         full = bin_count(image_size, binning) if form == "radial" else max(image_size)
         bins = full if max_displacement is None else min(full, max_displacement + 1)
         reach = reach_of_bins(bins, image_size)
@@ -129,7 +133,7 @@ class CovarianceFunction(Estimate):
             ValueError: If they are not finite, not symmetric, or of a shape that does not fit.
         """
         options.setdefault("binning", "rounded" if isinstance(values, Tensor) and values.dim() == 3 else "even")
-        form = FORM_OF_BINNING.get(options["binning"], "radial")
+        form = _form_of(options["binning"])
         checks.covariance_form(values, form, "values")
         values = values.detach()
         shape = _perturbation_shape(values.shape[0], size)
@@ -178,7 +182,7 @@ class CovarianceFunction(Estimate):
         shape = _perturbation_shape(channels, size)
         height, width = (1, shape[1]) if len(shape) == 2 else shape[1:]
         binning = options.setdefault("binning", "rounded" if rounded else "even")
-        if FORM_OF_BINNING.get(binning) == "radial":
+        if _form_of(binning) == "radial":
             distance = torch.arange(bin_count((height, width), binning), dtype=torch.float64)
         else:
             first = (1 - height, 1 - width) if binning == "offset" else (0, 0)

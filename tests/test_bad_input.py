@@ -1,0 +1,269 @@
+"""Every error names the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import sgr_kernels as sgr
+from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance, SGRLoss
+from sgr_kernels.functional import covariance_product, covariance_quadratic_form, displacement_covariance
+
+G = torch.zeros(2, 3, 8, 8)
+F = torch.zeros(3, 3, 11)
+TABLE = torch.zeros(3, 3, 8, 8)
+
+OPERATOR_ARGUMENTS = [
+    # gradient, covariance, form, error, words of the message
+    (G.numpy(), F, None, TypeError, ["gradient", "tensor", "ndarray"]),
+    (G.long(), F, None, TypeError, ["gradient", "floating-point", "int64"]),
+    (G.to(torch.complex64), F, None, TypeError, ["gradient", "real floating-point", "complex64"]),
+    (G[0, 0], F, None, ValueError, ["gradient", "(B, C, H, W)", "(8, 8)"]),
+    (G[None], F, None, ValueError, ["gradient", "(B, C, H, W)", "(1, 2, 3, 8, 8)"]),
+    (G[:, :0], F[:0, :0], None, ValueError, ["gradient", "at least one channel", "(2, 0, 8, 8)"]),
+    (G[..., :0], F, None, ValueError, ["gradient", "one pixel", "(2, 3, 8, 0)"]),
+    (G, F.numpy(), None, TypeError, ["covariance", "tensor", "ndarray"]),
+    (G, F.int(), None, TypeError, ["covariance", "floating-point", "int32"]),
+    (G, F.to(torch.complex128), None, TypeError, ["covariance", "floating-point", "complex128"]),
+    (G, F[0], None, ValueError, ["covariance", "(C, C, K)", "(3, 11)"]),
+    (G, F[:2, :2], None, ValueError, ["covariance", "3 x 3 channels", "(2, 2, 11)"]),
+    (G, F[:, :1], None, ValueError, ["covariance", "3 x 3 channels", "(3, 1, 11)"]),
+    (G, torch.zeros(3, 3, 12), None, ValueError, ["covariance", "1 to 11 bins", "(8, 8)", "(3, 3, 12)"]),
+    (G, F[..., :0], None, ValueError, ["covariance", "1 to 11 bins", "(3, 3, 0)"]),
+    (G, torch.zeros(3, 3, 9, 8), None, ValueError, ["covariance", "1 to 8", "dimension 2", "(3, 3, 9, 8)"]),
+    (G, torch.zeros(3, 3, 8, 17), "signed", ValueError, ["covariance", "odd number up to 15", "(3, 3, 8, 17)"]),
+    (G, torch.zeros(3, 3, 14, 15), "signed", ValueError, ["covariance", "odd number", "(3, 3, 14, 15)"]),
+    (G, F, "even", ValueError, ["covariance", "'even'", "(3, 3, 11)"]),
+    (G, TABLE, "radial", ValueError, ["covariance", "'radial'", "(3, 3, 8, 8)"]),
+    (G, F, "circular", ValueError, ["form", "'radial'", "'circular'"]),
+    (G, F.to("meta"), None, ValueError, ["covariance", "device", "meta"]),
+]
+
+
+def _names(error: pytest.ExceptionInfo, words: list[str]) -> None:
+    message = str(error.value)
+    assert message.startswith(words[0]), message
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("operator", [covariance_product, covariance_quadratic_form])
+@pytest.mark.parametrize(("gradient", "covariance", "form", "kind", "words"), OPERATOR_ARGUMENTS)
+def test_operators(operator, gradient, covariance, form, kind, words):
+    with pytest.raises(kind) as error:
+        operator(gradient, covariance, form=form)
+    _names(error, words)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "options", "kind", "words"),
+    [
+        (G.int(), {}, TypeError, ["perturbation", "floating-point", "int32"]),
+        (G[0, 0], {}, ValueError, ["perturbation", "(B, C, H, W)", "(8, 8)"]),
+        (G, {"form": "round"}, ValueError, ["form", "'signed'", "'round'"]),
+        (G, {"max_displacement": -1}, ValueError, ["max_displacement", "non-negative int", "-1"]),
+        (G, {"max_displacement": 2.0}, ValueError, ["max_displacement", "non-negative int", "2.0"]),
+        (G, {"backend": "cudnn"}, ValueError, ["backend", "'torch'", "'cudnn'"]),
+    ],
+)
+def test_displacement_covariance(perturbation, options, kind, words):
+    with pytest.raises(kind) as error:
+        displacement_covariance(perturbation, **options)
+    _names(error, words)
+
+
+def test_backends():
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', .*'reference'.*, got 'nope'"):
+        covariance_product(G, F, backend="nope")
+    with pytest.raises(ValueError, match=r"name: expected one of 'auto', .*got 'nope'"):
+        sgr.use_backend("nope")
+    large = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(RuntimeError, match=r"'reference' cannot run product: .*dimension 12288 would need 1\.1 GiB"):
+        covariance_product(large, F, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"channels": 0}, ["channels", "positive int", "0"]),
+        ({"channels": 1.0}, ["channels", "positive int", "1.0"]),
+        ({"size": (4, 0)}, ["size", "positive", "(4, 0)"]),
+        ({"size": (4, 4, 4)}, ["size", "(H, W)", "(4, 4, 4)"]),
+        ({"size": 8.0}, ["size", "(H, W)", "8.0"]),
+        ({"size": None}, ["size", "(H, W)", "None"]),
+        ({"decay": -0.1}, ["decay", "[0, 1]", "-0.1"]),
+        ({"decay": 1.5}, ["decay", "[0, 1]", "1.5"]),
+        ({"decay": float("nan")}, ["decay", "[0, 1]", "nan"]),
+        ({"target_variance": 0.0}, ["target_variance", "positive", "0.0"]),
+        ({"target_variance": -1}, ["target_variance", "positive", "-1"]),
+        ({"max_displacement": -2}, ["max_displacement", "non-negative", "-2"]),
+        ({"binning": "cubic"}, ["binning", "'rounded'", "'cubic'"]),
+        ({"psd": "maybe"}, ["psd", "'clip'", "'maybe'"]),
+    ],
+)
+def test_covariance_functions(options, words):
+    with pytest.raises(ValueError) as error:
+        CovarianceFunction(**{"channels": 2, "size": (8, 8)} | options)
+    _names(error, words)
+
+
+def test_other_covariances():
+    with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], got 2"):
+        FullCovariance(2, (8, 8), decay=2)
+    with pytest.raises(ValueError, match=r"channels, size: expected positive ints, got 2, \(0,\)"):
+        FullCovariance(2, (0,))
+    with pytest.raises(ValueError, match="variance: expected a finite number >= 0, got -1"):
+        IdentityCovariance(-1)
+    with pytest.raises(ValueError, match="shape: the identity's size is unknown"):
+        IdentityCovariance().sample(3)
+
+
+@pytest.mark.parametrize("build", [CovarianceFunction, FullCovariance])
+def test_gradients_and_perturbations_of_another_size(build):
+    covariance = build(3, (8, 8))
+    wrong = torch.zeros(2, 3, 9, 8)
+    for name, use in (
+        ("gradient", covariance.product),
+        ("gradient", covariance.quadratic_form),
+        ("perturbation", covariance.update),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected shape (B, 3, 8, 8), got (2, 3, 9, 8)")):
+            use(wrong)
+        with pytest.raises(TypeError, match=f"{name}: expected a real floating-point tensor, got .*int64"):
+            use(G.long())
+        with pytest.raises(ValueError, match=f"{name}: .*device cpu, got meta"):
+            use(G.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "options", "kind", "words"),
+    [
+        ([[[1.0]]], 4, {}, TypeError, ["values", "tensor", "list"]),
+        (torch.ones(1, 1, 3).int(), 4, {}, TypeError, ["values", "floating-point", "int32"]),
+        (torch.ones(3), 4, {}, ValueError, ["values", "(3,)"]),
+        (torch.ones(1, 2, 3), 4, {}, ValueError, ["values", "1 x 1 channels", "(1, 2, 3)"]),
+        (torch.ones(1, 1, 9), 4, {}, ValueError, ["values", "1 to 5 bins", "(1, 1, 9)"]),
+        (torch.ones(1, 1, 8), 4, {"binning": "linear"}, ValueError, ["values", "bins", "(1, 1, 8)"]),
+        (torch.ones(1, 1, 4, 4), 4, {"binning": "offset"}, ValueError, ["values", "odd number", "(1, 1, 4, 4)"]),
+        (torch.tensor([[[1.0, torch.nan]]]), 4, {}, ValueError, ["values", "finite", "NaN"]),
+        (torch.tensor([[[1.0, torch.inf]]]), 4, {}, ValueError, ["values", "finite", "infinity"]),
+        (torch.tensor([[[1.0], [0.5]], [[0.2], [1.0]]]), 4, {}, ValueError, ["values", "symmetric", "0.3"]),
+        (torch.arange(9.0).view(1, 1, 3, 3), 4, {"binning": "offset"}, ValueError, ["values", "symmetric", "8"]),
+    ],
+)
+def test_values_given(values, size, options, kind, words):
+    with pytest.raises(kind) as error:
+        CovarianceFunction.from_values(values, size, **options)
+    _names(error, words)
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "words"),
+    [
+        (torch.zeros(0, 1, 4, 4), ValueError, ["images", "at least one", "none"]),
+        (torch.zeros(5, 1, 4, 4).long(), TypeError, ["images", "floating-point", "int64"]),
+        (torch.zeros(5, 16), ValueError, ["images", "(B, C, H, W)", "(5, 16)"]),
+        (torch.full((5, 1, 4, 4), torch.nan), ValueError, ["values", "finite", "NaN"]),
+    ],
+)
+def test_images_given(images, kind, words):
+    with pytest.raises(kind) as error:
+        CovarianceFunction.from_images(images)
+    _names(error, words)
+
+
+def test_exponentials():
+    with pytest.raises(ValueError, match="decay_length: expected a positive number of pixels, got 0"):
+        CovarianceFunction.exponential(1, 8, 0)
+    with pytest.raises(ValueError, match=r"cross_channel: expected a number in \[-1, 1\], got 2"):
+        CovarianceFunction.exponential(1, 8, 1.0, cross_channel=2)
+    with pytest.raises(ValueError, match=r"binning: expected one of .*got 'cubic'"):
+        CovarianceFunction.exponential(1, 8, 1.0, binning="cubic")
+
+
+def _loaded(build, change):
+    state = build().state_dict()
+    state.update(change(state))
+    build().load_state_dict(state)
+
+
+def test_states_that_do_not_fit_are_not_loaded():
+    def build() -> CovarianceFunction:
+        return CovarianceFunction(2, 4)
+
+    asymmetric = torch.zeros(2, 2, 5)
+    asymmetric[0, 1] = 1
+    for change, message in (
+        (lambda s: {"values": torch.full_like(s["values"], torch.nan)}, "values: expected finite numbers"),
+        (lambda s: {"mean": torch.full_like(s["mean"], torch.inf)}, "mean: expected finite numbers"),
+        (lambda s: {"values": asymmetric}, "values: expected the values of a symmetric matrix, got a difference of 1"),
+        (lambda s: {"values": torch.zeros(2, 2, 9)}, r"size mismatch for values"),
+        (lambda s: {"kernel": torch.zeros(1)}, "Unexpected key"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            _loaded(build, change)
+    nested = nn.ModuleDict({"metric": build()})
+    state = nested.state_dict() | {"metric.values": torch.full((2, 2, 5), torch.nan)}
+    with pytest.raises(RuntimeError, match=r"metric\.values: expected finite"):
+        nested.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"covariance": torch.eye(3)}, TypeError, ["covariance", "covariance module", "(3, 3)"]),
+        ({"strength": -0.5}, ValueError, ["strength", ">= 0", "-0.5"]),
+        ({"strength": float("inf")}, ValueError, ["strength", "finite", "inf"]),
+        ({"update_every": 0}, ValueError, ["update_every", "positive int", "0"]),
+        ({"penalty_every": 1.5}, ValueError, ["penalty_every", "positive int", "1.5"]),
+        ({"fraction": 0.0}, ValueError, ["fraction", "(0, 1]", "0.0"]),
+        ({"method": "magic"}, ValueError, ["method", "'double-backward'", "'magic'"]),
+        ({"perturbation": "noise"}, ValueError, ["perturbation", "'sign'", "'noise'"]),
+        (
+            {"covariance": IdentityCovariance(), "perturbation": "sign"},
+            ValueError,
+            ["perturbation", "frozen", "'sign'"],
+        ),
+        ({"covariance": IdentityCovariance(), "mean_correction": True}, ValueError, ["mean_correction", "Identity"]),
+    ],
+)
+def test_losses(options, kind, words):
+    with pytest.raises(kind) as error:
+        SGRLoss(**{"covariance": CovarianceFunction(3, 8)} | options)
+    _names(error, words)
+
+
+def _classifier() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "kind", "words"),
+    [
+        (G.long(), torch.zeros(2).long(), TypeError, ["images", "floating-point", "int64"]),
+        (G, torch.tensor([0, 4]), ValueError, ["labels", "0 to 3", "0 to 4"]),
+        (G, torch.tensor([-1, 2]), ValueError, ["labels", "0 to 3", "-1 to 2"]),
+        (G, torch.tensor([0]), ValueError, ["labels", "(2,)", "(1,)"]),
+        (G, torch.zeros(2, 5), ValueError, ["labels", "(2, 4)", "(2, 5)"]),
+    ],
+)
+def test_batches(images, labels, kind, words):
+    with pytest.raises(kind) as error:
+        SGRLoss(IdentityCovariance())(_classifier(), images, labels)
+    _names(error, words)
+
+
+def test_models_and_loss_functions_that_cannot_be_penalized():
+    labels = torch.zeros(2).long()
+    with pytest.raises(ValueError, match=r"outputs: expected logits \(B, classes\), got \(2, 3, 8, 8\)"):
+        SGRLoss(IdentityCovariance())(nn.Identity(), G, labels)
+    with pytest.raises(ValueError, match=r"loss_fn: expected one loss per sample.*got \(\)"):
+        SGRLoss(IdentityCovariance(), loss_fn=nn.functional.cross_entropy)(_classifier(), G, labels)
+    weight = nn.Parameter(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="model: its loss has no path to the images"):
+        SGRLoss(IdentityCovariance())(lambda x: weight, G, labels)
+    with pytest.raises(ValueError, match=re.escape("gradient: expected shape (B, 1, 8, 8), got (2, 3, 8, 8)")):
+        SGRLoss(CovarianceFunction.exponential(1, 8, 2.0))(_classifier(), G, labels)

@@ -1,0 +1,108 @@
+"""What importing the package costs and touches, and what it offers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sgr_kernels
+
+_IMPORT = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import sgr_kernels
+seconds, modules = time.perf_counter() - start, set(sys.modules) - before
+print(json.dumps({
+    "seconds": seconds,
+    "modules": sorted(modules),
+    "cuda": torch.cuda.is_initialized(),
+    "dtype": str(torch.get_default_dtype()),
+}))
+"""
+
+PUBLIC = {
+    "sgr_kernels": [
+        "CovarianceFunction",
+        "FullCovariance",
+        "IdentityCovariance",
+        "SGRLoss",
+        "cross_entropy_per_sample",
+        "use_backend",
+        "functional",
+        "attacks",
+        "backends",
+        "models",
+        "diagnose",
+    ],
+    "sgr_kernels.functional": ["covariance_product", "covariance_quadratic_form", "displacement_covariance"],
+    "sgr_kernels.attacks": ["uniform_noise", "fgm", "fgsm", "pgd", "deepfool", "correlated_noise"],
+    "sgr_kernels.backends": ["available", "build_info"],
+    "sgr_kernels.models": ["carlini_wagner"],
+}
+
+
+def _import() -> dict:
+    output = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    assert output.stderr == ""
+    return json.loads(output.stdout)
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    return _import()
+
+
+def test_an_import_loads_nothing_heavy(imported):
+    roots = {name.split(".")[0] for name in imported["modules"]}
+    assert not roots & {"matplotlib", "triton", "safetensors", "scipy", "sympy", "PIL", "tqdm", "pandas", "hypothesis"}
+    assert "torch._dynamo" not in imported["modules"]
+    assert "torch._inductor" not in imported["modules"]
+
+
+def test_an_import_touches_nothing(imported):
+    assert not imported["cuda"]
+    assert imported["dtype"] == "torch.float32"
+
+
+def test_an_import_is_quick(imported):
+    """Half a second beyond torch's own, on a loaded machine too; a few hundredths on a quiet one."""
+    assert imported["seconds"] < 0.5 or _import()["seconds"] < 0.5
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in PUBLIC.items() for n in names])
+def test_public_names(module, name):
+    parent, _, attribute = module.partition(".")
+    owner = importlib.import_module(parent)
+    owner = getattr(owner, attribute) if attribute else owner
+    assert getattr(owner, name).__doc__
+
+
+def test_exported_names_exist_and_are_documented():
+    for module in (sgr_kernels, sgr_kernels.functional, sgr_kernels.attacks, sgr_kernels.backends):
+        for name in module.__all__:
+            assert hasattr(module, name), name
+            value = getattr(module, name)
+            assert name.startswith("__") or value.__doc__, name
+
+
+def test_the_package_is_typed_and_versioned():
+    folder = Path(sgr_kernels.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert sgr_kernels.__version__[0].isdigit()
+
+
+def test_a_backend_named_by_the_environment():
+    program = "import sgr_kernels, torch; print(sgr_kernels.functional.displacement_covariance(torch.ones(1, 1, 2, 2)))"
+    for name, message in (("reference", None), ("bogus", "SGR_BACKEND: expected one of 'auto'")):
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"SGR_BACKEND": name}
+        )
+        assert (result.returncode == 0) == (message is None)
+        assert message is None or message in result.stderr
