@@ -1,4 +1,4 @@
-"""What sweeping strengths costs against a single one, and DeepFool on a thousand digits."""
+"""What sweeping strengths costs against one strength, and DeepFool on a thousand digits; processor seconds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sgr_kernels.evaluation import robustness_curve
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.models import carlini_wagner
+
+pytestmark = pytest.mark.benchmark(timer=time.process_time)
 
 GRID = [4 * k / 255 for k in range(1, 9)]
 
@@ -43,9 +45,9 @@ def digits() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def median_time(run: Callable[[], object], rounds: int) -> float:
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return sorted(times)[rounds // 2]
 
 
@@ -74,7 +76,7 @@ def test_correlated_noise(benchmark, network, digits):
     benchmark.pedantic(attack, rounds=3)
 
 
-def test_deepfool_on_a_thousand_digits_takes_less_than_a_minute(benchmark, network, digits):
+def test_deepfool_on_a_thousand_digits_takes_less_than_a_minute_on_two_cores(benchmark, network, digits):
     images = torch.cat([images for images, _ in digits])[:1000]
 
     def run() -> torch.Tensor:
@@ -85,4 +87,4 @@ def test_deepfool_on_a_thousand_digits_takes_less_than_a_minute(benchmark, netwo
         broken = network(adversarial).argmax(1) != network(images).argmax(1)
     benchmark.extra_info["broken"] = float(broken.double().mean())
     benchmark.extra_info["mean relative norm"] = float(relative_norm(images, adversarial).mean())
-    assert benchmark.stats.stats.median < 60
+    assert benchmark.stats.stats.median < 2 * 60
