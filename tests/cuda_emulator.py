@@ -96,7 +96,7 @@ class Emulator:
         shared: int = HOPPER,
         order: str = "ascending",
     ) -> tuple[Tensor | None, Tensor | None]:
-        """q and v, as far as ``operator`` computes them."""
+        """Compute q and v, as far as ``operator`` does."""
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         parts = 4 if spectrum.dim() == 5 else 1
         fields = self._fields(operator, gradient, spectrum.shape[-2:], parts, precision, shared)

@@ -229,11 +229,13 @@ inline float matrix_unit_sum(float start, const double* products, int count) {
     plain += products[i];
   }
   if (!std::isfinite(plain) || largest == 0.0) return static_cast<float>(plain);
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - 25);
-  double sum = std::trunc(start / unit) * unit;
-  for (int i = 0; i < count; ++i) sum += std::trunc(products[i] / unit) * unit;
-  const float rounded = static_cast<float>(sum);
-  return std::fabs(static_cast<double>(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+  const uint64_t exponent = bits_of<uint64_t>(largest) >> 52;
+  const double unit = bits_of<double>((exponent - 25) << 52), inverse = 1.0 / unit;
+  int64_t sum = static_cast<int64_t>(start * inverse);
+  for (int i = 0; i < count; ++i) sum += static_cast<int64_t>(products[i] * inverse);
+  const double exact = static_cast<double>(sum) * unit;
+  const float rounded = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(rounded)) > std::fabs(exact) ? std::nextafter(rounded, 0.0f) : rounded;
 }
 
 }  // namespace emulation
