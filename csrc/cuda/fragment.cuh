@@ -1,0 +1,243 @@
+// 16x16 tiles spread over a warp, and products of them on tensor cores in three precisions.
+//
+// Lane 4g + q holds, of a tile, the eight entries (row g + 8i, column 8n + 2q + j), i, n, j in {0, 1}. An
+// mma accumulator has this layout, and both mma operands can be read in it: a as the matrix, b as its
+// transpose. So  multiply(d, a, b): d += a b'  yields a tile that is an operand of the next product as it
+// stands: a chain of products needs neither shuffles nor shared memory.
+#pragma once
+
+#include "device.cuh"
+
+namespace sgr::cuda {
+
+constexpr int kTile = 16;
+constexpr int kLaneEntries = 8;
+constexpr int kTileEntries = kTile * kTile;
+
+struct Fragment {
+  float value[2][2][2];  // [n][i][j]
+};
+
+__device__ inline int lane_row(int lane, int i) { return (lane >> 2) + 8 * i; }
+__device__ inline int lane_column(int lane, int n, int j) { return 8 * n + 2 * (lane & 3) + j; }
+
+// A tile ready for multiplication, kWords 32-bit words per lane. In memory the pair of entries (n, i) of a
+// lane, of whatever kind, has the two words from pair_offset on: a pair of floats can be converted where it
+// lies, and a warp moves 512 contiguous bytes at a time.
+template <int WORDS>
+struct Words {
+  uint32_t word[WORDS];
+};
+
+__device__ inline int pair_offset(int lane, int n, int i) { return (n * kWarp + lane) * 4 + 2 * i; }
+
+__device__ inline void load_tile(Words<8>& tile, const uint32_t* memory, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(memory + pair_offset(lane, n, 0));
+    tile.word[4 * n] = vector.x;
+    tile.word[4 * n + 1] = vector.y;
+    tile.word[4 * n + 2] = vector.z;
+    tile.word[4 * n + 3] = vector.w;
+  }
+}
+__device__ inline void load_tile(Words<4>& tile, const uint32_t* memory, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(memory + pair_offset(lane, n, 0));
+    tile.word[2 * n] = vector.x;
+    tile.word[2 * n + 1] = vector.z;
+  }
+}
+__device__ inline void store_tile(const Words<8>& tile, uint32_t* memory, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    *reinterpret_cast<uint4*>(memory + pair_offset(lane, n, 0)) =
+        make_uint4(tile.word[4 * n], tile.word[4 * n + 1], tile.word[4 * n + 2], tile.word[4 * n + 3]);
+}
+__device__ inline void store_tile(const Words<4>& tile, uint32_t* memory, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    *reinterpret_cast<uint4*>(memory + pair_offset(lane, n, 0)) =
+        make_uint4(tile.word[2 * n], 0, tile.word[2 * n + 1], 0);
+}
+__device__ inline Fragment load_fragment(const float* memory, int lane) {
+  Fragment tile;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float4 vector = *reinterpret_cast<const float4*>(memory + pair_offset(lane, n, 0));
+    tile.value[n][0][0] = vector.x;
+    tile.value[n][0][1] = vector.y;
+    tile.value[n][1][0] = vector.z;
+    tile.value[n][1][1] = vector.w;
+  }
+  return tile;
+}
+__device__ inline void store_fragment(const Fragment& tile, float* memory, int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    *reinterpret_cast<float4*>(memory + pair_offset(lane, n, 0)) =
+        make_float4(tile.value[n][0][0], tile.value[n][0][1], tile.value[n][1][0], tile.value[n][1][1]);
+}
+
+// x = high + low / SCALE in two fp16 numbers: 22 bits. Three of the four partial products carry float32
+// accuracy. SCALE > 1 keeps small residuals out of fp16's subnormal range; their products are then summed
+// apart. The forward half needs no such care (its inputs are scaled to their maximum); a spectrum spans
+// many powers of ten, and the inverse half does.
+template <int SCALE>
+struct SplitHalf {
+  using Tile = Words<8>;
+  struct Accumulator {
+    Fragment high, low;
+  };
+
+  __device__ static uint2 pair(float even, float odd) {
+    uint2 words;
+    split(even, odd, words.x, words.y);
+    return words;
+  }
+  __device__ static Tile tile(const Fragment& x) {
+    Tile result;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        split(x.value[n][i][0], x.value[n][i][1], result.word[4 * n + 2 * i], result.word[4 * n + 2 * i + 1]);
+    return result;
+  }
+  // A constant stored with SCALE = 1, made ready for this one.
+  __device__ static void rescale_constant(Tile& tile) {
+    if constexpr (SCALE != 1) {
+#pragma unroll
+      for (int w = 1; w < 8; w += 2) tile.word[w] = scale_half_pair(tile.word[w], SCALE);
+    }
+  }
+  __device__ static void negate_odd_columns(Tile& tile) {
+#pragma unroll
+    for (int w = 0; w < 8; ++w) tile.word[w] ^= 0x80000000u;
+  }
+  __device__ static void negate_odd_rows(Tile& tile, int lane) {
+    const uint32_t mask = (lane >> 2) & 1 ? 0x80008000u : 0u;
+#pragma unroll
+    for (int w = 0; w < 8; ++w) tile.word[w] ^= mask;
+  }
+
+  __device__ static Accumulator start(const Fragment& value) { return {value, Fragment{}}; }
+  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float (&high)[4] = reinterpret_cast<float (&)[4]>(d.high.value[m]);
+      float (&low)[4] = SCALE == 1 ? high : reinterpret_cast<float (&)[4]>(d.low.value[m]);
+      const uint32_t b0 = b.word[2 * m], b1 = b.word[4 + 2 * m];
+      mma_m16n8k16_f16(low, a.word[0], a.word[2], a.word[4], a.word[6], b.word[2 * m + 1], b.word[5 + 2 * m]);
+      mma_m16n8k16_f16(low, a.word[1], a.word[3], a.word[5], a.word[7], b0, b1);
+      mma_m16n8k16_f16(high, a.word[0], a.word[2], a.word[4], a.word[6], b0, b1);
+    }
+  }
+  __device__ static Fragment finish(const Accumulator& d) {
+    Fragment result = d.high;
+    if constexpr (SCALE != 1) {
+#pragma unroll
+      for (int e = 0; e < kLaneEntries; ++e) (&result.value[0][0][0])[e] += (&d.low.value[0][0][0])[e] * (1.0f / SCALE);
+    }
+    return result;
+  }
+
+ private:
+  __device__ static void split(float even, float odd, uint32_t& high, uint32_t& low) {
+    high = half_pair(even, odd);
+    const float2 rounded = half_pair_to_floats(high);
+    low = half_pair((even - rounded.x) * SCALE, (odd - rounded.y) * SCALE);
+  }
+};
+
+// One rounding to tf32. Within each group of eight, mma's k index is permuted so that a lane's pair of
+// adjacent columns serves as its two k slots.
+struct TensorFloat {
+  using Tile = Words<8>;
+  struct Accumulator {
+    Fragment sum;
+  };
+
+  __device__ static uint2 pair(float even, float odd) { return make_uint2(round_to_tf32(even), round_to_tf32(odd)); }
+  __device__ static Tile tile(const Fragment& x) {
+    Tile result;
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) result.word[e] = round_to_tf32((&x.value[0][0][0])[e]);
+    return result;
+  }
+  __device__ static void rescale_constant(Tile&) {}
+  __device__ static void negate_odd_columns(Tile& tile) {
+#pragma unroll
+    for (int w = 1; w < 8; w += 2) tile.word[w] ^= 0x80000000u;
+  }
+  __device__ static void negate_odd_rows(Tile& tile, int lane) {
+    const uint32_t mask = (lane >> 2) & 1 ? 0x80000000u : 0u;
+#pragma unroll
+    for (int w = 0; w < 8; ++w) tile.word[w] ^= mask;
+  }
+
+  __device__ static Accumulator start(const Fragment& value) { return {value}; }
+  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        mma_m16n8k8_tf32(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[4 * n], a.word[4 * n + 2],
+                         a.word[4 * n + 1], a.word[4 * n + 3], b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
+  }
+  __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
+};
+
+// One rounding to bf16.
+struct BrainFloat {
+  using Tile = Words<4>;
+  struct Accumulator {
+    Fragment sum;
+  };
+
+  __device__ static uint2 pair(float even, float odd) { return make_uint2(bfloat16_pair(even, odd), 0); }
+  __device__ static Tile tile(const Fragment& x) {
+    Tile result;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) result.word[2 * n + i] = bfloat16_pair(x.value[n][i][0], x.value[n][i][1]);
+    return result;
+  }
+  __device__ static void rescale_constant(Tile&) {}
+  __device__ static void negate_odd_columns(Tile& tile) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) tile.word[w] ^= 0x80000000u;
+  }
+  __device__ static void negate_odd_rows(Tile& tile, int lane) {
+    const uint32_t mask = (lane >> 2) & 1 ? 0x80008000u : 0u;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) tile.word[w] ^= mask;
+  }
+
+  __device__ static Accumulator start(const Fragment& value) { return {value}; }
+  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      mma_m16n8k16_bf16(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[0], a.word[1], a.word[2], a.word[3],
+                        b.word[m], b.word[2 + m]);
+  }
+  __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
+};
+
+// The caller's choice, in torch's words; the tolerances stand in the operators' documentation.
+struct Highest {
+  using Forward = SplitHalf<1>;
+  using Inverse = SplitHalf<2048>;
+};
+struct High {
+  using Forward = TensorFloat;
+  using Inverse = TensorFloat;
+};
+struct Medium {
+  using Forward = BrainFloat;
+  using Inverse = BrainFloat;
+};
+
+}  // namespace sgr::cuda

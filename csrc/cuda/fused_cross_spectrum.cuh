@@ -1,0 +1,226 @@
+// S = sum over samples and parities of Z Z' of images up to 64x64 with up to four channels.
+//
+// A warp owns two 16x16 blocks of frequencies of S for the kernel's whole life and keeps them in registers;
+// each block of threads writes one partial sum, and the partial sums are added in a fixed order: no atomics,
+// and as the number of blocks depends on the shape alone, the same bits on every GPU.
+#pragma once
+
+#include "image_tiles.cuh"
+#include "spectrum_tiles.cuh"
+
+namespace sgr::cuda {
+
+struct CrossSpectrumArguments {
+  ImageView perturbation;
+  float* partial;  // [gridDim.x][pair][row block][column block][16x16 as store_fragment]
+  Geometry geometry;
+};
+
+template <class PRECISION, int CHANNELS, int BLOCKS>
+struct FusedCrossSpectrum {
+  using Forward = typename PRECISION::Forward;
+  using Axis = FrequencyAxis<BLOCKS>;
+  using Basis = BasisTiles<PRECISION, BLOCKS>;
+  using Layout = SpectrumTiles<CHANNELS, BLOCKS, true>;
+  static constexpr int kBlocks = Axis::kBlocks;
+  static constexpr int kOwned = 2;  // blocks of row frequencies per warp
+  static constexpr int kWarps = 8;
+  static constexpr int kWarpsPerImage = kBlocks * kBlocks / kOwned;
+  static constexpr int kImages = kWarps / kWarpsPerImage;  // at a time
+  static constexpr int kPlanes = kImages * CHANNELS;
+  static constexpr int kThreads = kWarps * kWarp;
+  // Four channels have more pairs than registers: two blocks of threads share them out.
+  static constexpr int kParts = CHANNELS > 3 ? 2 : 1;
+  static constexpr int kPairs = Layout::kPairs / kParts;
+  using Images = ImageTiles<kPlanes, CHANNELS, BLOCKS, kThreads>;
+
+  static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
+  static constexpr int kReductionWords = kImages > 1 ? Layout::kEntries / kParts : 0;
+  static constexpr int kDataWords = kImageWords > kReductionWords ? kImageWords : kReductionWords;
+  static constexpr int kSharedBytes = 4 * (kDataWords + Basis::kWords + 2 * kImages);
+  static constexpr int kCeiling = BLOCKS == 1 ? 8 : 7;
+
+  uint32_t* data;
+  Basis basis;
+  unsigned* maxima;  // [2][kImages]
+  int lane, group, row_member, column_block, part;
+
+  __device__ FusedCrossSpectrum(unsigned char* shared) {
+    const int warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    group = warp / kWarpsPerImage;
+    row_member = warp / kBlocks % (kBlocks / kOwned);
+    column_block = warp % kBlocks;
+    part = blockIdx.y;
+    data = reinterpret_cast<uint32_t*>(shared);
+    basis.memory = data + kDataWords;
+    basis.lane = lane;
+    maxima = basis.memory + Basis::kWords;
+  }
+
+  static_assert(kPairs * kParts == Layout::kPairs);
+
+  // Adds this warp's image to its blocks of S.
+  __device__ void add_image(Fragment (&sum)[kOwned][kPairs], float unscale) const {
+#pragma unroll 1
+    for (int parity = 0; parity < kParities; ++parity) {
+      Fragment z[kOwned][CHANNELS] = {};
+      transform(z, parity);
+#pragma unroll
+      for (int owned = 0; owned < kOwned; ++owned) {
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+          for (int e = 0; e < kLaneEntries; ++e) (&z[owned][c].value[0][0][0])[e] *= unscale;
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+          for (int d = c; d < CHANNELS; ++d) {
+            const int pair = Layout::pair(c, d);
+            if (kParts > 1 && pair / kPairs != part) continue;
+#pragma unroll
+            for (int e = 0; e < kLaneEntries; ++e)
+              (&sum[owned][pair % kPairs].value[0][0][0])[e] +=
+                  (&z[owned][c].value[0][0][0])[e] * (&z[owned][d].value[0][0][0])[e];
+          }
+      }
+    }
+  }
+
+  __device__ void transform(Fragment (&z)[kOwned][CHANNELS], int parity) const {
+    typename Forward::Tile row_constant[BLOCKS];
+#pragma unroll
+    for (int s = 0; s < BLOCKS; ++s) row_constant[s] = basis.forward(1, parity & 1, column_block, s);
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) {
+      typename Forward::Tile column_constant[kOwned];
+#pragma unroll
+      for (int owned = 0; owned < kOwned; ++owned)
+        column_constant[owned] = basis.forward(0, parity >> 1, row_member * kOwned + owned, t);
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) {
+        const int tile = ((group * CHANNELS + c) * BLOCKS + t) * BLOCKS;
+        auto rows = Forward::start(Fragment{});
+#pragma unroll
+        for (int s = 0; s < BLOCKS; ++s) {
+          typename Forward::Tile x;
+          load_tile(x, data + (parity * Images::kTiles + tile + s) * kTileEntries, lane);
+          Forward::multiply(rows, row_constant[s], x);
+        }
+        const typename Forward::Tile u = Forward::tile(Forward::finish(rows));
+#pragma unroll
+        for (int owned = 0; owned < kOwned; ++owned) {
+          auto partial = Forward::start(z[owned][c]);
+          Forward::multiply(partial, column_constant[owned], u);
+          z[owned][c] = Forward::finish(partial);
+        }
+      }
+    }
+  }
+
+  __device__ int offset(int pair, int owned) const {
+    return Layout::offset(pair, row_member * kOwned + owned, column_block);
+  }
+
+  // Adds the groups' sums in order through shared memory; the first group ends up with the total.
+  __device__ void reduce_groups(Fragment (&sum)[kOwned][kPairs]) const {
+    float* memory = reinterpret_cast<float*>(data);
+#pragma unroll 1
+    for (int from = kImages - 1; from > 0; --from) {
+#pragma unroll
+      for (int index = 0; index < kOwned * kPairs; ++index)
+        if (group == from)
+          store_fragment(sum[index / kPairs][index % kPairs], memory + offset(index % kPairs, index / kPairs), lane);
+      __syncthreads();
+#pragma unroll
+      for (int index = 0; index < kOwned * kPairs; ++index)
+        if (group == from - 1) {
+          const Fragment other = load_fragment(memory + offset(index % kPairs, index / kPairs), lane);
+#pragma unroll
+          for (int e = 0; e < kLaneEntries; ++e)
+            (&sum[index / kPairs][index % kPairs].value[0][0][0])[e] += (&other.value[0][0][0])[e];
+        }
+      __syncthreads();
+    }
+  }
+
+  __device__ void run(const CrossSpectrumArguments& arguments) {
+    const Geometry& geometry = arguments.geometry;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * kImages;
+    int64_t first = static_cast<int64_t>(blockIdx.x) * kImages;
+
+    Images::prefetch_rows(arguments.perturbation, geometry, first);
+    if (threadIdx.x < 2 * kImages) maxima[threadIdx.x] = 0;
+    basis.fill(geometry.rows, geometry.columns, threadIdx.x / kWarp, kThreads / kWarp);
+    __syncthreads();
+
+    Fragment sum[kOwned][kPairs] = {};
+    unsigned* maximum = maxima;
+    while (first < geometry.batch) {
+      Images::load(reinterpret_cast<float*>(data), maximum, arguments.perturbation, geometry, first);
+      __syncthreads();
+      Images::template convert<Forward>(reinterpret_cast<float*>(data), maximum, kCeiling);
+      unsigned* next_maximum = maximum == maxima ? maxima + kImages : maxima;
+      if (threadIdx.x < kImages) next_maximum[threadIdx.x] = 0;
+      Images::prefetch_rows(arguments.perturbation, geometry, first + stride);
+      __syncthreads();
+      add_image(sum, power_of_two(-scaling_exponent(maximum[group], kCeiling)));
+      first += stride;
+      maximum = next_maximum;
+      __syncthreads();
+    }
+    reduce_groups(sum);
+    float* partial = arguments.partial + static_cast<int64_t>(blockIdx.x) * Layout::kEntries;
+#pragma unroll
+    for (int index = 0; index < kOwned * kPairs; ++index)
+      if (group == 0)
+        store_fragment(sum[index / kPairs][index % kPairs],
+                       partial + offset(part * kPairs + index % kPairs, index / kPairs), lane);
+  }
+};
+
+template <class FUSED>
+__global__ void __launch_bounds__(FUSED::kThreads, 1)
+    fused_cross_spectrum(const __grid_constant__ CrossSpectrumArguments arguments) {
+  SGR_SHARED_MEMORY(shared);
+  FUSED fused(shared);
+  fused.run(arguments);
+}
+
+// Adds the partial sums in float64, in order, and puts them in the order of the result (C,C,Fh,Fw). A block
+// of kWarp x kReductionRows threads finishes kWarp entries.
+constexpr int kReductionRows = 8;
+
+template <int CHANNELS, int BLOCKS>
+__global__ void sum_partial_spectra(const float* partial, int count, Geometry geometry, float* result) {
+  using Layout = SpectrumTiles<CHANNELS, BLOCKS, true>;
+  using Axis = FrequencyAxis<BLOCKS>;
+  SGR_SHARED_MEMORY(shared);
+  double* sums = reinterpret_cast<double*>(shared);
+  const int column = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
+  const int index = blockIdx.x * kWarp + column;
+  double sum = 0.0;
+#pragma unroll 4
+  for (int part = row; part < count; part += kReductionRows)
+    sum += partial[static_cast<int64_t>(part) * Layout::kEntries + index];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (row > 0) return;
+  for (int r = 1; r < kReductionRows; ++r) sum += sums[r * kWarp + column];
+
+  const int in_tile = index % kTileEntries, tile = index / kTileEntries;
+  const int n = in_tile / (kTileEntries / 2), lane = in_tile / 4 % kWarp, i = in_tile / 2 % 2, j = in_tile % 2;
+  const int k = Axis::frequency(tile / Axis::kBlocks % Axis::kBlocks, lane_row(lane, i), geometry.rows);
+  const int l = Axis::frequency(tile % Axis::kBlocks, lane_column(lane, n, j), geometry.columns);
+  int c = 0, d = tile / (Axis::kBlocks * Axis::kBlocks);
+  while (d >= CHANNELS - c) d -= CHANNELS - c++;
+  d += c;
+  if (k < 0 || l < 0 || d >= geometry.channels) return;
+  const int64_t plane = static_cast<int64_t>(geometry.rows) * geometry.columns;
+  const int64_t position = static_cast<int64_t>(k) * geometry.columns + l;
+  const float value = static_cast<float>(sum * 16.0 / static_cast<double>(plane));
+  result[(static_cast<int64_t>(c) * geometry.channels + d) * plane + position] = value;
+  result[(static_cast<int64_t>(d) * geometry.channels + c) * plane + position] = value;
+}
+
+}  // namespace sgr::cuda

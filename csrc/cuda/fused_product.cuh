@@ -1,0 +1,330 @@
+// v = Sigma g and q = g' Sigma g of images up to 64x64 with up to four channels, in one kernel.
+//
+// Per image and parity the chain is  U = B' X',  Z = A' U',  Y = Lambda Z (mixing channels),  W = B Y',
+// V = A W'  with A, B the odd-frequency bases of the two axes: every step is "constant times transpose of
+// the last tile", see fragment.cuh. A warp owns a parity and one or two blocks of 16 row frequencies.
+#pragma once
+
+#include "image_tiles.cuh"
+#include "spectrum_tiles.cuh"
+
+namespace sgr::cuda {
+
+struct ProductArguments {
+  ImageView gradient;
+  ImageView product;  // data is null where it is not wanted
+  float* quadratic;   // likewise
+  SpectrumView<float> spectrum;
+  const float* spectrum_tiles;  // BLOCKS = 2 only: what arrange_spectrum wrote
+  const int* spectrum_exponent;
+  Geometry geometry;
+};
+
+template <class PRECISION, int CHANNELS, int IMAGES, int BLOCKS, bool SYMMETRIC>
+struct FusedProduct {
+  using Forward = typename PRECISION::Forward;
+  using Inverse = typename PRECISION::Inverse;
+  using Axis = FrequencyAxis<BLOCKS>;
+  using Spectrum = SpectrumTiles<CHANNELS, BLOCKS, SYMMETRIC>;
+  using Basis = BasisTiles<PRECISION, BLOCKS>;
+  static constexpr int kPlanes = IMAGES * CHANNELS;
+  static constexpr int kBlocks = Axis::kBlocks;
+  static constexpr int kOwned = BLOCKS;  // blocks of row frequencies per warp
+  static constexpr int kWarpsPerParity = kBlocks / kOwned;
+  static constexpr int kWarps = kParities * kWarpsPerParity;
+  static constexpr int kThreads = kWarps * kWarp;
+  using Images = ImageTiles<kPlanes, CHANNELS, BLOCKS, kThreads>;
+
+  // Small images keep the spectrum in shared memory and recompute U in each of the two warps that need it;
+  // large ones read the spectrum through the cache and exchange U, since four warps need it.
+  static constexpr bool kSpectrumShared = BLOCKS == 1;
+  static constexpr bool kExchangeRows = BLOCKS > 1;
+
+  // Shared memory in words. X and later V lie in `image`, U and later W in `exchange`.
+  static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
+  static constexpr int kExchangeTiles = kPlanes * kBlocks * BLOCKS;  // of one parity
+  static constexpr int kExchangeWords = kParities * kExchangeTiles * kTileEntries;
+  static constexpr int kSpectrumWords = kSpectrumShared ? Spectrum::kEntries : 0;
+  static constexpr int kScalarWords = 2 * IMAGES + IMAGES * kWarps + 2;
+  static constexpr int kSharedBytes =
+      4 * (kImageWords + kExchangeWords + kSpectrumWords + Basis::kWords + kScalarWords);
+
+  // Two blocks per multiprocessor where they fit, so that one loads while the other computes.
+  static constexpr int kResidentBlocks = BLOCKS == 1 && CHANNELS <= 3 ? 2 : 1;
+
+  // The largest magnitude is brought to 2^kCeiling: then nothing in the chain reaches fp16's 2^16, since
+  // |W| <= sqrt(F/2) ||X|| <= sqrt(F/2) 32 BLOCKS 2^kCeiling.
+  static constexpr int kCeiling = BLOCKS == 1 ? 8 : 7;
+
+  float* image;
+  uint32_t* exchange;
+  float* spectrum;
+  Basis basis;
+  unsigned* maxima;  // [2][IMAGES], bits of each image's largest magnitude, this iteration's and the next's
+  float* partial;    // [IMAGES][kWarps], of q
+  unsigned* spectrum_maximum;
+  int* spectrum_exponent;          // in shared memory: registers are scarce in the chain
+  int warp, lane, parity, member;  // of this thread's warp; member counts the warps of a parity
+
+  __device__ FusedProduct(unsigned char* shared) {
+    warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    parity = warp / kWarpsPerParity;
+    member = warp % kWarpsPerParity;
+    image = reinterpret_cast<float*>(shared);
+    exchange = reinterpret_cast<uint32_t*>(image + kImageWords);
+    spectrum = reinterpret_cast<float*>(exchange + kExchangeWords);
+    basis.memory = reinterpret_cast<uint32_t*>(spectrum + kSpectrumWords);
+    basis.lane = lane;
+    maxima = basis.memory + Basis::kWords;
+    partial = reinterpret_cast<float*>(maxima + 2 * IMAGES);
+    spectrum_maximum = reinterpret_cast<unsigned*>(partial + IMAGES * kWarps);
+    spectrum_exponent = reinterpret_cast<int*>(spectrum_maximum + 1);
+  }
+
+  __device__ int exchange_tile(int plane, int block_index, int pixels) const {
+    return (parity * kExchangeTiles + (plane * kBlocks + block_index) * BLOCKS + pixels) * kTileEntries;
+  }
+
+  // Brings the basis, the spectrum and its exponent into shared memory.
+  __device__ void prepare(const ProductArguments& arguments) {
+    basis.fill(arguments.geometry.rows, arguments.geometry.columns, warp, kWarps);
+    if constexpr (!kSpectrumShared) {
+      spectrum = const_cast<float*>(arguments.spectrum_tiles);
+      if (threadIdx.x == 0) *spectrum_exponent = *arguments.spectrum_exponent;
+    } else {
+      if (threadIdx.x == 0) *spectrum_maximum = 0;
+      __syncthreads();
+      unsigned bits = 0;
+      for (int index = threadIdx.x; index < Spectrum::kEntries; index += kThreads) {
+        spectrum[index] = Spectrum::entry(index, arguments.spectrum, arguments.geometry);
+        const unsigned entry = __float_as_uint(spectrum[index]) & 0x7fffffffu;
+        bits = entry > bits ? entry : bits;
+      }
+      bits = __reduce_max_sync(kAllLanes, bits);
+      if (lane == 0) atomicMax(spectrum_maximum, bits);
+      __syncthreads();
+      const int e = Spectrum::exponent(*spectrum_maximum, arguments.geometry);
+      for (int index = threadIdx.x; index < Spectrum::kEntries; index += kThreads) spectrum[index] *= power_of_two(e);
+      if (threadIdx.x == 0) *spectrum_exponent = e;
+    }
+    __syncthreads();
+  }
+
+  // U tile: rows are column frequencies of `columns`, columns are the rows of pixel tile `pixels`.
+  __device__ typename Forward::Tile transform_rows(const typename Forward::Tile (&constant)[BLOCKS], int plane,
+                                                   int pixels) const {
+    auto sum = Forward::start(Fragment{});
+    const uint32_t* x = reinterpret_cast<const uint32_t*>(image) +
+                        (parity * Images::kTiles + (plane * BLOCKS + pixels) * BLOCKS) * kTileEntries;
+#pragma unroll
+    for (int s = 0; s < BLOCKS; ++s) {
+      typename Forward::Tile data;
+      load_tile(data, x + s * kTileEntries, lane);
+      Forward::multiply(sum, constant[s], data);
+    }
+    return Forward::tile(Forward::finish(sum));
+  }
+
+  __device__ void load_row_constants(typename Forward::Tile (&constant)[BLOCKS], int columns) const {
+#pragma unroll
+    for (int s = 0; s < BLOCKS; ++s) constant[s] = basis.forward(1, parity & 1, columns, s);
+  }
+
+  // For kExchangeRows: the warps of a parity share the blocks of column frequencies out.
+  __device__ void exchange_rows() const {
+#pragma unroll 1
+    for (int columns = member; columns < kBlocks; columns += kWarpsPerParity) {
+      typename Forward::Tile constant[BLOCKS];
+      load_row_constants(constant, columns);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane)
+#pragma unroll
+        for (int pixels = 0; pixels < BLOCKS; ++pixels)
+          store_tile(transform_rows(constant, plane, pixels), exchange + exchange_tile(plane, columns, pixels), lane);
+    }
+  }
+
+  // Y = Lambda Z of one image, and the lane's part of z' Lambda z.
+  __device__ float mix(const Fragment* z, Fragment (&y)[CHANNELS], int rows, int columns) const {
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) y[c] = Fragment{};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
+        const Fragment lambda = load_fragment(spectrum + Spectrum::offset(Spectrum::pair(c, d), rows, columns), lane);
+#pragma unroll
+        for (int e = 0; e < kLaneEntries; ++e) {
+          const float entry = (&lambda.value[0][0][0])[e];
+          (&y[c].value[0][0][0])[e] += entry * (&z[d].value[0][0][0])[e];
+          if (SYMMETRIC && c != d) (&y[d].value[0][0][0])[e] += entry * (&z[c].value[0][0][0])[e];
+        }
+      }
+    float form = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int e = 0; e < kLaneEntries; ++e) form += (&y[c].value[0][0][0])[e] * (&z[c].value[0][0][0])[e];
+    return form;
+  }
+
+  // From X to W (rows: pixels of x, columns: this warp's row frequencies), and the parts of q.
+  __device__ void through_spectrum(Fragment (&w)[kOwned][kPlanes][BLOCKS], float (&form)[IMAGES], bool inverse) const {
+#pragma unroll 1
+    for (int columns = 0; columns < kBlocks; ++columns) {
+      Fragment z[kOwned][kPlanes];
+      transform_columns(z, columns);
+#pragma unroll
+      for (int owned = 0; owned < kOwned; ++owned) {
+#pragma unroll
+        for (int i = 0; i < IMAGES; ++i) {
+          Fragment y[CHANNELS];
+          form[i] += mix(z[owned] + i * CHANNELS, y, member * kOwned + owned, columns);
+          if (!inverse) continue;
+          typename Inverse::Tile constant[BLOCKS];
+#pragma unroll
+          for (int x = 0; x < BLOCKS; ++x) constant[x] = basis.inverse(1, parity & 1, columns, x);
+#pragma unroll
+          for (int c = 0; c < CHANNELS; ++c) {
+            const typename Inverse::Tile data = Inverse::tile(y[c]);
+#pragma unroll
+            for (int x = 0; x < BLOCKS; ++x) {
+              auto sum = Inverse::start(w[owned][i * CHANNELS + c][x]);
+              Inverse::multiply(sum, constant[x], data);
+              w[owned][i * CHANNELS + c][x] = Inverse::finish(sum);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Z tiles: rows are the owned blocks of row frequencies, columns the column frequencies of `columns`.
+  __device__ void transform_columns(Fragment (&z)[kOwned][kPlanes], int columns) const {
+    typename Forward::Tile row_constant[BLOCKS], column_constant[kOwned][BLOCKS];
+    if constexpr (!kExchangeRows) load_row_constants(row_constant, columns);
+#pragma unroll
+    for (int owned = 0; owned < kOwned; ++owned)
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t)
+        column_constant[owned][t] = basis.forward(0, parity >> 1, member * kOwned + owned, t);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      typename Forward::Accumulator sum[kOwned];
+#pragma unroll
+      for (int owned = 0; owned < kOwned; ++owned) sum[owned] = Forward::start(Fragment{});
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) {
+        typename Forward::Tile u;
+        if constexpr (kExchangeRows)
+          load_tile(u, exchange + exchange_tile(plane, columns, t), lane);
+        else
+          u = transform_rows(row_constant, plane, t);
+#pragma unroll
+        for (int owned = 0; owned < kOwned; ++owned) Forward::multiply(sum[owned], column_constant[owned][t], u);
+      }
+#pragma unroll
+      for (int owned = 0; owned < kOwned; ++owned) z[owned][plane] = Forward::finish(sum[owned]);
+    }
+  }
+
+  // From the W tiles of all row frequencies to V tiles; the parity's warps share them out.
+  __device__ void inverse_columns() const {
+#pragma unroll 1
+    for (int task = member; task < Images::kTiles; task += kWarpsPerParity) {
+      const int plane = task / (BLOCKS * BLOCKS), y = task / BLOCKS % BLOCKS, x = task % BLOCKS;
+      auto sum = Inverse::start(Fragment{});
+#pragma unroll
+      for (int rows = 0; rows < kBlocks; ++rows) {
+        typename Inverse::Tile data;
+        load_tile(data, exchange + exchange_tile(plane, rows, x), lane);
+        Inverse::multiply(sum, basis.inverse(0, parity >> 1, rows, y), data);
+      }
+      store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + task) * kTileEntries, lane);
+    }
+  }
+
+  __device__ void run(const ProductArguments& arguments) {
+    const Geometry& geometry = arguments.geometry;
+    const bool inverse = arguments.product.data != nullptr;
+    Images::prefetch_rows(arguments.gradient, geometry, first_image(0));
+    if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
+    prepare(arguments);
+    for (unsigned turn = 0; first_image(turn) < geometry.batch; ++turn) {
+      Images::load(image, maxima + turn % 2 * IMAGES, arguments.gradient, geometry, first_image(turn));
+      __syncthreads();
+      Images::template convert<Forward>(image, maxima + turn % 2 * IMAGES, kCeiling);
+      if (threadIdx.x < IMAGES) maxima[(turn + 1) % 2 * IMAGES + threadIdx.x] = 0;
+      Images::prefetch_rows(arguments.gradient, geometry, first_image(turn + 1));
+      __syncthreads();
+      if constexpr (kExchangeRows) {
+        exchange_rows();
+        __syncthreads();
+      }
+      transform(inverse);
+      __syncthreads();
+      write_quadratic(arguments, turn);
+      if (inverse) {
+        inverse_columns();
+        __syncthreads();
+        Images::write(image, maxima + turn % 2 * IMAGES, kCeiling, normalisation(geometry), -*spectrum_exponent,
+                      arguments.product, geometry, first_image(turn));
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  // Recomputed rather than kept: registers are scarce in the chain.
+  __device__ static int64_t first_image(unsigned turn) {
+    return (static_cast<int64_t>(turn) * gridDim.x + blockIdx.x) * IMAGES;
+  }
+
+  __device__ static float normalisation(const Geometry& geometry) {
+    return 4.0f / (static_cast<float>(geometry.rows) * geometry.columns);
+  }
+
+  // From X, or U where it is exchanged, to W tiles in shared memory and the warps' parts of q.
+  __device__ void transform(bool inverse) const {
+    Fragment w[kOwned][kPlanes][BLOCKS] = {};
+    float form[IMAGES] = {};
+    through_spectrum(w, form, inverse);
+#pragma unroll
+    for (int i = 0; i < IMAGES; ++i) {
+      form[i] = warp_sum(form[i]);
+      if (lane == 0) partial[i * kWarps + warp] = form[i];
+    }
+    if (!inverse) return;
+    if constexpr (kExchangeRows) __syncthreads();
+#pragma unroll
+    for (int owned = 0; owned < kOwned; ++owned)
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane)
+#pragma unroll
+        for (int x = 0; x < BLOCKS; ++x)
+          store_tile(Inverse::tile(w[owned][plane][x]), exchange + exchange_tile(plane, member * kOwned + owned, x),
+                     lane);
+  }
+
+  // The parts of q, added in the order of the warps.
+  __device__ void write_quadratic(const ProductArguments& arguments, unsigned turn) const {
+    const int64_t sample = first_image(turn) + threadIdx.x;
+    if (!arguments.quadratic || threadIdx.x >= IMAGES || sample >= arguments.geometry.batch) return;
+    float total = 0.0f;
+    for (int i = 0; i < kWarps; ++i) total += partial[threadIdx.x * kWarps + i];
+    const int exponent = scaling_exponent(maxima[turn % 2 * IMAGES + threadIdx.x], kCeiling);
+    arguments.quadratic[sample] =
+        scale_by_power(4.0f * normalisation(arguments.geometry) * total, -2 * exponent - *spectrum_exponent);
+  }
+};
+
+template <class FUSED>
+__global__ void __launch_bounds__(FUSED::kThreads, FUSED::kResidentBlocks)
+    fused_product(const __grid_constant__ ProductArguments arguments) {
+  SGR_SHARED_MEMORY(shared);
+  FUSED fused(shared);
+  fused.run(arguments);
+}
+
+}  // namespace sgr::cuda

@@ -1,0 +1,125 @@
+// Launches on the current stream of a tensor's device, for the schedule.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "schedule.cuh"
+
+// libtorch_cuda has this symbol. Weak, so that a binary with CUDA kernels also loads beside a torch without CUDA.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace sgr::cuda {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(status));
+}
+
+// Makes the tensor's device current for its own life; its workspaces return to the allocator at the end, which
+// keeps the order of the stream.
+class CudaLauncher {
+ public:
+  explicit CudaLauncher(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+    const int device = like.get_device_index();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, reinterpret_cast<void**>(&stream_)));
+    check_cuda(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device), "device");
+  }
+
+  int shared_limit;
+
+  template <class Kernel>
+  int64_t resident_blocks(Kernel kernel, int threads, int shared_bytes) const {
+    allow_shared(kernel, shared_bytes);
+    int blocks = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
+    return static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors_;
+  }
+
+  template <class T>
+  T* workspace(int64_t count) {
+    const std::vector<int64_t> size{count * static_cast<int64_t>(sizeof(T))};
+    workspaces_.push_back(torch::stable::new_empty(like_, size, ScalarType::Byte));
+    return static_cast<T*>(workspaces_.back().mutable_data_ptr());
+  }
+
+  template <class Kernel, class... Arguments>
+  void launch(Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
+              const Arguments&... arguments) const {
+    STD_TORCH_CHECK(blocks_x <= std::numeric_limits<int>::max(), "images: too many for one launch: ", blocks_x,
+                    " thread blocks");
+    allow_shared(kernel, shared_bytes);
+    const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+    kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
+    check_cuda(cudaGetLastError(), "kernel launch");
+  }
+
+ private:
+  // More than 48 KiB of shared memory a kernel gets only when asked for.
+  template <class Kernel>
+  static void allow_shared(Kernel kernel, int shared_bytes) {
+    if (shared_bytes > 48 << 10)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                 "shared memory");
+  }
+
+  const Tensor& like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int multiprocessors_ = 0;
+  std::vector<Tensor> workspaces_;
+};
+
+inline Element element_of(const Tensor& images) {
+  switch (images.scalar_type()) {
+    case ScalarType::Double: return Element::kFloat64;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    case ScalarType::Half: return Element::kFloat16;
+    default: return Element::kFloat32;
+  }
+}
+
+inline ImageView view_of(const Tensor& images) {
+  return {images.mutable_data_ptr(),
+          element_of(images),
+          {images.stride(0), images.stride(1), images.stride(2), images.stride(3)}};
+}
+
+template <class T>
+SpectrumView<T> spectrum_view(const Tensor& spectrum) {
+  const int64_t leading = spectrum.dim() - 4;
+  SpectrumView<T> view{
+      static_cast<const T*>(spectrum.const_data_ptr()), leading ? 4 : 1, leading ? spectrum.stride(0) : 0, {}};
+  for (int i = 0; i < 4; ++i) view.stride[i] = spectrum.stride(leading + i);
+  return view;
+}
+
+inline Geometry geometry_of(const Shape& shape) {
+  const auto narrow_size = [](int64_t size, const char* name) {
+    STD_TORCH_CHECK(size <= std::numeric_limits<int>::max() / 16, name, ": expected fewer than 2^27, got ", size);
+    return static_cast<int>(size);
+  };
+  return {shape.batch,
+          narrow_size(shape.channels, "channels"),
+          narrow_size(shape.height, "height"),
+          narrow_size(shape.width, "width"),
+          narrow_size(shape.rows, "row frequencies"),
+          narrow_size(shape.columns, "column frequencies")};
+}
+
+inline Precision parse_precision(const std::string& precision) {
+  if (precision == "highest") return Precision::kHighest;
+  if (precision == "high") return Precision::kHigh;
+  STD_TORCH_CHECK(precision == "medium", "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
+  return Precision::kMedium;
+}
+
+}  // namespace sgr::cuda

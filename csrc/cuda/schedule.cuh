@@ -1,0 +1,240 @@
+// Which kernels serve a call, in what order and with what workspace. LAUNCHER is the machine: CUDA's in
+// launch.h, the emulated one in the tests.
+//
+//   int shared_limit              bytes of shared memory that a block may have
+//   int64_t resident_blocks(kernel, threads, shared bytes)   blocks that the device holds at a time
+//   T* workspace<T>(count)        device memory that lives as long as the launcher
+//   launch(kernel, blocks in x, blocks in y, threads, shared bytes, arguments...)
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "fused_cross_spectrum.cuh"
+#include "fused_product.cuh"
+#include "staged.cuh"
+
+namespace sgr::cuda {
+
+enum class Precision { kHighest, kHigh, kMedium };
+
+constexpr int64_t kWorkspaceBytes = 32 << 20;  // of the staged path: what stays in a large GPU's L2 cache
+constexpr int64_t kMaximumPartials = 128;      // of the fused cross spectrum; by shape alone
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of the fused kernels for these sizes, 1 or 2; 0 where the staged path must serve.
+inline int fused_blocks(const Geometry& geometry) {
+  const int largest = std::max({geometry.height, geometry.width, geometry.rows, geometry.columns});
+  if (geometry.channels > 4 || largest > 4 * kTile) return 0;
+  return largest > 2 * kTile ? 2 : 1;
+}
+
+template <class PRECISION, int CHANNELS, int BLOCKS, bool SYMMETRIC, class LAUNCHER>
+bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
+  constexpr int kImages = CHANNELS > 1 ? 1 : (BLOCKS == 1 ? 4 : 2);
+  using Fused = FusedProduct<PRECISION, CHANNELS, kImages, BLOCKS, SYMMETRIC>;
+  if (Fused::kSharedBytes > launcher.shared_limit) return false;
+  if constexpr (!Fused::kSpectrumShared) {
+    using Tiles = typename Fused::Spectrum;
+    float* tiles = launcher.template workspace<float>(Tiles::kEntries);
+    int* exponent = launcher.template workspace<int>(1);
+    launcher.launch(arrange_spectrum<CHANNELS, BLOCKS, SYMMETRIC>, 32, 1, 512, 16, arguments.spectrum,
+                    arguments.geometry, tiles, exponent);
+    arguments.spectrum_tiles = tiles;
+    arguments.spectrum_exponent = exponent;
+  }
+  const int64_t resident = launcher.resident_blocks(fused_product<Fused>, Fused::kThreads, Fused::kSharedBytes);
+  const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, kImages), resident);
+  launcher.launch(fused_product<Fused>, blocks, 1, Fused::kThreads, Fused::kSharedBytes, arguments);
+  return true;
+}
+
+template <class PRECISION, class LAUNCHER>
+bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, bool symmetric) {
+  const int channels = arguments.geometry.channels;
+  const auto launch = [&](auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    if (channels == 1) return launch_fused_product<PRECISION, 1, kBlocks, true>(launcher, arguments);
+    if (channels <= 3)
+      return symmetric ? launch_fused_product<PRECISION, 3, kBlocks, true>(launcher, arguments)
+                       : launch_fused_product<PRECISION, 3, kBlocks, false>(launcher, arguments);
+    return symmetric ? launch_fused_product<PRECISION, 4, kBlocks, true>(launcher, arguments)
+                     : launch_fused_product<PRECISION, 4, kBlocks, false>(launcher, arguments);
+  };
+  const int blocks = fused_blocks(arguments.geometry);
+  if (blocks == 1) return launch(std::integral_constant<int, 1>());
+  return blocks == 2 && launch(std::integral_constant<int, 2>());
+}
+
+template <class PRECISION, int CHANNELS, int BLOCKS, class LAUNCHER>
+bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments arguments, float* result) {
+  using Fused = FusedCrossSpectrum<PRECISION, CHANNELS, BLOCKS>;
+  using Layout = typename Fused::Layout;
+  if (Fused::kSharedBytes > launcher.shared_limit) return false;
+  const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, Fused::kImages), kMaximumPartials);
+  arguments.partial = launcher.template workspace<float>(blocks * Layout::kEntries);
+  launcher.launch(fused_cross_spectrum<Fused>, blocks, Fused::kParts, Fused::kThreads, Fused::kSharedBytes, arguments);
+  launcher.launch(sum_partial_spectra<CHANNELS, BLOCKS>, Layout::kEntries / kWarp, 1, kWarp * kReductionRows,
+                  static_cast<int>(sizeof(double)) * kWarp * kReductionRows,
+                  static_cast<const float*>(arguments.partial), static_cast<int>(blocks), arguments.geometry, result);
+  return true;
+}
+
+template <class PRECISION, class LAUNCHER>
+bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& arguments, float* result) {
+  const int channels = arguments.geometry.channels;
+  const auto launch = [&](auto blocks) {
+    constexpr int kBlocks = decltype(blocks)::value;
+    if (channels == 1) return launch_fused_cross_spectrum<PRECISION, 1, kBlocks>(launcher, arguments, result);
+    if (channels <= 3) return launch_fused_cross_spectrum<PRECISION, 3, kBlocks>(launcher, arguments, result);
+    return launch_fused_cross_spectrum<PRECISION, 4, kBlocks>(launcher, arguments, result);
+  };
+  const int blocks = fused_blocks(arguments.geometry);
+  if (blocks == 1) return launch(std::integral_constant<int, 1>());
+  return blocks == 2 && launch(std::integral_constant<int, 2>());
+}
+
+template <class T, class LAUNCHER>
+struct Staged {
+  LAUNCHER& launcher;
+  Geometry geometry;
+  int64_t chunk;  // images at a time
+  T *row_basis, *column_basis, *half_transformed;
+
+  // `coefficient_sets` counts the sets of coefficients of all parities that live at a time.
+  Staged(LAUNCHER& machine, const Geometry& sizes, int coefficient_sets) : launcher(machine), geometry(sizes) {
+    const int64_t half = 2 * std::max(static_cast<int64_t>(geometry.columns) * geometry.height,
+                                      static_cast<int64_t>(geometry.width) * geometry.rows);
+    const int64_t per_image = geometry.channels * (half + coefficient_sets * 4 * plane());
+    chunk = std::max<int64_t>(1, std::min<int64_t>(geometry.batch, kWorkspaceBytes / sizeof(T) / per_image));
+    row_basis = basis(geometry.width, geometry.columns);
+    column_basis = basis(geometry.height, geometry.rows);
+    half_transformed = launcher.template workspace<T>(chunk * geometry.channels * half);
+  }
+
+  int64_t plane() const { return static_cast<int64_t>(geometry.rows) * geometry.columns; }
+
+  Coefficients<T> coefficients() const {
+    T* data = launcher.template workspace<T>(chunk * geometry.channels * 4 * plane());
+    return {data, chunk, geometry.channels, plane()};
+  }
+
+  T* basis(int pixels, int frequencies) const {
+    const int64_t half_size = static_cast<int64_t>((pixels + 1) / 2) * frequencies;
+    T* memory = launcher.template workspace<T>(2 * half_size);
+    launcher.launch(fill_basis<T>, ceil_divide(half_size, kStagedThreads), 1, kStagedThreads, 0, memory, pixels,
+                    frequencies);
+    return memory;
+  }
+
+  template <class SOURCE>
+  void launch_analysis(const SOURCE& source, const T* basis, T* output, int64_t count, int rows, int pixels,
+                       int frequencies) const {
+    const int shared = sizeof(T) * kDepth * (kSide + kSide + 1);
+    launcher.launch(analyse<T, SOURCE>, ceil_divide(frequencies, kSide) * ceil_divide(count, kSide), 2, kStagedThreads,
+                    shared, source, basis, output, count, rows, pixels, frequencies);
+  }
+
+  template <class TARGET>
+  void launch_synthesis(const T* input, const T* basis, const TARGET& target, int64_t count, int64_t inner_count,
+                        int pixels, int frequencies) const {
+    const int shared = sizeof(T) * 4 * kDepth * (kSide + 1);
+    launcher.launch(synthesise<T, TARGET>, ceil_divide((pixels + 1) / 2, kSide) * ceil_divide(count, kSide), 1,
+                    kStagedThreads, shared, input, basis, target, count, inner_count, pixels, frequencies);
+  }
+
+  // Z of the images from `first` on; fewer than a chunk at the end.
+  void analysis(const ImageView& images, int64_t first, Coefficients<T>& z) const {
+    z.images = std::min(chunk, geometry.batch - first);
+    const int64_t planes = z.images * geometry.channels;
+    const ImageRows source{images, geometry.channels, geometry.height, first};
+    launch_analysis(source, static_cast<const T*>(row_basis), half_transformed, planes * geometry.height,
+                    geometry.height, geometry.width, geometry.columns);
+    const DenseRows<T> middle{half_transformed, geometry.height};
+    launch_analysis(middle, static_cast<const T*>(column_basis), z.data, 2 * planes * geometry.columns,
+                    geometry.columns, geometry.height, geometry.rows);
+  }
+
+  void synthesis(const Coefficients<T>& y, const ImageView& images, int64_t first) const {
+    const int64_t planes = y.images * geometry.channels;
+    const DenseColumns<T> middle{half_transformed, geometry.rows, geometry.width};
+    launch_synthesis(static_cast<const T*>(y.data), static_cast<const T*>(row_basis), middle,
+                     2 * planes * geometry.rows, planes * geometry.rows, geometry.width, geometry.columns);
+    const ImageColumns target{images, geometry.channels, geometry.width, first};
+    launch_synthesis(static_cast<const T*>(half_transformed), static_cast<const T*>(column_basis), target,
+                     planes * geometry.width, planes * geometry.width, geometry.height, geometry.rows);
+  }
+};
+
+template <class T, class LAUNCHER>
+void staged_product(LAUNCHER& launcher, const ImageView& gradient, const SpectrumView<T>& spectrum,
+                    const ImageView& product, T* quadratic, bool symmetric, const Geometry& geometry) {
+  constexpr int kThreads = 256;
+  const bool inverse = product.data != nullptr;
+  const Staged<T, LAUNCHER> stages(launcher, geometry, inverse ? 2 : 1);
+  Coefficients<T> z = stages.coefficients();
+  Coefficients<T> y = inverse ? stages.coefficients() : Coefficients<T>{};
+  const int64_t parts = geometry.channels * ceil_divide(stages.plane(), kThreads);  // of an image's q
+  double* partial = quadratic ? launcher.template workspace<double>(stages.chunk * parts) : nullptr;
+  for (int64_t first = 0; first < geometry.batch; first += stages.chunk) {
+    stages.analysis(gradient, first, z);
+    y.images = z.images;
+    launcher.launch(symmetric ? mix_channels<T, true> : mix_channels<T, false>, z.images * parts, 1, kThreads,
+                    static_cast<int>(sizeof(double)) * kThreads / kWarp, z, spectrum, geometry.columns, y, partial);
+    if (quadratic)
+      launcher.launch(sum_quadratic<T>, z.images, 1, kWarp, 0, static_cast<const double*>(partial), parts,
+                      quadratic + first);
+    if (inverse) stages.synthesis(y, product, first);
+  }
+}
+
+template <class T, class LAUNCHER>
+void staged_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageView& b, bool same, int parts, T* result,
+                           const Geometry& geometry) {
+  constexpr int kThreads = 256;
+  const Staged<T, LAUNCHER> stages(launcher, geometry, same ? 1 : 2);
+  Coefficients<T> za = stages.coefficients();
+  Coefficients<T> zb = same ? za : stages.coefficients();
+  const int64_t entries = static_cast<int64_t>(parts) * geometry.channels * geometry.channels * stages.plane();
+  for (int64_t first = 0; first < geometry.batch; first += stages.chunk) {
+    stages.analysis(a, first, za);
+    if (!same) stages.analysis(b, first, zb);
+    launcher.launch(correlate_channels<T>, ceil_divide(entries, kThreads), 1, kThreads, 0, za, same ? za : zb, parts,
+                    first > 0, result);
+  }
+}
+
+// The operators, on checked arguments; the results of an empty batch are the caller's business.
+// v = Sigma g where product.data is not null, q where quadratic is not null; `symmetric` as in quadratic_form.
+template <class T, class LAUNCHER>
+void compute_product(LAUNCHER& launcher, const ImageView& gradient, const SpectrumView<T>& spectrum,
+                     const ImageView& product, T* quadratic, bool symmetric, Precision precision,
+                     const Geometry& geometry) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (spectrum.parts == 1) {
+      const ProductArguments arguments{gradient, product, quadratic, spectrum, nullptr, nullptr, geometry};
+      if (precision == Precision::kHighest && fused_product_of<Highest>(launcher, arguments, symmetric)) return;
+      if (precision == Precision::kHigh && fused_product_of<High>(launcher, arguments, symmetric)) return;
+      if (precision == Precision::kMedium && fused_product_of<Medium>(launcher, arguments, symmetric)) return;
+    }
+  }
+  staged_product(launcher, gradient, spectrum, product, quadratic, symmetric, geometry);
+}
+
+template <class T, class LAUNCHER>
+void compute_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageView& b, bool same, int parts,
+                            Precision precision, T* result, const Geometry& geometry) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (same && parts == 1) {
+      const CrossSpectrumArguments arguments{a, nullptr, geometry};
+      // bf16 would bias an estimate by 1e-3 of its diagonal, more than sampling noise: "medium" means tf32 here.
+      if (precision == Precision::kHighest ? fused_cross_spectrum_of<Highest>(launcher, arguments, result)
+                                           : fused_cross_spectrum_of<High>(launcher, arguments, result))
+        return;
+    }
+  }
+  staged_cross_spectrum(launcher, a, b, same, parts, result, geometry);
+}
+
+}  // namespace sgr::cuda

@@ -1,0 +1,131 @@
+"""Builds the emulated CUDA device (tests/emulation) and runs the kernels of csrc/cuda on it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+EMULATION = Path(__file__).parent / "emulation"
+KERNELS = ROOT / "csrc" / "cuda"
+FLAGS = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,alignment,bounds,shift"]
+
+OPERATORS = {"product": 0, "quadratic_form": 1, "quadratic_form_only": 2, "cross_spectrum": 3}
+PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+STAGED_ONLY = 0  # a limit of shared memory that no fused kernel keeps
+HOPPER = 227 << 10
+
+
+def missing_compiler() -> str | None:
+    """Why the emulator cannot be built; None where it can."""
+    if shutil.which("g++") is None:
+        return "no g++ found"
+    probe = subprocess.run(
+        ["g++", "-x", "c++", "-fsanitize=address", "-", "-o", "/dev/null"],
+        input="_Float16 x; int main() {}",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return None if probe.returncode == 0 else "g++ has no AddressSanitizer or no _Float16"
+
+
+def build(directory: Path) -> Path:
+    """Compile the emulator into ``directory``, once for given sources, whatever number of processes ask for it."""
+    sources = sorted([*KERNELS.glob("*.cuh"), *EMULATION.iterdir()])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    binary = directory / f"emulator-{digest}"
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            partial = binary.with_suffix(".partial")
+            include = [f"-I{EMULATION}", f"-I{KERNELS}"]
+            command = ["g++", *FLAGS, *include, str(EMULATION / "emulator.cpp"), "-o", str(partial)]
+            subprocess.run(command, check=True)
+            partial.rename(binary)
+    return binary
+
+
+def _storage(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's whole storage."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    return flat.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+@dataclass
+class Emulator:
+    """Runs operators, one process per call, so that AddressSanitizer's verdict belongs to the call."""
+
+    binary: Path
+    directory: Path
+
+    def _run(self, fields: list[int], payload: list[bytes], order: str) -> bytes:
+        cases, results = self.directory / "cases", self.directory / "results"
+        cases.write_bytes(np.array(fields, np.int64).tobytes() + b"".join(payload))
+        command = [str(self.binary), str(cases), str(results), order]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr[:4000]
+        return results.read_bytes()
+
+    def _fields(
+        self, operator: str, images: Tensor, frequencies: tuple[int, int], parts: int, precision: str, shared: int
+    ) -> list[int]:
+        storage = images.untyped_storage().nbytes() // images.element_size()
+        head = [OPERATORS[operator], PRECISIONS[precision], ELEMENTS[images.dtype], *images.shape, *frequencies]
+        return [*head, parts, shared, images.storage_offset(), *images.stride(), storage]
+
+    def product(
+        self,
+        gradient: Tensor,
+        spectrum: Tensor,
+        operator: str = "quadratic_form",
+        precision: str = "highest",
+        shared: int = HOPPER,
+        order: str = "ascending",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute q and v, as far as ``operator`` does."""
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        parts = 4 if spectrum.dim() == 5 else 1
+        fields = self._fields(operator, gradient, spectrum.shape[-2:], parts, precision, shared)
+        fields += [0, *spectrum.stride()[-4:]]
+        lam = spectrum.to(wide)
+        assert lam.untyped_storage().nbytes() == lam.numel() * lam.element_size(), "a dense spectrum"
+        raw = self._run(fields, [_storage(gradient), _storage(lam)], order)
+        q = v = None
+        if operator != "product":
+            size = gradient.shape[0] * wide.itemsize
+            q, raw = _tensor(raw[:size], (gradient.shape[0],), wide), raw[size:]
+        if operator != "quadratic_form_only":
+            v = _tensor(raw, gradient.shape, gradient.dtype)
+        return q, v
+
+    def cross_spectrum(
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        frequencies: tuple[int, int],
+        signed: bool = False,
+        precision: str = "highest",
+        shared: int = HOPPER,
+        order: str = "ascending",
+    ) -> Tensor:
+        """The cross spectrum of a and b (None: of a with itself); b has the strides of a."""
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        fields = self._fields("cross_spectrum", a, frequencies, 4 if signed else 1, precision, shared)
+        fields += [int(b is not None), 0, 0, 0, 0]
+        payload = [_storage(a)] + ([] if b is None else [_storage(b)])
+        shape = (a.shape[1], a.shape[1], *frequencies)
+        return _tensor(self._run(fields, payload, order), (4, *shape) if signed else shape, wide)

@@ -1,0 +1,377 @@
+// A CUDA device as far as the kernels in csrc/cuda need one, on the CPU: device.cuh includes this file where
+// the compiler is not nvcc. A block's threads are fibers of one OS thread; one runs until it reaches a barrier
+// or a warp collective. Blocks run one after the other. Shared memory starts as NaN and has its exact size, so
+// that AddressSanitizer and poisoned results tell what a kernel reads or leaves unwritten.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define SGR_SHARED_MEMORY(name) unsigned char* name = ::emulation::shared_memory()
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "emulation: %s (block %u,%u thread %u)\n", message, blockIdx.x, blockIdx.y, threadIdx.x);
+  std::abort();
+}
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;
+  bool runnable = false, finished = true;
+};
+
+// What the lanes of a warp have brought to the collective they are waiting in.
+struct Rendezvous {
+  const char* name = nullptr;
+  int arrived = 0;
+  uint32_t value[kWarp][10];
+  uint32_t result[kWarp][4];
+};
+
+class Device {
+ public:
+  bool descending = false;  // the order in which threads run: results must not depend on it
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
+              const Arguments&... arguments) {
+    entry_ = [=] { kernel(arguments...); };
+    gridDim = {static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y), 1};
+    blockDim = {static_cast<unsigned>(threads), 1, 1};
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = {x, y, 0};
+        run_block(threads, shared_bytes);
+      }
+  }
+
+  unsigned char* shared() { return shared_.get(); }
+
+  void barrier() {
+    if (++waiting_ < fibers_.size()) return suspend();
+    waiting_ = 0;
+    for (size_t i = 0; i < fibers_.size(); ++i) fibers_[i].runnable = true;
+  }
+
+  // Lanes deposit `count` words; the last to come computes all results, then everyone goes on.
+  template <class Compute>
+  void collective(const char* name, uint32_t* words, int count, int results, Compute compute) {
+    Rendezvous& meeting = warps_[current_ / kWarp];
+    const int lane = current_ % kWarp;
+    if (meeting.arrived > 0 && std::strcmp(meeting.name, name) != 0) fail("lanes of a warp in different collectives");
+    meeting.name = name;
+    std::memcpy(meeting.value[lane], words, sizeof(uint32_t) * count);
+    if (++meeting.arrived == kWarp) {
+      compute(meeting.value, meeting.result);
+      meeting.arrived = 0;
+      for (int i = 0; i < kWarp; ++i) fibers_[current_ / kWarp * kWarp + i].runnable = true;
+    } else {
+      suspend();
+    }
+    std::memcpy(words, meeting.result[lane], sizeof(uint32_t) * results);
+  }
+
+ private:
+  void run_block(int threads, int shared_bytes) {
+    if (threads % kWarp != 0) fail("a block of incomplete warps");
+    shared_.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
+    std::memset(shared_.get(), 0xff, shared_bytes);
+    fibers_.resize(threads);
+    warps_.assign(threads / kWarp, Rendezvous{});
+    waiting_ = 0;
+    for (Fiber& fiber : fibers_) {
+      if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Device::start), 0);
+      fiber.runnable = true;
+      fiber.finished = false;
+    }
+    for (int left = threads; left > 0;) {
+      bool progress = false;
+      for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers_[descending ? threads - 1 - i : i];
+        if (fiber.finished || !fiber.runnable) continue;
+        progress = true;
+        resume(descending ? threads - 1 - i : i);
+        if (fiber.finished) --left;
+      }
+      if (!progress) fail("a barrier or collective that not all threads reach");
+    }
+  }
+
+  static void start();
+
+  void resume(int index) {
+    current_ = index;
+    threadIdx = {static_cast<unsigned>(index), 0, 0};
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fibers_[index].stack.get(), kStackBytes);
+#endif
+    swapcontext(&scheduler_, &fibers_[index].context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+#endif
+  }
+
+  void suspend(bool finished = false) {
+    Fiber& fiber = fibers_[current_];
+    fiber.runnable = false;
+    fiber.finished = finished;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_size_);
+#endif
+    swapcontext(&fiber.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
+#endif
+  }
+
+  std::function<void()> entry_;
+  std::vector<Fiber> fibers_;
+  std::vector<Rendezvous> warps_;
+  struct Free {
+    void operator()(unsigned char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<unsigned char, Free> shared_;
+  ucontext_t scheduler_;
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_size_ = 0;
+  size_t waiting_ = 0;
+  int current_ = 0;
+};
+
+inline Device& device() {
+  static Device instance;
+  return instance;
+}
+
+inline void Device::start() {
+  Device& self = device();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &self.scheduler_stack_, &self.scheduler_stack_size_);
+#endif
+  self.entry_();
+  self.suspend(true);
+}
+
+inline unsigned char* shared_memory() { return device().shared(); }
+
+template <class To, class From>
+To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// Rounds a float to a type of fewer mantissa bits and a smaller exponent range, ties to even, with gradual
+// underflow; the result is given as a float.
+inline float round_to(float value, int mantissa_bits, int minimum_exponent, float maximum) {
+  if (!std::isfinite(value) || value == 0.0f) return value;
+  const int exponent = std::max(std::ilogb(value), minimum_exponent);
+  const float unit = std::ldexp(1.0f, exponent - mantissa_bits);
+  const float rounded = static_cast<float>(std::nearbyint(static_cast<double>(value) / unit) * unit);
+  return std::fabs(rounded) > maximum ? std::copysign(INFINITY, value) : rounded;
+}
+
+// The sum that a matrix unit forms: products are exact, all addends are aligned to the largest one and cut off
+// two bits below float's last, and the sum is rounded towards zero.
+inline float matrix_unit_sum(float start, const double* products, int count) {
+  double largest = std::fabs(static_cast<double>(start)), plain = start;
+  for (int i = 0; i < count; ++i) {
+    largest = std::max(largest, std::fabs(products[i]));
+    plain += products[i];
+  }
+  if (!std::isfinite(plain) || largest == 0.0) return static_cast<float>(plain);
+  const uint64_t exponent = bits_of<uint64_t>(largest) >> 52;
+  const double unit = bits_of<double>((exponent - 25) << 52), inverse = 1.0 / unit;
+  int64_t sum = static_cast<int64_t>(start * inverse);
+  for (int i = 0; i < count; ++i) sum += static_cast<int64_t>(products[i] * inverse);
+  const double exact = static_cast<double>(sum) * unit;
+  const float rounded = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(rounded)) > std::fabs(exact) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::device().barrier(); }
+
+namespace sgr::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline float __int_as_float(int value) { return emulation::bits_of<float>(value); }
+inline float __uint_as_float(unsigned value) { return emulation::bits_of<float>(value); }
+inline unsigned __float_as_uint(float value) { return emulation::bits_of<unsigned>(value); }
+inline int fresh_thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address = max(old, value);
+  return old;
+}
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+constexpr double kPi = 3.14159265358979323846;
+inline float cospif(float x) { return static_cast<float>(std::cos(kPi * static_cast<double>(x))); }
+inline float sinpif(float x) { return static_cast<float>(std::sin(kPi * static_cast<double>(x))); }
+inline float sqrtf(float x) { return std::sqrt(x); }
+inline void sincospi(double x, double* sine, double* cosine) {
+  *sine = std::sin(kPi * x);
+  *cosine = std::cos(kPi * x);
+}
+
+// A prefetched address must be a valid one here, although hardware would forgive it.
+inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  constexpr int kWords = sizeof(T) / 4;
+  uint32_t words[kWords];
+  std::memcpy(words, &value, sizeof(T));
+  emulation::device().collective("shuffle", words, kWords, kWords, [=](auto& in, auto& out) {
+    for (int lane = 0; lane < emulation::kWarp; ++lane) std::memcpy(out[lane], in[lane ^ distance], sizeof(T));
+  });
+  std::memcpy(&value, words, sizeof(T));
+  return value;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  emulation::device().collective("reduce", &value, 1, 1, [](auto& in, auto& out) {
+    uint32_t largest = 0;
+    for (auto& words : in) largest = max(largest, words[0]);
+    for (auto& words : out) words[0] = largest;
+  });
+  return value;
+}
+
+inline float half_to_float(uint16_t bits) { return static_cast<float>(emulation::bits_of<_Float16>(bits)); }
+inline uint16_t float_to_half(float value) { return emulation::bits_of<uint16_t>(static_cast<_Float16>(value)); }
+inline float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+inline uint16_t float_to_bfloat16(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  return __float_as_uint(emulation::round_to(value, 7, -126, 3.3895314e38f)) >> 16;
+}
+inline uint32_t half_pair(float even, float odd) {
+  return float_to_half(even) | static_cast<uint32_t>(float_to_half(odd)) << 16;
+}
+inline float2 half_pair_to_floats(uint32_t word) { return {half_to_float(word & 0xffff), half_to_float(word >> 16)}; }
+inline uint32_t scale_half_pair(uint32_t word, float factor) {
+  const float2 pair = half_pair_to_floats(word);
+  return half_pair(pair.x * factor, pair.y * factor);
+}
+inline uint32_t bfloat16_pair(float even, float odd) {
+  return float_to_bfloat16(even) | static_cast<uint32_t>(float_to_bfloat16(odd)) << 16;
+}
+inline uint32_t round_to_tf32(float value) {
+  if (!std::isfinite(value)) return __float_as_uint(value);
+  return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;  // ties away from zero
+}
+
+}  // namespace sgr::cuda
+
+namespace emulation {
+
+// mma of a 16 x DEPTH and a DEPTH x 8 matrix. unpack(word, slot) gives an element of an operand word, of which
+// a word holds `per_word`; the layouts are those of the PTX manual for m16n8k16 (16 bits) and m16n8k8 (tf32).
+template <int DEPTH, class Unpack>
+void mma(const char* name, int per_word, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+         uint32_t b1, Unpack unpack) {
+  uint32_t words[10] = {a0, a1, a2, a3, b0, b1};
+  std::memcpy(words + 6, d, sizeof(d));
+  device().collective(name, words, 10, 4, [=](auto& in, auto& out) {
+    float a[16][DEPTH], b[DEPTH][8];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int group = lane / 4, in_group = lane % 4;
+      for (int i = 0; i < 4; ++i)
+        for (int slot = 0; slot < per_word; ++slot) {
+          const int row = i % 2 ? group + 8 : group;
+          const int k = in_group * per_word + slot + (i >= 2 ? DEPTH / 2 : 0);
+          a[row][k] = unpack(in[lane][i], slot);
+          if (i < 2) b[in_group * per_word + slot + i * DEPTH / 2][group] = unpack(in[lane][4 + i], slot);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+        double products[DEPTH];
+        for (int k = 0; k < DEPTH; ++k) products[k] = static_cast<double>(a[row][k]) * b[k][column];
+        const float sum = matrix_unit_sum(bits_of<float>(in[lane][6 + i]), products, DEPTH);
+        out[lane][i] = bits_of<uint32_t>(sum);
+      }
+  });
+  std::memcpy(d, words, sizeof(d));
+}
+
+}  // namespace emulation
+
+namespace sgr::cuda {
+
+inline void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  emulation::mma<16>("mma f16", 2, d, a0, a1, a2, a3, b0, b1, [](uint32_t word, int slot) {
+    return half_to_float(static_cast<uint16_t>(slot ? word >> 16 : word));
+  });
+}
+inline void mma_m16n8k16_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                              uint32_t b1) {
+  emulation::mma<16>("mma bf16", 2, d, a0, a1, a2, a3, b0, b1, [](uint32_t word, int slot) {
+    return bfloat16_to_float(static_cast<uint16_t>(slot ? word >> 16 : word));
+  });
+}
+// The unit reads the upper 19 bits of a tf32 operand, whatever the others are.
+inline void mma_m16n8k8_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  emulation::mma<8>("mma tf32", 1, d, a0, a1, a2, a3, b0, b1,
+                    [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
+}
+
+}  // namespace sgr::cuda

@@ -1,0 +1,146 @@
+// Runs the CUDA kernels of csrc/cuda on the CPU: reads cases from a file, writes results to another. The
+// schedule (which kernels, in what order, with what workspace) is the product's own.
+//
+//   emulator CASES RESULTS [ascending|descending]
+//
+// A case is kFields int64 followed by the storages of a, of b (cross_spectrum of two tensors) and of the
+// spectrum. Results follow each other without headers: q, then v (contiguous), or S.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "schedule.cuh"
+
+namespace {
+
+using namespace sgr::cuda;
+
+enum Field {
+  kOperator,  // 0 product, 1 quadratic_form, 2 quadratic_form without product, 3 cross_spectrum
+  kPrecision,
+  kElement,
+  kBatch,
+  kChannels,
+  kHeight,
+  kWidth,
+  kRows,
+  kColumns,
+  kParts,
+  kSharedLimit,
+  kOffset,
+  kStride,
+  kStorage = kStride + 4,  // elements of a's storage (and b's)
+  kHasB,
+  kSpectrumStride,
+  kFields = kSpectrumStride + 4
+};
+
+// An allocation of exact size, so that AddressSanitizer guards its ends; filled with NaN.
+struct Buffer {
+  explicit Buffer(int64_t bytes) : size(bytes), data(std::malloc(bytes), std::free) {
+    std::memset(data.get(), 0xff, bytes);
+  }
+  int64_t size;
+  std::unique_ptr<void, void (*)(void*)> data;
+};
+
+void read(std::FILE* file, void* data, int64_t bytes) {
+  if (std::fread(data, 1, bytes, file) != static_cast<size_t>(bytes)) {
+    std::fprintf(stderr, "emulator: truncated case\n");
+    std::exit(2);
+  }
+}
+
+struct EmulatedLauncher {
+  int shared_limit;
+  std::vector<Buffer> buffers;
+
+  template <class Kernel>
+  int64_t resident_blocks(Kernel, int, int) {
+    return 3;  // few, so that blocks work on several images one after the other
+  }
+  template <class T>
+  T* workspace(int64_t count) {
+    buffers.emplace_back(count * static_cast<int64_t>(sizeof(T)));
+    return static_cast<T*>(buffers.back().data.get());
+  }
+  template <class Kernel, class... Arguments>
+  void launch(Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
+              const Arguments&... arguments) {
+    emulation::device().launch(kernel, blocks_x, blocks_y, threads, shared_bytes, arguments...);
+  }
+};
+
+template <class T>
+void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
+  const Geometry geometry{field[kBatch],
+                          static_cast<int>(field[kChannels]),
+                          static_cast<int>(field[kHeight]),
+                          static_cast<int>(field[kWidth]),
+                          static_cast<int>(field[kRows]),
+                          static_cast<int>(field[kColumns])};
+  const auto element = static_cast<Element>(field[kElement]);
+  const auto precision = static_cast<Precision>(field[kPrecision]);
+  const int64_t bytes = element_size(element);
+  const int parts = static_cast<int>(field[kParts]);
+  EmulatedLauncher launcher{static_cast<int>(field[kSharedLimit]), {}};
+
+  const auto read_images = [&] {
+    Buffer storage(field[kStorage] * bytes);
+    read(cases, storage.data.get(), storage.size);
+    return storage;
+  };
+  const auto view_of = [&](const Buffer& storage) {
+    ImageView view{static_cast<char*>(storage.data.get()) + field[kOffset] * bytes, element, {}};
+    std::memcpy(view.stride, field + kStride, sizeof(view.stride));
+    return view;
+  };
+  const Buffer a = read_images();
+  const int64_t spectrum_size = parts * field[kChannels] * field[kChannels] * field[kRows] * field[kColumns];
+  Buffer spectrum(spectrum_size * sizeof(T));
+
+  if (field[kOperator] == 3) {
+    const Buffer b = field[kHasB] ? read_images() : Buffer(0);
+    const ImageView view_a = view_of(a), view_b = field[kHasB] ? view_of(b) : view_a;
+    compute_cross_spectrum(launcher, view_a, view_b, !field[kHasB], parts, precision,
+                           static_cast<T*>(spectrum.data.get()), geometry);
+    std::fwrite(spectrum.data.get(), 1, spectrum.size, results);
+    return;
+  }
+
+  read(cases, spectrum.data.get(), spectrum.size);
+  SpectrumView<T> lambda{static_cast<const T*>(spectrum.data.get()), parts, spectrum_size / parts, {}};
+  std::memcpy(lambda.stride, field + kSpectrumStride, sizeof(lambda.stride));
+  const int64_t plane = field[kHeight] * field[kWidth];
+  const Buffer product(field[kBatch] * field[kChannels] * plane * bytes);
+  const Buffer quadratic(field[kBatch] * sizeof(T));
+  const bool wants_product = field[kOperator] != 2, wants_quadratic = field[kOperator] != 0;
+  const ImageView target{
+      wants_product ? product.data.get() : nullptr, element, {field[kChannels] * plane, plane, field[kWidth], 1}};
+  compute_product(launcher, view_of(a), lambda, target,
+                  wants_quadratic ? static_cast<T*>(quadratic.data.get()) : nullptr, wants_quadratic, precision,
+                  geometry);
+  if (wants_quadratic) std::fwrite(quadratic.data.get(), 1, quadratic.size, results);
+  if (wants_product) std::fwrite(product.data.get(), 1, product.size, results);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) return 2;
+  emulation::device().descending = argc > 3 && std::string(argv[3]) == "descending";
+  std::FILE* cases = std::fopen(argv[1], "rb");
+  std::FILE* results = std::fopen(argv[2], "wb");
+  if (!cases || !results) return 2;
+  int64_t field[kFields];
+  while (std::fread(field, sizeof(int64_t), kFields, cases) == kFields)
+    if (static_cast<Element>(field[kElement]) == Element::kFloat64)
+      run_case<double>(field, cases, results);
+    else
+      run_case<float>(field, cases, results);
+  std::fclose(cases);
+  return std::fclose(results) == 0 ? 0 : 2;
+}
