@@ -53,7 +53,7 @@ class Options:
     decay_length: float = 16.0
     train_images: int | None = None
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], pgd_steps=10, noise_eps=(0.3, 0.5, 1.0)))
+    plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], pgd_steps=10, noise_eps=(0.3, 0.5, 0.7)))
 
     def attacks(self) -> Plan:
         """The plan with the options' own draws and seed."""

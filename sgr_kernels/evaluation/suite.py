@@ -31,6 +31,8 @@ class Plan:
         decay_lengths: Of the correlated noise exp(-r / decay length), in pixels.
         noise_eps: Its strengths, in units of the image's own standard deviation.
         draws: Draws of noise for each image, of which the worst counts.
+        clip_noise: Clip noisy images to [0, 1]. On a black background that removes half of the noise and changes its
+            covariance; a network that standardizes its input needs no clipping.
         seed: Of random starts and noise.
     """
 
@@ -39,6 +41,7 @@ class Plan:
     decay_lengths: Sequence[float] = DECAY_LENGTHS
     noise_eps: Sequence[float] = (0.3,)
     draws: int = 100
+    clip_noise: bool = False
     seed: int = 0
 
 
@@ -102,7 +105,8 @@ def evaluate(
     for length in plan.decay_lengths:
         on_part(f"noise {length:g}")
         covariance = CovarianceFunction.exponential(channels, (height, width), length).to(images.device)
-        noise[length] = curve(partial(correlated_noise, covariance=covariance, draws=plan.draws), plan.noise_eps)
+        attack = partial(correlated_noise, covariance=covariance, draws=plan.draws, clip=plan.clip_noise)
+        noise[length] = curve(attack, plan.noise_eps)
     return Evaluation(clean, attacks, noise)
 
 
