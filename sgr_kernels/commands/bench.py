@@ -1,0 +1,30 @@
+"""``sgr bench``: the measurements in ``benchmarks/``, which a source checkout has."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import sgr_kernels
+
+BENCHMARKS = {"step": "training steps: clean, SGR by every method, adversarial training"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; a benchmark declares its own."""
+    lines = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
+    parser.add_argument("benchmark", choices=BENCHMARKS, help=lines)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of that benchmark; --help lists them")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a benchmark."""
+    checkout = Path(sgr_kernels.__file__).parent.parent
+    if not (checkout / "benchmarks" / f"{arguments.benchmark}.py").is_file():
+        raise ValueError("benchmarks/ is part of a source checkout, not of an installed package: run sgr from there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    importlib.import_module(f"benchmarks.{arguments.benchmark}").main(arguments.options)
+    return 0
