@@ -9,7 +9,10 @@ from pathlib import Path
 
 import sgr_kernels
 
-BENCHMARKS = {"step": "training steps: clean, SGR by every method, adversarial training"}
+BENCHMARKS = {
+    "step": "training steps: clean, SGR by every method, adversarial training",
+    "lazy": "what networks keep of robustness when the penalty is applied now and then",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
