@@ -63,6 +63,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
 
 
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """Add ``--batch-size``."""
+    parser.add_argument("--batch-size", type=whole, help="images at once; none: 100 on a CPU, 1000 elsewhere")
+
+
+def batch_size(given: int | None, chosen: torch.device) -> int:
+    """The batch size given, or one that suits the device."""
+    return given or (100 if chosen.type == "cpu" else 1000)
+
+
 def device(name: str) -> torch.device:
     """The device of that name, or the best one for ``"auto"``.
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=common.whole, metavar="N", help="only the first N of them")
     add("--eps", type=common.positive, default=8.0, help="strength of fgsm and pgd, in grey levels (1/255)")
     add("--seed", type=common.natural, default=0, help="of PGD's random starts")
-    add("--batch-size", type=common.whole, default=500, help="images at once")
+    common.add_batch_size(parser)
     add("--out", metavar="FILE", default="covariance.png", help="picture; the numbers go beside it as .json")
     common.add_device(parser)
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         model, trained_on, architecture = model.to(device), state["data"]["name"], state["settings"]["architecture"]
     data = common.load_for(arguments.data, trained_on, architecture)
     images = (data.train if arguments.split == "train" else data.test).first(arguments.images)
-    batches = Batches(images, arguments.batch_size, device=device)
+    batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
     size = tuple(images.images.shape[2:])
 
     def estimate(source: str) -> Tensor:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
     add("--seed", type=common.natural, default=Plan.seed, help="of random starts and noise")
-    add("--batch-size", type=common.whole, default=500, help="images attacked at once")
+    common.add_batch_size(parser)
     add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint")
     common.add_device(parser)
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             bar.set_description(part)
             bar.update()
 
-        batches = Batches(images, arguments.batch_size, device=device)
+        batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
         result = evaluate(model.to(device), batches, plan, on_part=show)
     path = common.writable_parent(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
     record = {

@@ -12,7 +12,7 @@ import numpy as np
 from sgr_kernels.evaluation.curves import RobustnessCurve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS, Evaluation, Plan
 from sgr_kernels.report import plots
-from sgr_kernels.report.covariance import DisplacementFunction, covariance_figure
+from sgr_kernels.report.covariance import DisplacementFunction, single_channel_panel
 from sgr_kernels.report.page import Page, percent, text_table
 from sgr_kernels.report.plots import Line, Panel, Tile, line_figure
 
@@ -46,7 +46,8 @@ class Demonstration:
         test_accuracy: Accuracy without attack on all of them, by network.
         training_seconds: By network.
         evaluations: By network.
-        covariances: Covariance functions to compare.
+        noise_covariances: Covariance functions of the noise SGR was told of, and of the digits.
+        gradient_covariances: Covariance functions of the loss gradients, one for each network.
         pictures: Example digits.
         seconds: For everything.
     """
@@ -58,7 +59,8 @@ class Demonstration:
     test_accuracy: dict[str, float]
     training_seconds: dict[str, float]
     evaluations: dict[str, Evaluation]
-    covariances: list[DisplacementFunction]
+    noise_covariances: list[DisplacementFunction]
+    gradient_covariances: list[DisplacementFunction]
     pictures: Pictures
     seconds: float
 
@@ -82,7 +84,8 @@ class Demonstration:
                 }
                 for name, settings in self.methods.items()
             },
-            "covariance_functions": {function.name: function.to_dict() for function in self.covariances},
+            "noise_covariance": {function.name: function.to_dict() for function in self.noise_covariances},
+            "gradient_covariance": {function.name: function.to_dict() for function in self.gradient_covariances},
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -134,7 +137,7 @@ def write_report(demonstration: Demonstration, folder: Path) -> None:
     networks = ", ".join(demonstration.evaluations)
     plots.save(_noise_figure(demonstration), folder / "accuracy-against-decay-length.png")
     plots.save(_attack_figure(demonstration), folder / "accuracy-against-eps.png")
-    plots.save(covariance_figure(demonstration.covariances), folder / "covariance-functions.png")
+    plots.save(_covariance_figure(demonstration), folder / "covariance-functions.png")
     page = Page("What structured gradient regularization does")
     page.text(
         "Three copies of one network learned the same digits: one with plain cross-entropy (clean), one with the "
@@ -160,7 +163,8 @@ def write_report(demonstration: Demonstration, folder: Path) -> None:
             f"Digits, and what the networks ({networks}) take them for. Shown is, for each class, the first digit "
             "that all three recognise unperturbed and at least one fails to under the noise in the third row; a class "
             "without such a digit is left out. So they were chosen for disagreement: the unselected numbers are in "
-            f"the table. Noise: one draw, {pictures.noise_eps:g} times the digit's own standard deviation.",
+            f"the table. Noise: one draw, {pictures.noise_eps:g} times the digit's own standard deviation, "
+            "shown from its darkest to its brightest pixel.",
         )
     page.heading("Gradient attacks")
     page.figure(
@@ -170,11 +174,14 @@ def write_report(demonstration: Demonstration, folder: Path) -> None:
         "covariance of this demonstration is not aimed: `sgr train --perturbation sign` estimates it from the "
         "attacks themselves.",
     )
-    page.heading("Covariance functions")
+    page.heading("Why: covariance functions")
     page.figure(
         "covariance-functions.png",
-        "How the covariance of two pixels falls with their distance. Dotted: the decay length, at which it has "
-        "fallen to 1/e. Attacks on an unprotected network live on short distances, the digits on long ones.",
+        "Covariance of two pixels against their distance, divided by the variance of one. Left: the noise that SGR "
+        "was told of, and the digits. Right: the loss gradient of each trained network, which says what it listens "
+        "to. Where the gradient keeps its sign over a distance, noise that keeps its sign over that distance adds up; "
+        "where the gradient changes sign within a few pixels (a covariance below zero), such noise cancels. Dotted "
+        "verticals: decay lengths, at which the covariance has fallen to 1/e.",
     )
     page.heading("Read with care")
     page.text(
@@ -197,12 +204,20 @@ def _noise_figure(demonstration: Demonstration) -> plots.Figure:
             _line(name, list(plan.decay_lengths), [at(result.noise[length]) for length in plan.decay_lengths])
             for name, result in demonstration.evaluations.items()
         ]
-        panels.append(
-            _accuracy_panel(
-                f"noise {eps:g} times as strong as the digit", "decay length [pixels]", lines, plan.decay_lengths
-            )
-        )
-    return line_figure(panels, f"Accuracy under correlated noise, worst of {plan.draws} draws")
+        panels.append(_accuracy_panel(f"eps {eps:g}", "decay length [pixels]", lines, plan.decay_lengths))
+    return line_figure(
+        panels, f"Accuracy under correlated noise of eps standard deviations of the digit, worst of {plan.draws} draws"
+    )
+
+
+def _covariance_figure(demonstration: Demonstration) -> plots.Figure:
+    shown = 15
+    return line_figure(
+        [
+            single_channel_panel("Noise and digits", demonstration.noise_covariances, until=2 * shown),
+            single_channel_panel("Loss gradients", demonstration.gradient_covariances, until=shown, markers=True),
+        ]
+    )
 
 
 def _attack_figure(demonstration: Demonstration) -> plots.Figure:
@@ -232,7 +247,7 @@ def _accuracy_panel(title: str, x_label: str, lines: list[Line], ticks: Any) -> 
 def _picture_figure(pictures: Pictures) -> plots.Figure:
     rows: list[tuple[str, list[Tile]]] = []
     for row, (name, tiles) in enumerate(pictures.rows.items()):
-        titled: Callable[[str], str] = (lambda label: f"a {label}") if row == 0 else (lambda label: "")
+        titled: Callable[[str], str] = (lambda label: f"digit: {label}") if row == 0 else (lambda label: "")
         rows.append(
             (
                 name,

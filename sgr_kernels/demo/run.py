@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Options:
     decay_length: float = 16.0
     train_images: int | None = None
     seed: int = 0
-    plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], pgd_steps=10, noise_eps=(0.3, 0.5, 0.7)))
+    plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], noise_eps=(0.3, 0.5, 0.7)))
 
     def attacks(self) -> Plan:
         """The plan with the options' own draws and seed."""
@@ -83,7 +84,7 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
     for name, settings in methods.items():
         say(f"training {name}: {options.epochs} epochs on {len(data.train):,} digits")
         trainer = Trainer(settings, data, device=device)
-        trainer.run(options.epochs)
+        trainer.run(options.epochs, out=folder / "networks" / name)
         models[name] = trainer.model.eval()
         seconds[name] = sum(record["seconds"] for record in trainer.history)
         accuracies[name] = trainer.history[-1]["test_accuracy"]
@@ -93,7 +94,7 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
     evaluations: dict[str, Evaluation] = {}
     for name, model in models.items():
         say(f"attacking {name}: FGSM, PGD and correlated noise on {len(images)} test digits")
-        evaluations[name] = evaluate(model, Batches(images, 500, device=device), plan)
+        evaluations[name] = evaluate(model, Batches(images, 100, device=device), plan)
     say("measuring covariance functions and drawing")
     demonstration = Demonstration(
         options_text=_options_text(options, data),
@@ -103,7 +104,8 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
         test_accuracy=accuracies,
         training_seconds=seconds,
         evaluations=evaluations,
-        covariances=_covariances(models[CLEAN], images, options, device),
+        noise_covariances=_noise_covariances(images, options),
+        gradient_covariances=_gradient_covariances(models, images, options, device),
         pictures=_pictures(models, images, options, device),
         seconds=time.perf_counter() - begun,
     )
@@ -141,24 +143,28 @@ def _options_text(options: Options, data: DataSet) -> str:
     )
 
 
-def _covariances(
-    model: CarliniWagner, images: ImageSet, options: Options, device: torch.device | str
-) -> list[DisplacementFunction]:
-    """Of the digits, of PGD's perturbations of the clean network, and the one SGR was given."""
+def _noise_covariances(images: ImageSet, options: Options) -> list[DisplacementFunction]:
+    """Of the noise that SGR was told of and, for comparison, of the digits."""
     size = tuple(images.images.shape[2:])
-    eps = 8 / PIXEL_LEVELS
-    found = perturbation_covariance(model, Batches(images, 500, device=device), "pgd", eps=eps, seed=options.seed).cpu()
-    functions = {
-        "the digits themselves": CovarianceFunction.from_images(images.images),
-        "PGD perturbations of the clean network": CovarianceFunction.from_values(found, size),
-        "noise that SGR was trained against": CovarianceFunction.exponential(
-            1, size, options.decay_length, rounded=True
-        ),
-    }
-    return [
-        DisplacementFunction(name, function.profile().numpy(), float(function.decay_length().diagonal().mean()))
-        for name, function in functions.items()
-    ]
+    noise = CovarianceFunction.exponential(1, size, options.decay_length, rounded=True)
+    digits = CovarianceFunction.from_images(images.images)
+    return [_displacement_function("the digits themselves", digits), _displacement_function("SGR's noise", noise)]
+
+
+def _gradient_covariances(
+    models: dict[str, CarliniWagner], images: ImageSet, options: Options, device: torch.device | str
+) -> list[DisplacementFunction]:
+    """Of the networks' loss gradients: what each of them still listens to."""
+    size = tuple(images.images.shape[2:])
+    functions = []
+    for name, model in models.items():
+        values = perturbation_covariance(model, Batches(images, 100, device=device), "gradient", eps=0.0).cpu()
+        functions.append(_displacement_function(name, CovarianceFunction.from_values(values, size)))
+    return functions
+
+
+def _displacement_function(name: str, function: CovarianceFunction) -> DisplacementFunction:
+    return DisplacementFunction(name, function.profile().numpy(), float(function.decay_length().diagonal().mean()))
 
 
 def _pictures(
@@ -176,7 +182,7 @@ def _pictures(
         covariance = CovarianceFunction.exponential(1, tuple(pixels.shape[2:]), length)
         noise = covariance.sample(len(pixels), generator).to(pixels)
         deviation = pixels.std((1, 2, 3), correction=0, keepdim=True)
-        rows[f"noise, decay\nlength {length:g}"] = (pixels + strength * deviation * noise).clamp(0, 1)
+        rows[f"noise, decay\nlength {length:g}"] = pixels + strength * deviation * noise
     rows["PGD against\nthe clean network,\neps 16/255"] = pgd(models[CLEAN], pixels, eps=16 / PIXEL_LEVELS)
 
     @torch.no_grad()
@@ -192,9 +198,15 @@ def _pictures(
         labels=[images.classes[int(labels[k])] for k in chosen],
         rows={
             row: [
-                (batch[k, 0].cpu().numpy(), {name: images.classes[int(a[k])] for name, a in given[row].items()})
+                (_shown(batch[k, 0]), {name: images.classes[int(a[k])] for name, a in given[row].items()})
                 for k in chosen
             ]
             for row, batch in rows.items()
         },
     )
+
+
+def _shown(image: Tensor) -> np.ndarray:
+    """A noisy image has pixels outside [0, 1]: it is shown from its own darkest to its own brightest."""
+    low, high = min(0.0, float(image.min())), max(1.0, float(image.max()))
+    return ((image - low) / (high - low)).cpu().numpy()

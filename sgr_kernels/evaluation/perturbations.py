@@ -23,7 +23,8 @@ def perturbations(
         model: Images (B, C, H, W) in [0, 1] to logits; left as it was.
         images: (B, C, H, W).
         labels: (B,), used by ``"gradient"`` and ``"sign"``; the attacks start from the model's own prediction.
-        source: ``"gradient"`` (of the loss), ``"sign"`` of it, ``"fgsm"`` or ``"pgd"`` (20 steps).
+        source: ``"gradient"`` (of the loss), ``"sign"`` of it, ``"fgsm"`` or ``"pgd"`` (20 steps), both clipped to
+            the range of pixels.
         eps: Strength of the attacks, in pixel units.
         generator: Of PGD's random starts.
 

@@ -48,22 +48,37 @@ def covariance_figure(functions: Sequence[DisplacementFunction], title: str = ""
     functions as solid and the inter-channel ones as dashed lines.
     """
     if all(function.values.shape[0] == 1 for function in functions):
-        lines = [
-            Line(_with_length(f), range(f.values.shape[2]), f.values[0, 0] / (f.variance or 1), mark=_finite(f))
-            for f in functions
-        ]
-        return line_figure([_panel("Covariance function (divided by its value at 0)", lines)], title)
+        return line_figure([single_channel_panel("Covariance function", functions)], title)
     return line_figure([_panel(_with_length(f), _channel_lines(f)) for f in functions], title)
 
 
-def _panel(title: str, lines: Sequence[Line]) -> Panel:
+def single_channel_panel(
+    title: str, functions: Sequence[DisplacementFunction], *, until: int | None = None, markers: bool = False
+) -> Panel:
+    """Covariance functions of one channel in one panel, divided by their variances.
+
+    Args:
+        title: Above the panel.
+        functions: What to draw.
+        until: Last displacement shown; None: the last there is.
+        markers: Whether whole displacements are marked.
+    """
+    stop = None if until is None else until + 1
+    lines = []
+    for function in functions:
+        values: Sequence[float] = (function.values[0, 0, :stop] / (function.variance or 1)).tolist()
+        lines.append(Line(_with_length(function), range(len(values)), values, mark=_finite(function)))
+    return _panel(title, lines, markers)
+
+
+def _panel(title: str, lines: Sequence[Line], markers: bool = False) -> Panel:
     return Panel(
         title,
         "displacement [pixels]",
         "covariance / variance",
         lines,
         levels=[(0, ""), (float(np.exp(-1)), "1/e")],
-        markers=False,
+        markers=markers,
     )
 
 

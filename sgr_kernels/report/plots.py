@@ -84,10 +84,17 @@ class Tile:
 
 
 def line_figure(panels: Sequence[Panel], title: str = "") -> Figure:
-    """Panels side by side."""
-    figure = Figure(figsize=(5.4 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    """Panels side by side, with one legend where it serves them all."""
+    figure = Figure(figsize=(4.8 * len(panels), 4.2), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(row, panels):
         _draw_panel(axes, panel)
+    handles, labels = row[0].get_legend_handles_labels()
+    if len(panels) > 1 and all(axes.get_legend_handles_labels()[1] == labels for axes in row):
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    else:
+        for axes in row:
+            axes.legend(frameon=False, fontsize=9)
     if title:
         figure.suptitle(title)
     return figure
@@ -96,7 +103,7 @@ def line_figure(panels: Sequence[Panel], title: str = "") -> Figure:
 def image_grid(rows: Sequence[tuple[str, Sequence[Tile]]], title: str = "") -> Figure:
     """Rows of pictures, each row under its name; right answers below them are green, wrong ones red."""
     columns = max(len(tiles) for _, tiles in rows)
-    figure = Figure(figsize=(1.25 * columns + 1.6, 1.85 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.25 * columns + 1.6, 1.75 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, tiles) in zip(grid, rows):
         for axes in row:
@@ -157,7 +164,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
 
 
 def _write_answers(axes: Axes, answers: Sequence[tuple[str, bool]]) -> None:

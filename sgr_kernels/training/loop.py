@@ -62,7 +62,7 @@ class Trainer:
             shuffle=True,
             augmentation=Augmentation(fill=fill, flip=settings.flip) if settings.augment else None,
         )
-        self.test_batches = Batches(data.test, 500, device=device)
+        self.test_batches = Batches(data.test, 100, device=device)
         self.data_name, self.data_digest = data.train.name, data.train.digest()
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
