@@ -162,7 +162,9 @@ def instructions(kernel: Kernel, cuobjdump: str) -> str:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("precision", INSTRUCTIONS)
-def test_tensor_cores_do_the_products(compiled: list[Kernel], cuobjdump: str, precision: str, architecture: str) -> None:
+def test_tensor_cores_do_the_products(
+    compiled: list[Kernel], cuobjdump: str, precision: str, architecture: str
+) -> None:
     chosen = [
         k
         for k in compiled
