@@ -1,7 +1,7 @@
 // cross_spectrum on NVIDIA GPUs.
 #include <torch/csrc/stable/library.h>
 
-#include "launch.h"
+#include "fused_instances.h"
 
 namespace sgr::cuda {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "launch.h"
+#include "fused_instances.h"
 
 namespace sgr::cuda {
 namespace {

@@ -1,0 +1,7 @@
+// The fused kernels in tf32.
+#include "fused_instances.h"
+
+namespace sgr::cuda {
+template bool fused_product_of<High>(CudaLauncher&, const ProductArguments&, bool);
+template bool fused_cross_spectrum_of<High>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+}  // namespace sgr::cuda

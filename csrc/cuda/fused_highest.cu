@@ -1,0 +1,7 @@
+// The fused kernels of float32 accuracy: three products of fp16 halves.
+#include "fused_instances.h"
+
+namespace sgr::cuda {
+template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, bool);
+template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+}  // namespace sgr::cuda

@@ -1,0 +1,15 @@
+// The fused kernels are compiled in one file per precision, side by side: whoever includes this header calls
+// them from there.
+#pragma once
+
+#include "launch.h"
+
+namespace sgr::cuda {
+
+extern template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, bool);
+extern template bool fused_product_of<High>(CudaLauncher&, const ProductArguments&, bool);
+extern template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, bool);
+extern template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+extern template bool fused_cross_spectrum_of<High>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+
+}  // namespace sgr::cuda

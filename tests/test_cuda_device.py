@@ -1,0 +1,201 @@
+"""The CUDA kernels on a GPU: what emulation cannot show. The operators' contract is in ``test_operators``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
+from torch import Tensor
+
+from sgr_kernels import _extension
+from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif("cuda" not in _extension.build_info()["kernels"], reason="this build has no CUDA kernels"),
+]
+
+OPS = torch.ops.sgr_kernels
+# Fused kernels of one and two tiles a side, and the general path.
+SHAPES = [
+    (9, 1, 28, 28),
+    (7, 3, 32, 32),
+    (3, 4, 19, 32),
+    (5, 3, 40, 33),
+    (4, 1, 64, 64),
+    (3, 5, 20, 12),
+    (2, 1, 70, 31),
+]
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A gradient and a spectrum on the GPU, and v and q of the symmetric part in float64."""
+    gradient = gradients(shape, dtype=dtype)
+    covariance = covariances("even", shape[1], (shape[2], shape[3]), smooth=True)
+    covariance = (covariance + covariance.transpose(0, 1)) / 2
+    v, q = dense_product(gradient, covariance, "even")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequencies = frequency_counts((shape[2], shape[3]), (shape[2], shape[3]))
+    spectrum = spectrum_from_table(covariance, frequencies, "even", wide)
+    return gradient.cuda(), spectrum.cuda(), v, q
+
+
+def quadratic_form(gradient: Tensor, spectrum: Tensor, precision: str = "highest") -> tuple[Tensor, Tensor]:
+    q, v = OPS.native_quadratic_form(gradient, spectrum, True, precision)
+    return q, v
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_agrees_with_the_dense_matrix(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gradient, spectrum, v, q = problem(shape, dtype)
+    limits = (5e-6, 1e-6) if dtype == torch.float32 else (1e-12, 1e-12)
+    form, product = quadratic_form(gradient, spectrum)
+    assert_product_close(product, v, limits[0])
+    assert_quadratic_close(form, q, gradient, v, limits[1])
+    assert_product_close(OPS.native_product(gradient, spectrum, "highest"), v, limits[0])
+    alone, nothing = OPS.native_quadratic_form(gradient, spectrum, False, "highest")
+    assert_quadratic_close(alone, q, gradient, v, limits[1])
+    assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 28, 28), (6, 3, 32, 32), (3, 3, 64, 40)], ids=str)
+@pytest.mark.parametrize(("precision", "limits"), [("high", (1e-2, 5e-4)), ("medium", (6e-2, 5e-3))], ids=str)
+def test_lower_precision(shape: tuple[int, ...], precision: str, limits: tuple[float, float]) -> None:
+    gradient, spectrum, v, q = problem(shape)
+    form, product = quadratic_form(gradient, spectrum, precision)
+    assert_product_close(product, v, limits[0])
+    assert_quadratic_close(form, q, gradient, v, limits[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("factor", [1e-15, 1e15], ids=str)
+def test_scaled_gradients(shape: tuple[int, ...], factor: float) -> None:
+    gradient, spectrum, _, _ = problem(shape)
+    scaled = gradient * factor
+    q, v = quadratic_form(scaled, spectrum)
+    exact_q, exact_v = OPS.torch_quadratic_form(scaled.double(), spectrum.double(), True, "highest")
+    assert_product_close(v, exact_v.cpu(), 5e-6)
+    assert_quadratic_close(q, exact_q.cpu(), scaled, exact_v, 1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nan_stays_in_its_sample(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, v, _ = problem(shape)
+    gradient[0, 0, 1, 2] = math.nan
+    gradient[1] = 0
+    q, product = quadratic_form(gradient, spectrum)
+    assert product[0].isnan().all()
+    assert q[0].isnan()
+    assert (product[1] == 0).all()
+    assert_product_close(product[2:], v[2:], 5e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_every_time(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, _, _ = problem((shape[0] * 50, *shape[1:]) if shape[1] < 5 else shape)
+    gradient = gradient.repeat(7, 1, 1, 1)
+    first = (
+        *quadratic_form(gradient, spectrum),
+        OPS.native_cross_spectrum(gradient, gradient, *shape[2:], False, "highest"),
+    )
+    for _ in range(3):
+        q, v = quadratic_form(gradient, spectrum)
+        s = OPS.native_cross_spectrum(gradient, gradient, *shape[2:], False, "highest")
+        assert torch.equal(q, first[0])
+        assert torch.equal(v, first[1])
+        assert torch.equal(s, first[2])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_replayed_graphs_compute_anew(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, v, q = problem(shape)
+    input_, lam = torch.zeros_like(gradient), torch.zeros_like(spectrum)
+    quadratic_form(input_, lam)
+    OPS.native_cross_spectrum(input_, input_, *shape[2:], False, "highest")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        form, product = quadratic_form(input_, lam)
+        sums = OPS.native_cross_spectrum(input_, input_, *shape[2:], False, "highest")
+    for sign in (1, -1):
+        input_.copy_(sign * gradient)
+        lam.copy_(sign * spectrum)
+        graph.replay()
+        assert_product_close(product, v, 5e-6)
+        assert_quadratic_close(form, sign * q, gradient, v, 1e-6)
+        assert torch.equal(sums, OPS.native_cross_spectrum(input_, input_, *shape[2:], False, "highest"))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_runs_on_the_current_stream(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, v, _ = problem(shape)
+    late = torch.zeros_like(gradient)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(gradient)
+        _, product = quadratic_form(late, spectrum)
+    stream.synchronize()
+    assert_product_close(product, v, 5e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_runs_on_the_tensors_device() -> None:
+    gradient, spectrum, v, _ = problem((5, 3, 32, 32))
+    assert torch.cuda.current_device() == 0
+    _, product = quadratic_form(gradient.to("cuda:1"), spectrum.to("cuda:1"))
+    assert product.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_product_close(product, v, 5e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layouts(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, v, _ = problem(shape)
+    batch, channels, height, width = shape
+    frame = torch.full((batch, channels, height + 2, width + 3), math.nan, device="cuda")
+    frame[:, :, 1:-1, 2:-1] = gradient
+    for view in (gradient.contiguous(memory_format=torch.channels_last), frame[:, :, 1:-1, 2:-1]):
+        _, product = quadratic_form(view, spectrum.transpose(0, 1))
+        assert_product_close(product, v, 5e-6)
+        assert product.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 1, 64, 64), (1, 5, 12, 12)], ids=str)
+def test_more_elements_than_32_bits_count(shape: tuple[int, ...]) -> None:
+    gradient, spectrum, v, q = problem(shape)
+    batch = 2**31 // gradient.numel() + 3
+    expanded = gradient.expand(batch, *shape[1:])
+    assert expanded.numel() > 2**31
+    form, _ = OPS.native_quadratic_form(expanded, spectrum, False, "highest")
+    assert (form == form[0]).all()
+    assert_quadratic_close(form[-1:], q, gradient, v, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (0, 5, 9, 8)], ids=str)
+def test_empty_batch(shape: tuple[int, ...]) -> None:
+    _, spectrum, _, _ = problem((1, *shape[1:]))
+    gradient = torch.zeros(shape, device="cuda")
+    q, v = quadratic_form(gradient, spectrum)
+    assert q.shape == (0,)
+    assert v.shape == shape
+    assert not OPS.native_cross_spectrum(gradient, gradient, *shape[2:], False, "highest").any()
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    gradient, spectrum, v, _ = problem((5, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="spectrum"):
+        quadratic_form(gradient, spectrum.double())
+    with pytest.raises(RuntimeError, match="precision"):
+        quadratic_form(gradient, spectrum, "low")
+    total = torch.cuda.get_device_properties(0).total_memory
+    large = gradient[:1].expand(total // gradient[0].nbytes, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        OPS.native_product(large, spectrum, "highest")
+    _, product = quadratic_form(gradient, spectrum)
+    assert_product_close(product, v, 5e-6)
