@@ -49,7 +49,7 @@ def covariance_figure(functions: Sequence[DisplacementFunction], title: str = ""
     """
     if all(function.values.shape[0] == 1 for function in functions):
         return line_figure([single_channel_panel("Covariance function", functions)], title)
-    return line_figure([_panel(_with_length(f), _channel_lines(f)) for f in functions], title)
+    return line_figure([_panel(_with_length(f), _channel_lines(f), mark=_finite(f)) for f in functions], title)
 
 
 def single_channel_panel(
@@ -68,16 +68,17 @@ def single_channel_panel(
     for function in functions:
         values: Sequence[float] = (function.values[0, 0, :stop] / (function.variance or 1)).tolist()
         lines.append(Line(_with_length(function), range(len(values)), values, mark=_finite(function)))
-    return _panel(title, lines, markers)
+    return _panel(title, lines, markers=markers)
 
 
-def _panel(title: str, lines: Sequence[Line], markers: bool = False) -> Panel:
+def _panel(title: str, lines: Sequence[Line], *, markers: bool = False, mark: float | None = None) -> Panel:
     return Panel(
         title,
         "displacement [pixels]",
         "covariance / variance",
         lines,
         levels=[(0, ""), (float(np.exp(-1)), "1/e")],
+        mark=mark,
         markers=markers,
     )
 
@@ -93,8 +94,7 @@ def _channel_lines(function: DisplacementFunction) -> list[Line]:
             color = _CHANNELS.get(names[c]) if c == d else _PAIRS.get(pair)
             values = function.values[c, d] / (function.variance or 1)
             lines.append(Line(label, range(len(values)), values, color=color, dashed=c != d))
-    lines.sort(key=lambda line: line.dashed)
-    return [*lines[:-1], Line(**{**vars(lines[-1]), "mark": _finite(function)})]
+    return sorted(lines, key=lambda line: line.dashed)
 
 
 def _with_length(function: DisplacementFunction) -> str:

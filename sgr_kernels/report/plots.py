@@ -53,6 +53,7 @@ class Panel:
         x_label, y_label: Along the axes.
         lines: What is drawn.
         levels: Horizontal reference lines as (y, name).
+        mark: An x at which a dotted grey vertical is drawn.
         y_range: Limits of y; None: as the lines need.
         x_ticks: Ticks of x, spaced evenly whatever their values; None: as matplotlib sees fit.
         markers: Whether points are marked.
@@ -63,6 +64,7 @@ class Panel:
     y_label: str
     lines: Sequence[Line]
     levels: Sequence[tuple[float, str]] = ()
+    mark: float | None = None
     y_range: tuple[float, float] | None = None
     x_ticks: Sequence[float] | None = None
     markers: bool = True
@@ -155,6 +157,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.annotate(
             name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666", size=8
         )
+    if panel.mark is not None:
+        axes.axvline(panel.mark, color="#999999", linestyle=":", linewidth=1.2)
     if panel.x_ticks is not None:
         axes.set_xticks(range(len(panel.x_ticks)), [f"{tick:g}" for tick in panel.x_ticks])
     if panel.y_range is not None:

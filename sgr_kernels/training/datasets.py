@@ -182,18 +182,18 @@ def _require_idx(folder: Path, prefix: str, kind: str) -> Path:
 
 
 @contextmanager
-def _open_maybe_gzip(path: Path) -> Iterator[tuple[BufferedIOBase, int, bool]]:
-    """Open a file for reading; yields (stream, most bytes it can hold, whether that number is exact)."""
+def _open_maybe_gzip(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
+    """Open a file for reading; yields (stream, most bytes it can hold)."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if not compressed:
-            yield file, size, True
+            yield file, size
             return
         try:
             with gzip.GzipFile(fileobj=file) as stream:
-                yield stream, size * _DEFLATE_MAX_RATIO, False
+                yield stream, size * _DEFLATE_MAX_RATIO
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path} is a damaged or truncated gzip file: {error}") from error
 
@@ -202,7 +202,7 @@ def _read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
     """Read an IDX file of uint8 entries of shape ``item``: a tensor (n, *item)."""
     header = struct.Struct(f">{2 + len(item)}I")
     expected = _IDX_UINT8 + 1 + len(item)
-    with _open_maybe_gzip(path) as (stream, limit, exact):
+    with _open_maybe_gzip(path) as (stream, limit):
         head = stream.read(header.size)
         if len(head) < header.size:
             raise DataError(f"{path} is truncated: expected a header of {header.size} bytes, got {len(head)}")
@@ -214,10 +214,10 @@ def _read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
         if count == 0:
             raise DataError(f"{path} holds no entries")
         size = header.size + count * int(np.prod(item, dtype=np.int64))
-        if size > limit or (exact and size != limit):
+        if size > limit:
             raise DataError(
-                f"{path} must be {size} bytes for the {count} entries its header names, "
-                f"got {limit if exact else 'too few compressed bytes'}"
+                f"{path} is truncated: its header names {count} entries, which take {size} bytes; "
+                f"it holds at most {limit}"
             )
         values = np.empty((count, *item), np.uint8)
         filled, view = 0, values.data.cast("B")

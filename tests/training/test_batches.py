@@ -54,6 +54,14 @@ def test_unshuffled_batches_keep_the_order_and_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_every_step_and_epoch_is_augmented_anew():
+    images = torch.rand(1, 1, 12, 12).mul(255).byte().expand(30, 1, 12, 12).contiguous()
+    data = ImageSet(images, torch.zeros(30, dtype=torch.int64), "copies", ("a",))
+    batches = Batches(data, 10, augmentation=Augmentation())
+    seen = [crops for epoch in range(2) for crops, _ in batches.epoch(epoch)]
+    assert all(not torch.equal(a, b) for k, a in enumerate(seen) for b in seen[:k])
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmented_images_are_crops_of_the_padded_ones(flip):
     images = torch.rand(64, 2, 7, 5)

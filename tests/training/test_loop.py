@@ -85,6 +85,15 @@ def test_every_step_and_the_ends_of_epochs_can_be_resumed_from(digits, tmp_path)
     assert_same(current, whole)
 
 
+def test_the_random_stream_continues_where_it_was(digits, tmp_path):
+    trainer = Trainer(SETTINGS, digits)
+    torch.rand(17)  # as dropout would
+    trainer.save(tmp_path)
+    expected = torch.rand(5)
+    Trainer(SETTINGS, digits).resume(tmp_path)
+    assert torch.equal(torch.rand(5), expected)
+
+
 def test_a_killed_process_resumes_to_the_same_bits(digits, tmp_path):
     settings = dataclasses.replace(SETTINGS, method="gn")
     script = f"""
