@@ -33,7 +33,12 @@ _BUDGET = {"cpu": 3.0, "cuda": 2.0}
 
 
 def measure(
-    problem: Problem, operation: str, chosen: list[Provider], device: torch.device, budget: float, series: str = "shapes"
+    problem: Problem,
+    operation: str,
+    chosen: list[Provider],
+    device: torch.device,
+    budget: float,
+    series: str = "shapes",
 ) -> Cell:
     """One cell: a row for each provider, and how ``auto`` compares with the fastest of the others.
 

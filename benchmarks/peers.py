@@ -156,7 +156,6 @@ def _compiled(run: Run, problem: Problem, device: torch.device) -> Run:
     call = torch.compile(run, dynamic=False)
     images = problem.images(device)
 
-
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of inductor: complex numbers are left to eager kernels

@@ -175,5 +175,3 @@ def folded(sums: Tensor, reach: tuple[int, int]) -> Tensor:
     if w > 1:
         table[..., 1:] += rows[..., 1 - w :].flip(-1)
     return table
-
-

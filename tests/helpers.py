@@ -95,6 +95,18 @@ def dense_product(gradient: Tensor, covariance: Tensor, form: str) -> tuple[Tens
     return torch.tensor(v), torch.tensor((v * g).sum((1, 2, 3)))
 
 
+def convolved(gradient: Tensor, table: Tensor) -> Tensor:
+    """``v = Sigma g`` for an even table of full range, by Fourier transforms: for images too large to be dense."""
+    g = gradient.detach().cpu().double().numpy()
+    t = table.detach().cpu().double().numpy()
+    height, width = g.shape[2:]
+    rows, columns = abs(np.arange(1 - height, height)), abs(np.arange(1 - width, width))
+    kernel = np.roll(t[:, :, rows[:, None], columns[None, :]], (1 - height, 1 - width), (2, 3))
+    period = (2 * height - 1, 2 * width - 1)
+    product = np.einsum("cdkl,bdkl->bckl", np.fft.rfft2(kernel), np.fft.rfft2(g, s=period))
+    return torch.tensor(np.fft.irfft2(product, s=period)[:, :, :height, :width])
+
+
 def dense_covariance(perturbation: Tensor, form: str) -> Tensor:
     """Mean over samples and ordered pixel pairs at each displacement of ``xi[c, i] xi[c', j]``, float64."""
     xi = perturbation.detach().cpu().double().numpy()

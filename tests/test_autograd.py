@@ -223,6 +223,23 @@ def test_the_registered_operators_carry_tangents():
     torch.testing.assert_close(q_tangent, 2 * v.sum((1, 2, 3)))
 
 
+def test_deterministic_algorithms_suffice(kernels):
+    """Nothing that torch calls nondeterministic is used, and gradients repeat bit for bit."""
+    g = gradients((6, 2, 12, 11), dtype=torch.float32, device=kernels.device).requires_grad_()
+    f = covariances("radial", 2, (12, 11)).float().to(kernels.device).requires_grad_()
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            v = sgr.covariance_product(g, f, backend=kernels.backend)
+            q = sgr.covariance_quadratic_form(v, f, backend=kernels.backend)
+            estimate = sgr.displacement_covariance(v, backend=kernels.backend)
+            results.append(torch.autograd.grad(q.sum() + estimate.sum(), (g, f)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_no_graph_is_kept_where_none_is_wanted(place):
     g, f = _arguments("radial", place)
     with torch.no_grad():

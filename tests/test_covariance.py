@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance, use_backend
 from sgr_kernels.covariance import Covariance
 from tests.helpers import dense_covariance, gradients, norms
 
@@ -150,6 +150,20 @@ def test_product_and_quadratic_form_are_those_of_the_dense_matrix():
         v = (g.flatten(1) @ sigma.T).view(g.shape)
         torch.testing.assert_close(covariance.product(g), v, rtol=1e-7, atol=1e-8)
         torch.testing.assert_close(covariance.quadratic_form(g), (v * g).sum((1, 2, 3)), rtol=1e-7, atol=1e-8)
+
+
+def test_every_backend_serves_covariance_functions(place):
+    for binning in BINNINGS:
+        covariance = CovarianceFunction(2, SIZE, binning=binning).double()
+        covariance.update(_batches(1)[0])
+        sigma = covariance.dense()
+        covariance, g = covariance.to(place.device), gradients((3, 2, *SIZE), device=place.device)
+        with use_backend(place.backend):
+            v, q = covariance.product(g).cpu().flatten(1), covariance.quadratic_form(g).cpu()
+            covariance.update(g)
+        torch.testing.assert_close(v, g.cpu().flatten(1) @ sigma.T)
+        torch.testing.assert_close(q, (v * g.cpu().flatten(1)).sum(1))
+        assert int(covariance.updates) == 2
 
 
 def test_products_are_differentiable_and_updates_are_not():

@@ -252,6 +252,7 @@ def test_decay_lengths_by_hand():
     assert length(1, 0) == pytest.approx(1 - 1 / math.e)
     assert length(2, 1.5, 1.0, 0.0, 2.0) == pytest.approx(2 + 1 - 2 / math.e)
     assert length(1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.5) == math.inf
+    assert length(1, 0.9) == pytest.approx(2 - 1 / (0.9 * math.e))  # zero beyond its reach
     assert math.isnan(length(0, 0, 0))
 
 

@@ -19,11 +19,13 @@ from tests.helpers import (
     assert_product_close,
     assert_quadratic_close,
     bins,
+    convolved,
     covariances,
     dense,
     dense_covariance,
     dense_product,
     gradients,
+    norms,
     table_shape,
 )
 
@@ -129,6 +131,24 @@ def test_displacement_covariance_agrees_with_the_mean_over_pairs(case, place):
             error = (f.cpu().double() - exact).abs().amax()
             assert f.shape == exact.shape
             assert error <= limit * float((xi**2).mean()) * max(1, np.prod(case.shape[1:]) / 64)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 129, 100), (3, 224, 224)])
+def test_large_images(shape, kernels):
+    """Beyond what is formed densely: against Fourier transforms of the padded images."""
+    g = gradients((3, *shape), dtype=torch.float32)
+    f = covariances("even", shape[0], shape[1:], smooth=True).float()
+    exact = convolved(g, f)
+    v = sgr.covariance_product(g.to(kernels.device), f.to(kernels.device), backend=kernels.backend)
+    q = sgr.covariance_quadratic_form(g.to(kernels.device), f.to(kernels.device), backend=kernels.backend)
+    assert_product_close(v, exact, PRODUCT_TOLERANCE[torch.float32])
+    assert_quadratic_close(q, (exact * g).sum((1, 2, 3)), g, exact, QUADRATIC_TOLERANCE[torch.float32])
+    # the estimate is the adjoint of the product: <g, Sigma g> = <f, sums over pairs>
+    estimate = sgr.displacement_covariance(g.to(kernels.device), form="even", backend=kernels.backend).cpu().double()
+    dy, dx = (torch.arange(n) for n in shape[1:])
+    counts = (shape[1] - dy)[:, None] * (shape[2] - dx) * (1 + (dy > 0))[:, None] * (1 + (dx > 0)[None])
+    total = (estimate * counts * f.double()).sum() * len(g)
+    assert abs(float(total - (exact * g).sum())) <= 1e-5 * float((norms(g) * norms(exact)).sum())
 
 
 @pytest.mark.parametrize("form", FORMS)

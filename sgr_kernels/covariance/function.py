@@ -354,12 +354,14 @@ class CovarianceFunction(Estimate):
         In pixels; infinity where it never falls so far, NaN where it is zero at zero displacement.
         """
         profile = self.profile()
+        full = bin_count(self.image_size, self.binning) if self.values.dim() == 3 else max(self.image_size)
         relative = torch.cat([profile / profile[..., :1], torch.zeros_like(profile[..., :1])], -1)
         level = 1 / torch.e
         first = (relative <= level).to(torch.int8).argmax(-1, keepdim=True)
         below, above = relative.gather(-1, first), relative.gather(-1, (first - 1).clamp(min=0))
         length = first - 1 + (above - level) / (above - below)
-        length = torch.where(first == profile.shape[-1], torch.inf, length)
+        # A covariance that ends before the image does is zero from there on; of another the rest is not known.
+        length = torch.where(first == full, torch.inf, length)
         return torch.where(profile[..., :1] == 0, torch.nan, length).squeeze(-1)
 
     def resize(self, size: int | tuple[int, ...]) -> CovarianceFunction:
