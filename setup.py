@@ -31,13 +31,6 @@ MINIMUM_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11: the binary loads under that and later ones
 LIMITED_API = "0x030a0000"  # Python 3.10
 
-# What a torch without CUDA lacks of what CUDA launchers call. As weak references they let the binary load there.
-TORCH_CUDA_SYMBOLS = (
-    "aoti_torch_get_current_cuda_stream",
-    "torch_c10_cuda_check_msg",
-    "torch_c10_cuda_free_error_msg",
-)
-
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # csrc/cpu/kernels.cpp is compiled once for each: the bytes of a vector, and the compiler's flags.
 INSTRUCTION_SETS = {"baseline": (16, [])}
@@ -162,13 +155,8 @@ class BuildKernels(build_ext):
     def build_module(self, target: Path, kinds: list[str]) -> None:
         jobs = self.cpu_jobs("cuda" in kinds) + (self.cuda_jobs() if "cuda" in kinds else [])
         objects = [Path(command[-1]) for command in jobs]
-        for path in objects:
-            path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, jobs))
-        for path in objects:
-            if path.suffixes == [".cu", ".o"]:
-                run(["objcopy", *(f"--weaken-symbol={name}" for name in TORCH_CUDA_SYMBOLS), str(path)])
+            list(pool.map(compile_object, jobs))
         # nvcc knows where its own libraries are. libtorch brings those of CUDA into scope where there are any.
         linker = [str(self.found.nvcc), "-ccbin", self.found.compiler] if "cuda" in kinds else [self.found.compiler]
         libraries = [f"-L{self.found.torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
@@ -215,8 +203,26 @@ def nvcc_version(nvcc: Path) -> str:
     return match[1] if match else "unknown"
 
 
+def compile_object(command: list[str]) -> None:
+    """Compile, unless the object is newer than source and headers and was made so before, for the same torch."""
+    source, target = Path(command[-3]), Path(command[-1])
+    folder = "cuda" if source.suffix == ".cu" else "cpu"
+    headers = [path for place in (CSRC, CSRC / folder) for path in place.iterdir() if path.suffix in (".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in [source, *headers])
+    recipe = target.with_suffix(".txt")
+    text = f"torch {importlib.metadata.version('torch')}: {' '.join(command)}"
+    if target.exists() and target.stat().st_mtime > newest and recipe.exists() and recipe.read_text() == text:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run(command)
+    recipe.write_text(text)
+
+
 def run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(f"{command[0]}: {error}") from error
     if result.returncode != 0:
         raise CompileError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 

@@ -101,12 +101,10 @@ def drawn_shapes(count: int) -> list[tuple[int, ...]]:
     Long axes with a common divisor of pixels and frequencies are transformed in two levels.
     """
     rng = np.random.default_rng(3)
-    shapes: list[tuple[int, ...]] = [
-        (1, 1, 1, 1, 1, 1),
-        (19, 1, 1, 33, 1, 33),
-        (5, 2, 31, 1, 31, 1),
-        (2, 16, 6, 7, 6, 7),
-    ]
+    shapes: list[tuple[int, ...]] = [(1, 1, 1, 1, 1, 1), (19, 1, 1, 33, 1, 33), (5, 2, 31, 1, 31, 1)]
+    shapes += [(2, 16, 6, 7, 6, 7), (1, 1, 97, 1, 97, 1)]
+    shapes += [(2, 1, 96, 3, 96, 3), (1, 2, 3, 105, 4, 105), (3, 1, 224, 2, 120, 2), (2, 1, 1, 512, 1, 512)]
+    shapes += [(1, 1, 2, 187, 2, 187), (5, 1, 98, 2, 147, 1)]
     while len(shapes) < count:
         batch, channels, height, width = (int(rng.integers(1, n)) for n in (20, 6, 41, 41))
         if channels * height * width <= 900:
@@ -185,7 +183,7 @@ def test_layouts_and_neighbours(instruction_set: str, dtype: torch.dtype) -> Non
         expected_q, expected_v = OPS.native_quadratic_form(plain, spectrum, True, "highest")
         assert torch.equal(q, expected_q), name
         assert torch.equal(v, expected_v), name
-        assert v.stride() == torch.empty_like(images).stride(), name
+        assert v.is_contiguous(), name
         cross = OPS.native_cross_spectrum(images, plain, 9, 20, False, "highest")
         torch.testing.assert_close(cross, OPS.native_cross_spectrum(plain, plain, 9, 20, False, "highest"))
         assert cross.isfinite().all(), name
@@ -264,13 +262,13 @@ def test_nan_stays_in_its_sample(instruction_set: str, shape: tuple[int, ...]) -
         assert torch.equal(spoiled_v[others], v[others])
 
 
-@pytest.mark.parametrize("shape", [(70, 1, 28, 28), (1, 3, 40, 150), (3, 2, 130, 33)])
+@pytest.mark.parametrize("shape", [(70, 1, 28, 28), (1, 3, 200, 230), (3, 2, 130, 33)])
 def test_threads_do_not_change_the_result(threads: None, shape: tuple[int, ...]) -> None:
     """Bitwise, whether the threads share images or parts of one."""
     rng = np.random.default_rng(7)
     images, spectrum = (draw(rng, *s, dtype=torch.float32) for s in (shape, (shape[1], shape[1], *shape[2:])))
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 2, 3):
         torch.set_num_threads(count)
         q, v = OPS.native_quadratic_form(images, spectrum, True, "highest")
         results.append((q, v, OPS.native_cross_spectrum(images, images, *shape[2:], False, "highest")))

@@ -8,7 +8,7 @@ namespace sgr::cpu {
 namespace SGR_ISA {
 
 // The rows of the workspace that one panel treats: lane j holds row frequency k of packed image p, with
-// p F + k = panel * lanes + j. Lanes beyond the last one repeat it, and are never stored.
+// p F + k = panel * lanes + j. Lanes beyond the last one repeat it, results included.
 template <class T>
 struct Panel {
   static constexpr int lanes = Simd<T>::lanes;
@@ -83,10 +83,10 @@ inline void store_pixels(const Panel<T>& panel, int64_t channel, const Vec<T>* p
       Vec<T> tile[lanes];
       for (int i = 0; i < lanes; ++i) tile[i] = pixels[(x + i) * kKinds + kind];
       transpose<T>(tile);
-      if (width >= lanes) {
-        for (int j = 0; j < panel.valid; ++j) store<T>(rows + panel.offset[j] + x, tile[j]);
-      } else {
-        for (int j = 0; j < panel.valid; ++j) {
+      for (int j = 0; j < lanes; ++j) {
+        if (width >= lanes) {
+          store<T>(rows + panel.offset[j] + x, tile[j]);
+        } else {
           __builtin_memcpy(rows + panel.offset[j], &tile[j], width * sizeof(T));
         }
       }
