@@ -24,7 +24,9 @@ def _kilobytes(field: str) -> int:
 
 def supported(device: torch.device) -> bool:
     """Whether the peak can be told here: on CUDA devices, and of a Linux process with `ENVIRONMENT`."""
-    return device.type == "cuda" or (Path("/proc/self/clear_refs").exists() and ENVIRONMENT.items() <= os.environ.items())
+    return device.type == "cuda" or (
+        Path("/proc/self/clear_refs").exists() and ENVIRONMENT.items() <= os.environ.items()
+    )
 
 
 def peak(run: Run, images: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from benchmarks.shapes import Problem, folded, periodic
 from benchmarks.timing import Run
-from sgr_kernels.geometry import dense_matrix, nearest_bin, pair_counts, radial_from_even
+from sgr_kernels.geometry import dense_matrix, nearest_bin, radial_from_even
 
 Product = Callable[[Tensor], Tensor]
 _DENSE_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
@@ -155,7 +155,6 @@ def rfft2(compiled: bool) -> Callable[[Problem, str, torch.device], Run]:
 def _compiled(run: Run, problem: Problem, device: torch.device) -> Run:
     call = torch.compile(run, dynamic=False)
     images = problem.images(device)
-
 
     try:
         with warnings.catch_warnings(), torch.no_grad():

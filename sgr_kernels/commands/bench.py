@@ -9,7 +9,12 @@ from pathlib import Path
 
 import sgr_kernels
 
-BENCHMARKS = {"step": "training steps: clean, SGR by every method, adversarial training"}
+BENCHMARKS = {
+    "operators": "the operators against dense products, FFTs and convolutions",
+    "step": "training steps: clean, SGR by every method, adversarial training",
+    "plot": "figures of the operators' results",
+    "tables": "Markdown of the operators' results; writes the README's table",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
