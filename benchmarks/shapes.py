@@ -112,7 +112,7 @@ class Exact:
 
     @functools.cached_property
     def product(self) -> tuple[Tensor, Tensor, Tensor]:
-        """v and q of the first samples, and ``|g| |v|``."""
+        """Products v and forms q of the first samples, and ``|g| |v|``."""
         g = self.images[:_CHECKED_SAMPLES].double()
         period = [extent + reach - 1 for extent, reach in zip(g.shape[2:], self.table.shape[2:])]
         kernel = torch.fft.rfft2(periodic(self.table, period)).real

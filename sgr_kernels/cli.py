@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "train a network on images, resumably",
     "evaluate": "attack a trained network and report its accuracy",
     "covariance": "estimate and plot covariance functions of images or of adversarial perturbations",
-    "bench": "measure the cost of training steps",
+    "bench": "measure the cost of the operators and of training steps",
 }
 
 # Packages of the [train] extra, which a plain installation lacks.

@@ -10,8 +10,11 @@ from pathlib import Path
 import sgr_kernels
 
 BENCHMARKS = {
+    "operators": "the operators, beside dense, Fourier and convolution peers",
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
+    "plot": "figures of the operators' results",
+    "tables": "Markdown of the operators' results; writes the README's table",
 }
 
 
