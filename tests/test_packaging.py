@@ -16,9 +16,9 @@ import sgr_kernels
 _IMPORT = """
 import json, sys, time
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import sgr_kernels
-seconds, modules = time.perf_counter() - start, set(sys.modules) - before
+seconds, modules = time.process_time() - start, set(sys.modules) - before
 print(json.dumps({
     "seconds": seconds,
     "modules": sorted(modules),
@@ -72,8 +72,8 @@ def test_an_import_touches_nothing(imported):
 
 
 def test_an_import_is_quick(imported):
-    """Half a second beyond torch's own, on a loaded machine too; a few hundredths on a quiet one."""
-    assert imported["seconds"] < 0.5 or _import()["seconds"] < 0.5
+    """Half a second of processor time beyond torch's own, at the most."""
+    assert imported["seconds"] < 0.5
 
 
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in PUBLIC.items() for n in names])
