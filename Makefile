@@ -2,7 +2,7 @@
 # make test    the test suite
 # make lint    style, types
 # make bench   the operators' benchmark (results in benchmarks/results/)
-# make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure
+# make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure, with the PYTHON that has torch
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 # pytest-xdist gives every worker a process; threads inside them would only compete.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+GPU_RESULTS ?= gpu-results
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test lint format bench gpu clean
@@ -31,6 +32,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable -p no:xdist
+
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(GPU_RESULTS) $(PARTS)
 
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, nvcc, and a Python with torch >= 2.11: build, test, sanitize, measure.
-#   benchmarks/gpu.sh OUTPUT_FOLDER        (PYTHON names the interpreter)
-# Every part has a time limit; together they end within 9 minutes. A part that fails does not stop the next ones.
-# Called again with the same folder, the operators' sweep goes on where it ended.
+#   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter)
+# Parts: build gpu-tests tests triton memcheck racecheck operators step; by default all. Every part has a time limit, and
+# together they end within 9 minutes; what earlier parts leave goes to the operators. A part that fails does not stop the
+# next ones. Called again with the same folder, the operators' sweep goes on where it ended.
 set -uo pipefail
-out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER}
+out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER [PART...]}
+shift
+parts=" ${*:-build gpu-tests tests triton memcheck racecheck operators step} "
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -16,6 +19,7 @@ summary=()
 part() {
     local name=$1 limit=$2 start=$SECONDS status verdict
     shift 2
+    [[ $parts == *" $name "* ]] || return 0
     echo "== $name (at most $limit s)"
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
@@ -27,10 +31,10 @@ part() {
     [ "$status" -eq 0 ] || failed=1
     tail -n 3 "$out/$name.log"
     summary+=("$(printf '%-12s %4d s  %s' "$name" "$((SECONDS - start))" "$verdict")")
-    return "$status"
 }
 
 skip() {
+    [[ $parts == *" $1 "* ]] || return 0
     summary+=("$(printf '%-12s    –    %s' "$1" "left out: $2")")
 }
 
@@ -60,15 +64,17 @@ if "$python" -c 'import pytest, hypothesis, pytest_benchmark' 2>/dev/null; then
 else
     skip tests "pytest, hypothesis or pytest-benchmark is not installed"
 fi
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
+for tool in memcheck racecheck; do
+    if command -v compute-sanitizer >/dev/null; then
         part "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.ragged
-    done
-else
-    skip sanitizer "compute-sanitizer is not installed"
-    part ragged 35 "$python" -m benchmarks.ragged
-fi
-part operators 95 "$python" -m sgr_kernels.cli bench operators --device cuda --limit 80 --out "$out/operators.json"
+    else
+        skip "$tool" "compute-sanitizer is not installed"
+    fi
+done
+left=$((530 - SECONDS))
+[[ $parts == *" step "* ]] && left=$((left - 50))
+part operators "$left" "$python" -m sgr_kernels.cli bench operators --device cuda --limit $((left - 20)) \
+    --out "$out/operators.json"
 part step 50 "$python" -m sgr_kernels.cli bench step --device cuda --rounds 5 --out "$out/step.json"
 
 printf '\n%s\n' "summary ($SECONDS s), logs in $out:"

@@ -47,16 +47,33 @@ def _points(cells: list[Cell], x: Any, unit: Any) -> Points:
     return {name: sorted(values) for name, values in points.items()}
 
 
-def _lines(axes: Axes, points: Points) -> None:
-    for index, (name, values) in enumerate(sorted(points.items())):
+def _lines(axes: Axes, points: Points, names: list[str]) -> None:
+    """Draw each provider in the colour of its place in ``names``."""
+    for name, values in sorted(points.items()):
         x, median, low, high = np.array(values).T
         ours = name.startswith("sgr")
-        style = {"color": "black", "linestyle": ":"} if name == "copy" else {"color": f"C{index % 10}"}
+        style = {"color": "black", "linestyle": ":"} if name == "copy" else {"color": _colour(names.index(name))}
         axes.plot(x, median, marker="o" if ours else "s", markersize=3, linewidth=2 if ours else 1, label=name, **style)
         axes.fill_between(x, low, high, alpha=0.15, linewidth=0, color=style["color"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
+
+
+def _colour(index: int) -> Any:
+    return matplotlib.colormaps["tab20"](index % 20)
+
+
+def _names(result: dict[str, Any]) -> list[str]:
+    return sorted({row["provider"] for cell in result["cells"] for row in cell["rows"]})
+
+
+def _full_range(result: dict[str, Any], operation: str) -> list[Cell]:
+    return [
+        cell
+        for cell in result["cells"]
+        if cell["series"] == "shapes" and cell["operation"] == operation and cell["problem"]["max_displacement"] is None
+    ]
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -68,12 +85,14 @@ def time_figure(result: dict[str, Any]) -> plt.Figure:
     """Time of one channel image against its size, a panel an operation; full-range covariances."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
     for axes, operation in zip(panels.flat, OPERATIONS):
-        cells = [c for c in result["cells"] if c["series"] == "shapes" and c["operation"] == operation]
+        cells = _full_range(result, operation)
         # Of several batches of one size, the largest: small ones show the cost of a launch.
         largest: dict[int, Cell] = {}
         for cell in sorted(cells, key=lambda c: c["problem"]["batch"]):
             largest[cell["problem"]["height"]] = cell
-        _lines(axes, _points(list(largest.values()), lambda p: p.height, lambda p: p.batch * p.channels))
+        _lines(
+            axes, _points(list(largest.values()), lambda p: p.height, lambda p: p.batch * p.channels), _names(result)
+        )
         axes.set_title(operation)
         axes.set_xlabel(_SIZES["N"])
         axes.set_ylabel("µs a channel image")
@@ -97,7 +116,7 @@ def roofline_figure(result: dict[str, Any]) -> plt.Figure:
     An FFT inside a backend does fewer operations than are counted for it, so that its point may lie above the roof.
     """
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    cells = [c for c in result["cells"] if c["series"] == "shapes" and c["operation"] == "v+q"]
+    cells = _full_range(result, "v+q")
     bandwidth, peak = 0.0, 0.0
     for index, name in enumerate(("sgr auto", "dense")):
         for cell in cells:
@@ -133,7 +152,7 @@ def scaling_figure(result: dict[str, Any]) -> plt.Figure:
         variable = {"N": "height", "C": "channels", "B": "batch"}[series]
         unit = (lambda p: p.batch) if series == "N" else (lambda p: 1)
         points = _points(cells, lambda p, variable=variable: getattr(p, variable), unit)
-        _lines(axes, points)
+        _lines(axes, points, _names(result))
         for name, (power, label) in slopes.items():
             if len(points.get(name, [])) > 1:
                 x = np.array([p[0] for p in points[name]])

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; a benchmark declares its own."""
     lines = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("benchmark", choices=BENCHMARKS, help=lines)
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="of that benchmark; --help lists them")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="such as --out FILE; --help lists them")
 
 
 def run(arguments: argparse.Namespace) -> int:
