@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 from torch import Tensor
 
 from sgr_kernels import _extension
 from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_emulator import HOPPER, STAGED_ONLY, Emulator, build, missing_compiler
 from scipy.signal import fftconvolve
 from torch import Tensor
 
 from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+from tests.cuda_emulator import HOPPER, STAGED_ONLY, Emulator, build, missing_compiler
 
 _REASON = missing_compiler()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -125,7 +125,7 @@ RAGGED = [
     (1, 4, 64, 37),
     (1, 3, 2, 49),
 ]
-LARGE = [(3, 5, 28, 28), (2, 3, 65, 20), (2, 1, 100, 131), (1, 17, 6, 5), (2, 2, 7, 300)]
+LARGE = [(2, 5, 28, 27), (1, 2, 65, 20), (1, 1, 66, 71), (1, 17, 6, 5), (1, 2, 3, 150)]
 
 
 @pytest.mark.parametrize("shape", RAGGED + LARGE, ids=str)
@@ -153,7 +153,7 @@ def test_product_of_an_asymmetric_covariance(emulator: Emulator, shape: tuple[in
     assert (norms(v.double() - expected) <= 5e-6 * norms(expected)).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 33, 32), (1, 2, 1, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 33, 16), (1, 2, 1, 5), (1, 1, 66, 131)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_general_path_also_serves_small_images(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_quadratic(

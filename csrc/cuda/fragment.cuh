@@ -187,6 +187,37 @@ struct TensorFloat {
                          a.word[4 * n + 1], a.word[4 * n + 3], b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
   }
   __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
+  __device__ static Fragment product(const Tile& a, const Tile& b) {
+    Accumulator sum = start(Fragment{});
+    multiply(sum, a, b);
+    return sum.sum;
+  }
+};
+
+// x = high + low in two tf32 numbers: float32 accuracy over float32's whole range, at twice SplitHalf's price.
+struct SplitTensorFloat {
+  struct Tile {
+    Words<8> high, low;
+  };
+
+  __device__ static Tile tile(const Fragment& x) {
+    Tile result;
+    result.high = TensorFloat::tile(x);
+    Fragment rest;
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e)
+      (&rest.value[0][0][0])[e] = (&x.value[0][0][0])[e] - __uint_as_float(result.high.word[e]);
+    result.low = TensorFloat::tile(rest);
+    return result;
+  }
+  // The product alone: over long sums, tensor cores cut off what float32 additions round.
+  __device__ static Fragment product(const Tile& a, const Tile& b) {
+    TensorFloat::Accumulator sum = TensorFloat::start(Fragment{});
+    TensorFloat::multiply(sum, a.low, b.high);
+    TensorFloat::multiply(sum, a.high, b.low);
+    TensorFloat::multiply(sum, a.high, b.high);
+    return sum.sum;
+  }
 };
 
 // One rounding to bf16.

@@ -12,7 +12,8 @@
 
 #include "fused_cross_spectrum.cuh"
 #include "fused_product.cuh"
-#include "staged.cuh"
+#include "staged_channels.cuh"
+#include "staged_transform.cuh"
 
 namespace sgr::cuda {
 
@@ -95,12 +96,13 @@ bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& a
   return blocks == 2 && launch(std::integral_constant<int, 2>());
 }
 
-template <class T, class LAUNCHER>
+template <class PRODUCT, class LAUNCHER>
 struct Staged {
+  using T = typename PRODUCT::Number;
   LAUNCHER& launcher;
   Geometry geometry;
   int64_t chunk;  // images at a time
-  T *row_basis, *column_basis, *half_transformed;
+  T *row_analysis, *column_analysis, *half_transformed;
 
   // `coefficient_sets` counts the sets of coefficients of all parities that live at a time.
   Staged(LAUNCHER& machine, const Geometry& sizes, int coefficient_sets) : launcher(machine), geometry(sizes) {
@@ -108,8 +110,8 @@ struct Staged {
                                       static_cast<int64_t>(geometry.width) * geometry.rows);
     const int64_t per_image = geometry.channels * (half + coefficient_sets * 4 * plane());
     chunk = std::max<int64_t>(1, std::min<int64_t>(geometry.batch, kWorkspaceBytes / sizeof(T) / per_image));
-    row_basis = basis(geometry.width, geometry.columns);
-    column_basis = basis(geometry.height, geometry.rows);
+    row_analysis = basis(geometry.width, geometry.columns, true);
+    column_analysis = basis(geometry.height, geometry.rows, true);
     half_transformed = launcher.template workspace<T>(chunk * geometry.channels * half);
   }
 
@@ -120,61 +122,64 @@ struct Staged {
     return {data, chunk, geometry.channels, plane()};
   }
 
-  T* basis(int pixels, int frequencies) const {
+  T* basis(int pixels, int frequencies, bool by_frequency) const {
     const int64_t half_size = static_cast<int64_t>((pixels + 1) / 2) * frequencies;
     T* memory = launcher.template workspace<T>(2 * half_size);
     launcher.launch(fill_basis<T>, ceil_divide(half_size, kStagedThreads), 1, kStagedThreads, 0, memory, pixels,
-                    frequencies);
+                    frequencies, by_frequency);
     return memory;
   }
 
   template <class SOURCE>
   void launch_analysis(const SOURCE& source, const T* basis, T* output, int64_t count, int rows, int pixels,
                        int frequencies) const {
-    const int shared = sizeof(T) * kDepth * (kSide + kSide + 1);
-    launcher.launch(analyse<T, SOURCE>, ceil_divide(frequencies, kSide) * ceil_divide(count, kSide), 2, kStagedThreads,
-                    shared, source, basis, output, count, rows, pixels, frequencies);
+    launcher.launch(analyse<PRODUCT, SOURCE>, ceil_divide(frequencies, kSide) * ceil_divide(count, kSide), 1,
+                    kStagedThreads, static_cast<int>(sizeof(T)) * kStagedShared, source, basis, output, count, rows,
+                    pixels, frequencies);
   }
 
   template <class TARGET>
   void launch_synthesis(const T* input, const T* basis, const TARGET& target, int64_t count, int64_t inner_count,
                         int pixels, int frequencies) const {
-    const int shared = sizeof(T) * 4 * kDepth * (kSide + 1);
-    launcher.launch(synthesise<T, TARGET>, ceil_divide((pixels + 1) / 2, kSide) * ceil_divide(count, kSide), 1,
-                    kStagedThreads, shared, input, basis, target, count, inner_count, pixels, frequencies);
+    launcher.launch(synthesise<PRODUCT, TARGET>, ceil_divide((pixels + 1) / 2, kSide) * ceil_divide(count, kSide), 1,
+                    kStagedThreads, static_cast<int>(sizeof(T)) * kStagedShared, input, basis, target, count,
+                    inner_count, pixels, frequencies);
   }
 
   // Z of the images from `first` on; fewer than a chunk at the end.
   void analysis(const ImageView& images, int64_t first, Coefficients<T>& z) const {
     z.images = std::min(chunk, geometry.batch - first);
     const int64_t planes = z.images * geometry.channels;
-    const ImageRows source{images, geometry.channels, geometry.height, first};
-    launch_analysis(source, static_cast<const T*>(row_basis), half_transformed, planes * geometry.height,
+    const ImageRows<T> source{images, geometry.channels, geometry.height, first};
+    launch_analysis(source, static_cast<const T*>(row_analysis), half_transformed, planes * geometry.height,
                     geometry.height, geometry.width, geometry.columns);
     const DenseRows<T> middle{half_transformed, geometry.height};
-    launch_analysis(middle, static_cast<const T*>(column_basis), z.data, 2 * planes * geometry.columns,
+    launch_analysis(middle, static_cast<const T*>(column_analysis), z.data, 2 * planes * geometry.columns,
                     geometry.columns, geometry.height, geometry.rows);
   }
 
-  void synthesis(const Coefficients<T>& y, const ImageView& images, int64_t first) const {
+  void synthesis(const Coefficients<T>& y, const T* row_basis, const T* column_basis, const ImageView& images,
+                 int64_t first) const {
     const int64_t planes = y.images * geometry.channels;
     const DenseColumns<T> middle{half_transformed, geometry.rows, geometry.width};
-    launch_synthesis(static_cast<const T*>(y.data), static_cast<const T*>(row_basis), middle,
-                     2 * planes * geometry.rows, planes * geometry.rows, geometry.width, geometry.columns);
+    launch_synthesis(static_cast<const T*>(y.data), row_basis, middle, 2 * planes * geometry.rows,
+                     planes * geometry.rows, geometry.width, geometry.columns);
     const ImageColumns target{images, geometry.channels, geometry.width, first};
-    launch_synthesis(static_cast<const T*>(half_transformed), static_cast<const T*>(column_basis), target,
-                     planes * geometry.width, planes * geometry.width, geometry.height, geometry.rows);
+    launch_synthesis(static_cast<const T*>(half_transformed), column_basis, target, planes * geometry.width,
+                     planes * geometry.width, geometry.height, geometry.rows);
   }
 };
 
-template <class T, class LAUNCHER>
+template <class PRODUCT, class T, class LAUNCHER>
 void staged_product(LAUNCHER& launcher, const ImageView& gradient, const SpectrumView<T>& spectrum,
                     const ImageView& product, T* quadratic, bool symmetric, const Geometry& geometry) {
   constexpr int kThreads = 256;
   const bool inverse = product.data != nullptr;
-  const Staged<T, LAUNCHER> stages(launcher, geometry, inverse ? 2 : 1);
+  const Staged<PRODUCT, LAUNCHER> stages(launcher, geometry, inverse ? 2 : 1);
   Coefficients<T> z = stages.coefficients();
   Coefficients<T> y = inverse ? stages.coefficients() : Coefficients<T>{};
+  const T* row_basis = inverse ? stages.basis(geometry.width, geometry.columns, false) : nullptr;
+  const T* column_basis = inverse ? stages.basis(geometry.height, geometry.rows, false) : nullptr;
   const int64_t parts = geometry.channels * ceil_divide(stages.plane(), kThreads);  // of an image's q
   double* partial = quadratic ? launcher.template workspace<double>(stages.chunk * parts) : nullptr;
   for (int64_t first = 0; first < geometry.batch; first += stages.chunk) {
@@ -185,15 +190,15 @@ void staged_product(LAUNCHER& launcher, const ImageView& gradient, const Spectru
     if (quadratic)
       launcher.launch(sum_quadratic<T>, z.images, 1, kWarp, 0, static_cast<const double*>(partial), parts,
                       quadratic + first);
-    if (inverse) stages.synthesis(y, product, first);
+    if (inverse) stages.synthesis(y, row_basis, column_basis, product, first);
   }
 }
 
-template <class T, class LAUNCHER>
+template <class PRODUCT, class T, class LAUNCHER>
 void staged_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageView& b, bool same, int parts, T* result,
                            const Geometry& geometry) {
   constexpr int kThreads = 256;
-  const Staged<T, LAUNCHER> stages(launcher, geometry, same ? 1 : 2);
+  const Staged<PRODUCT, LAUNCHER> stages(launcher, geometry, same ? 1 : 2);
   Coefficients<T> za = stages.coefficients();
   Coefficients<T> zb = same ? za : stages.coefficients();
   const int64_t entries = static_cast<int64_t>(parts) * geometry.channels * geometry.channels * stages.plane();
@@ -203,6 +208,22 @@ void staged_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageVi
     launcher.launch(correlate_channels<T>, ceil_divide(entries, kThreads), 1, kThreads, 0, za, same ? za : zb, parts,
                     first > 0, result);
   }
+}
+
+template <class PRODUCT>
+struct ProductType {
+  using Product = PRODUCT;
+};
+
+// Calls action with the ProductType of the general path; bf16 would gain little there, so "medium" is tf32.
+template <class T, class Action>
+void with_product_of(Precision precision, Action action) {
+  if constexpr (std::is_same_v<T, double>)
+    action(ProductType<WarpProductDouble>());
+  else if (precision == Precision::kHighest)
+    action(ProductType<WarpProduct<SplitTensorFloat>>());
+  else
+    action(ProductType<WarpProduct<TensorFloat>>());
 }
 
 // The operators, on checked arguments; the results of an empty batch are the caller's business.
@@ -219,7 +240,10 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
       if (precision == Precision::kMedium && fused_product_of<Medium>(launcher, arguments, symmetric)) return;
     }
   }
-  staged_product(launcher, gradient, spectrum, product, quadratic, symmetric, geometry);
+  with_product_of<T>(precision, [&](auto type) {
+    staged_product<typename decltype(type)::Product>(launcher, gradient, spectrum, product, quadratic, symmetric,
+                                                     geometry);
+  });
 }
 
 template <class T, class LAUNCHER>
@@ -234,7 +258,9 @@ void compute_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageV
         return;
     }
   }
-  staged_cross_spectrum(launcher, a, b, same, parts, result, geometry);
+  with_product_of<T>(precision, [&](auto type) {
+    staged_cross_spectrum<typename decltype(type)::Product>(launcher, a, b, same, parts, result, geometry);
+  });
 }
 
 }  // namespace sgr::cuda
