@@ -20,7 +20,8 @@ from sgr_kernels.spectrum import basis, symmetric_part
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CACHE_BYTES = 1 << 20
+# Of transforms in flight on a CPU: some spill from its second-level cache, but fewer and larger calls win (measured).
+_CHUNK_BYTES = 4 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,12 +47,15 @@ def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
     """Images whose transforms fit the cache on a CPU; on other devices, what keeps scratch below the input's size."""
     per_image = 8 * frequencies * itemsize * gradient.shape[1]
     if gradient.device.type == "cpu":
-        return max(1, _CACHE_BYTES // max(1, per_image))
+        return max(1, _CHUNK_BYTES // max(1, per_image))
     return max(1, (256 << 20) // max(1, per_image))
 
 
 class _Transform:
-    """Forward and inverse transform of images of one size into given frequencies."""
+    """Forward and inverse transform of images of one size into given frequencies.
+
+    Every stage has a buffer of its own, written anew by each chunk: results are valid until the next call.
+    """
 
     def __init__(self, gradient: Tensor, frequencies: tuple[int, int]) -> None:
         self.dtype = compute_dtype(gradient.dtype)
@@ -60,20 +64,32 @@ class _Transform:
         self.columns = basis(width, frequencies[1], self.dtype, gradient.device)
         self.chunk = _chunk(gradient, frequencies[0] * frequencies[1], self.dtype.itemsize)
         self.quadrants = (2, frequencies[0], 2, frequencies[1])
+        batch, channels = min(self.chunk, gradient.shape[0]), gradient.shape[1]
+        self._half = gradient.new_empty(batch * channels * height, 2 * frequencies[1], dtype=self.dtype)
+        self._whole = gradient.new_empty(batch, channels, 2 * frequencies[0], 2 * frequencies[1], dtype=self.dtype)
+
+    def _half_of(self, n: int, channels: int) -> Tensor:
+        return self._half[: n * channels * self.rows.shape[0]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W) to quadrants (n, C, 2, Fh, 2, Fw)."""
         n, channels, height, width = images.shape
-        half = images.to(self.dtype).reshape(n * channels * height, width) @ self.columns
-        whole = self.rows.mT @ half.view(n, channels, height, self.columns.shape[1])
+        half = self._half_of(n, channels)
+        torch.mm(images.to(self.dtype).reshape(n * channels * height, width), self.columns, out=half)
+        whole = self._whole[:n]
+        torch.matmul(self.rows.mT, half.view(n, channels, height, self.columns.shape[1]), out=whole)
         return whole.view(n, channels, *self.quadrants)
 
-    def inverse(self, quadrants: Tensor) -> Tensor:
-        """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W)."""
+    def inverse(self, quadrants: Tensor, images: Tensor) -> None:
+        """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W), written into ``images``."""
         n, channels = quadrants.shape[:2]
-        half = self.rows @ quadrants.reshape(n, channels, self.rows.shape[1], self.columns.shape[1])
-        images = half.flatten(0, 2) @ self.columns.mT
-        return images.view(n, channels, self.rows.shape[0], self.columns.shape[0])
+        half = self._half_of(n, channels)
+        planes = quadrants.reshape(n, channels, self.rows.shape[1], self.columns.shape[1])
+        torch.matmul(self.rows, planes, out=half.view(n, channels, self.rows.shape[0], self.columns.shape[1]))
+        if images.dtype == self.dtype:
+            torch.mm(half, self.columns.mT, out=images.view(half.shape[0], images.shape[3]))
+        else:
+            images.copy_((half @ self.columns.mT).view(images.shape))
 
 
 def _turn(quadrants: Tensor, axis: int) -> Tensor:
@@ -97,12 +113,15 @@ def _mix(spectrum: Tensor, quadrants: Tensor) -> Tensor:
     signed = spectrum.dim() == 5
     for block, z in zip(spectrum if signed else spectrum[None], _parts(quadrants, signed)):
         if channels <= 4:
-            lam = block[:, :, None, :, None, :]  # (C, C', 1, Fh, 1, Fw)
-            part = torch.empty_like(z)
+            # Whole planes of all four parities, because broadcasting over short inner rows is slow.
+            lam = block.repeat(1, 1, 2, 2)  # (C, C', 2 Fh, 2 Fw)
+            planes = z.flatten(4, 5).flatten(2, 3)
+            mixed = torch.empty_like(planes)
             for c in range(channels):
-                row = torch.mul(z[:, 0], lam[c, 0], out=part[:, c])
+                row = torch.mul(planes[:, 0], lam[c, 0], out=mixed[:, c])
                 for d in range(1, channels):
-                    row.addcmul_(z[:, d], lam[c, d])
+                    row.addcmul_(planes[:, d], lam[c, d])
+            part = mixed.view(z.shape)
         else:
             part = torch.einsum("cdkl,ndpkrl->ncpkrl", block, z)
         total = part if total is None else total.add_(part)
@@ -117,7 +136,7 @@ def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
     spectrum = spectrum.to(transform.dtype)
     result = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     for images, out in zip(gradient.split(transform.chunk), result.split(transform.chunk)):
-        out.copy_(transform.inverse(_mix(spectrum, transform.forward(images))))
+        transform.inverse(_mix(spectrum, transform.forward(images)), out)
     return result
 
 
@@ -133,9 +152,9 @@ def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, preci
         stop = start + transform.chunk
         z = transform.forward(gradient[start:stop])
         y = _mix(spectrum, z)
-        q[start:stop] = (z * y).flatten(1).sum(1)
+        q[start:stop] = z.mul_(y).flatten(1).sum(1)  # pairwise, more accurate than a matrix product's sum
         if with_product:
-            v[start:stop] = transform.inverse(y)
+            transform.inverse(y, v[start:stop])
     return q, v
 
 
@@ -144,11 +163,13 @@ def _gram(za: Tensor, zb: Tensor) -> Tensor:
     channels = za.shape[1]
     if channels > 4:
         return torch.einsum("ncpkrl,ndpkrl->cdkl", za, zb)
-    sums = za.new_empty(channels, channels, za.shape[3], za.shape[5])
+    za, zb = (z.flatten(4, 5).flatten(2, 3) for z in (za, zb))
+    sums = za.new_empty(channels, channels, *za.shape[2:])
     for c in range(channels):
         for d in range(channels):
-            sums[c, d] = (za[:, c] * zb[:, d]).sum((0, 1, 3))
-    return sums
+            torch.sum(za[:, c] * zb[:, d], 0, out=sums[c, d])
+    rows, columns = za.shape[2] // 2, za.shape[3] // 2
+    return sums.view(channels, channels, 2, rows, 2, columns).sum((2, 4))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -160,11 +181,12 @@ def cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, 
     """``S[c, c', k, l] = sum Z^a_c Z^b_c'`` over samples and parities; its four parts for a signed table."""
     channels, same = a.shape[1], _same(a, b)
     transform = _Transform(a, (rows, columns))
+    other = transform if same else _Transform(b, (rows, columns))
     parts = 4 if signed else 1
     total = torch.zeros(parts, channels, channels, rows, columns, dtype=transform.dtype, device=a.device)
     for xa, xb in zip(a.split(transform.chunk), b.split(transform.chunk)):
         za = transform.forward(xa)
-        zb = za if same else transform.forward(xb)
+        zb = za if same else other.forward(xb)
         for part, z in zip(total, _parts(zb, signed)):
             part += _gram(za, z)
     return total if signed else total[0]
