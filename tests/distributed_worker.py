@@ -93,6 +93,7 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     globals()[f"scenario_{scenario}"](rank, ranks, Path(folder), *rest)
+    distributed.barrier()  # who leaves first would break the others' connections
     distributed.destroy_process_group()
 
 

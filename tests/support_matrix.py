@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,14 @@ def embedding(method: str) -> Outcome:
     return Outcome(run(method), run(METHODS[0]))
 
 
-def _single_process_group() -> None:
-    if not torch.distributed.is_initialized():
-        store = tempfile.mkdtemp() + "/store"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+@contextlib.contextmanager
+def _single_process_group() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def distributed_data_parallel(method: str) -> Outcome:
@@ -256,8 +261,8 @@ def distributed_data_parallel(method: str) -> Outcome:
     model = _head().double()
     images, labels = _batch()
     expected = difference_of_losses(model, images, labels)
-    _single_process_group()
-    criterion(method)(nn.parallel.DistributedDataParallel(model), images, labels).backward()
+    with _single_process_group():
+        criterion(method)(nn.parallel.DistributedDataParallel(model), images, labels).backward()
     return Outcome(gradients(model), expected)
 
 
@@ -268,11 +273,10 @@ def fully_sharded(method: str) -> Outcome:
     model = _head().double()
     images, labels = _batch()
     expected = difference_of_losses(model, images, labels)
-    _single_process_group()
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    fully_shard(model, mesh=mesh)
-    criterion(method)(model, images, labels).backward()
-    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    with _single_process_group():
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        criterion(method)(model, images, labels).backward()
+        full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     return Outcome(torch.cat([g.flatten() for g in full]), expected)
 
 
