@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import pytest
 import torch
 
@@ -52,9 +55,25 @@ def faster(problem: Problem, ours: tuple[str, str], peer: tuple[str, str]) -> di
     return paired_ratio(samples["peer"], samples["ours"])
 
 
+def median_in_a_block(name: str, operation: str, problem: Problem) -> float:
+    """Median seconds of a provider called again and again, as a training loop finds its caches."""
+    device = torch.device("cpu")
+    run, images = providers.named([name], device)[0].build(problem, operation, device), problem.images(device)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[5:])
+
+
 def test_value_and_gradient_in_pytorch_take_a_third_of_the_dense_product(benchmark) -> None:
     """Sigma is built beforehand; the dense side computes v and q once and no gradient of its own."""
-    ours, peer = ("sgr torch", "forward+backward"), ("dense", "v+q")
-    ratio = benchmark.pedantic(faster, args=(Problem(128, 3, 32, 32), ours, peer), rounds=1)
-    benchmark.extra_info["dense / torch backend"] = ratio
-    assert ratio["ratio"] >= 3
+    problem = Problem(128, 3, 32, 32)
+
+    def ratio() -> float:
+        return median_in_a_block("dense", "v+q", problem) / median_in_a_block("sgr torch", "forward+backward", problem)
+
+    found = benchmark.pedantic(ratio, rounds=1)
+    benchmark.extra_info["dense / torch backend"] = found
+    assert found >= 3

@@ -68,6 +68,11 @@ class _Transform:
         self._half = gradient.new_empty(batch * channels * height, 2 * frequencies[1], dtype=self.dtype)
         self._whole = gradient.new_empty(batch, channels, 2 * frequencies[0], 2 * frequencies[1], dtype=self.dtype)
 
+    @functools.cached_property
+    def mixed(self) -> Tensor:
+        """Buffer for `_mix`."""
+        return torch.empty_like(self._whole)
+
     def _half_of(self, n: int, channels: int) -> Tensor:
         return self._half[: n * channels * self.rows.shape[0]]
 
@@ -77,15 +82,17 @@ class _Transform:
         half = self._half_of(n, channels)
         torch.mm(images.to(self.dtype).reshape(n * channels * height, width), self.columns, out=half)
         whole = self._whole[:n]
-        torch.matmul(self.rows.mT, half.view(n, channels, height, self.columns.shape[1]), out=whole)
+        rows = self.rows.mT.expand(n * channels, -1, -1)
+        torch.bmm(rows, half.view(n * channels, height, self.columns.shape[1]), out=whole.flatten(0, 1))
         return whole.view(n, channels, *self.quadrants)
 
     def inverse(self, quadrants: Tensor, images: Tensor) -> None:
         """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W), written into ``images``."""
         n, channels = quadrants.shape[:2]
         half = self._half_of(n, channels)
-        planes = quadrants.reshape(n, channels, self.rows.shape[1], self.columns.shape[1])
-        torch.matmul(self.rows, planes, out=half.view(n, channels, self.rows.shape[0], self.columns.shape[1]))
+        planes = quadrants.reshape(n * channels, self.rows.shape[1], self.columns.shape[1])
+        rows = self.rows.expand(n * channels, -1, -1)
+        torch.bmm(rows, planes, out=half.view(n * channels, self.rows.shape[0], self.columns.shape[1]))
         if images.dtype == self.dtype:
             torch.mm(half, self.columns.mT, out=images.view(half.shape[0], images.shape[3]))
         else:
@@ -106,8 +113,8 @@ def _parts(quadrants: Tensor, signed: bool) -> list[Tensor]:
     return [quadrants, odd_rows, odd_columns, _turn(odd_rows, 4)]
 
 
-def _mix(spectrum: Tensor, quadrants: Tensor) -> Tensor:
-    """Multiply by Lambda, channels within each frequency: (n, C, 2, Fh, 2, Fw) to the same."""
+def _mix(spectrum: Tensor, quadrants: Tensor, buffer: Tensor) -> Tensor:
+    """Multiply by Lambda, channels within each frequency: (n, C, 2, Fh, 2, Fw) to the same, in ``buffer`` if it can."""
     channels = quadrants.shape[1]
     total: Tensor | None = None
     signed = spectrum.dim() == 5
@@ -116,7 +123,7 @@ def _mix(spectrum: Tensor, quadrants: Tensor) -> Tensor:
             # Whole planes of all four parities, because broadcasting over short inner rows is slow.
             lam = block.repeat(1, 1, 2, 2)  # (C, C', 2 Fh, 2 Fw)
             planes = z.flatten(4, 5).flatten(2, 3)
-            mixed = torch.empty_like(planes)
+            mixed = buffer[: len(planes)] if total is None else torch.empty_like(planes)
             for c in range(channels):
                 row = torch.mul(planes[:, 0], lam[c, 0], out=mixed[:, c])
                 for d in range(1, channels):
@@ -136,7 +143,7 @@ def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
     spectrum = spectrum.to(transform.dtype)
     result = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     for images, out in zip(gradient.split(transform.chunk), result.split(transform.chunk)):
-        transform.inverse(_mix(spectrum, transform.forward(images)), out)
+        transform.inverse(_mix(spectrum, transform.forward(images), transform.mixed), out)
     return result
 
 
@@ -151,7 +158,7 @@ def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, preci
     for start in range(0, gradient.shape[0], transform.chunk):
         stop = start + transform.chunk
         z = transform.forward(gradient[start:stop])
-        y = _mix(spectrum, z)
+        y = _mix(spectrum, z, transform.mixed)
         q[start:stop] = z.mul_(y).flatten(1).sum(1)  # pairwise, more accurate than a matrix product's sum
         if with_product:
             transform.inverse(y, v[start:stop])
