@@ -145,11 +145,10 @@ class KernelsFor final : public Kernels<T> {
     for (int64_t index = begin; index < end; ++index) {
       const Panel<T> panel(plan, index);
       rows.forward(panel, workspace, rows.transformed);
-      Vec<T> form[4] = {};
       const T* spectrum = packed_spectrum + index * plan.spectrum_size / plan.row_panels;
-      multiply<T>(plan, spectrum, rows.transformed, rows.mixed, form);
+      const Vec<T> form = multiply<T>(plan, spectrum, rows.transformed, rows.mixed);
       if (forms != nullptr) {
-        panel.sum_by_image((form[0] + form[1]) + (form[2] + form[3]), forms + index * plan.packed);
+        panel.sum_by_image(form, forms + index * plan.packed);
       }
       if (inverse) rows.inverse(panel, workspace);
     }

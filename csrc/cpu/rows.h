@@ -102,13 +102,13 @@ constexpr bool turned_sign(int part, int i) { return (part & i) == 1 || (part & 
 // Offset of Z[i] at column frequency l within a channel's plane of transformed vectors.
 inline int64_t parity(const Shape& shape, int64_t l, int i) { return (l + (i / 2) * shape.columns) * kKinds + i % 2; }
 
-// transformed <- Lambda transformed, per frequency; adds Z . Lambda Z to form. C: the number of channels, 0
+// transformed <- Lambda transformed, per frequency; returns Z . Lambda Z. C: the number of channels, 0
 // if it is not known at compile time; mixed: four vectors per channel.
 template <class T, int C, int Parts>
-inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed, Vec<T> (&form)[4]) {
+inline Vec<T> multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
-  Vec<T> fixed[C ? 4 * C : 1];
+  Vec<T> fixed[C ? 4 * C : 1], form[4] = {};
   Vec<T>* y = C ? fixed : mixed;
   for (int64_t l = 0; l < plan.shape.columns; ++l) {
     const int64_t position[4] = {parity(plan.shape, l, 0), parity(plan.shape, l, 1), parity(plan.shape, l, 2),
@@ -134,17 +134,18 @@ inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, V
     }
     spectrum += Parts * channels * channels * lanes;
   }
+  return (form[0] + form[1]) + (form[2] + form[3]);
 }
 
 template <class T>
-inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed, Vec<T> (&form)[4]) {
-  if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed, form);
+inline Vec<T> multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed) {
+  if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed);
   switch (plan.shape.channels) {
-    case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed, form);
-    case 2: return multiply<T, 2, 1>(plan, spectrum, transformed, mixed, form);
-    case 3: return multiply<T, 3, 1>(plan, spectrum, transformed, mixed, form);
-    case 4: return multiply<T, 4, 1>(plan, spectrum, transformed, mixed, form);
-    default: return multiply<T, 0, 1>(plan, spectrum, transformed, mixed, form);
+    case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed);
+    case 2: return multiply<T, 2, 1>(plan, spectrum, transformed, mixed);
+    case 3: return multiply<T, 3, 1>(plan, spectrum, transformed, mixed);
+    case 4: return multiply<T, 4, 1>(plan, spectrum, transformed, mixed);
+    default: return multiply<T, 0, 1>(plan, spectrum, transformed, mixed);
   }
 }
 
