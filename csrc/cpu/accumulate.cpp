@@ -16,6 +16,7 @@ namespace {
 // threads. Images with enough row panels are shared by the threads panel by panel instead: one chunk at a
 // time.
 constexpr int64_t kPanelsToShare = 8;
+constexpr int64_t kTile = 16;  // columns unpacked together, while their cache lines are there
 constexpr int64_t kBlocksPerChunk = 8,
                   kMaxBlocksPerChunk = 512;              // at most: single-precision sums stay accurate
 constexpr int64_t kChunks = 64, kChunkBytes = 16 << 20;  // at a time
@@ -111,29 +112,37 @@ class Accumulation {
     });
   }
 
-  // result[part][c][c'][k][l] from sums[panel][l][part][c][c'][lane]: the lanes are the k of all packed
-  // images.
+  // result[part][c][c'][k][l] = sum over packed images of sums[panel][l][part][c][c'][lane].
   template <class Sum>
   void unpack(const Sum* sums, T* result) const {
-    const Shape& shape = plan_.shape;
-    const int64_t channels = shape.channels, entries = shape.parts * channels * channels;
-    for (int64_t entry = 0; entry < entries; ++entry) {
-      const int64_t part = entry / (channels * channels), c = entry / channels % channels, d = entry % channels;
-      // With one operand only c <= c' was summed: the rest is its transpose.
-      const bool mirrored = same_ && d < c;
-      const int64_t source = mirrored ? (part * channels + d) * channels + c : entry;
-      const double sign = mirrored && (part == 1 || part == 2) ? -1.0 : 1.0;
-      for (int64_t k = 0; k < shape.rows; ++k) {
-        for (int64_t l = 0; l < shape.columns; ++l) {
-          double sum = 0.0;
-          for (int64_t p = 0; p < plan_.packed; ++p) {
-            const int64_t row = p * shape.rows + k;
-            const int64_t vector = ((row / plan_.lanes) * shape.columns + l) * entries + source;
-            sum += sums[vector * plan_.lanes + row % plan_.lanes];
-          }
-          *result++ = static_cast<T>(sign * sum);
+    const int64_t entries = plan_.shape.parts * plan_.shape.channels * plan_.shape.channels;
+    std::fill(result, result + entries * plan_.shape.rows * plan_.shape.columns, T(0));
+    share((plan_.shape.columns + kTile - 1) / kTile, threads_, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < plan_.packed * plan_.shape.rows; row += plan_.lanes) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          for (int64_t entry = 0; entry < entries; ++entry) unpack_tile(sums, row, tile * kTile, entry, result);
         }
       }
+    });
+  }
+
+  // One entry of the panel that begins at `row`, for kTile columns from `column` on.
+  template <class Sum>
+  void unpack_tile(const Sum* sums, int64_t row, int64_t column, int64_t entry, T* result) const {
+    const Shape& shape = plan_.shape;
+    const int64_t channels = shape.channels, matrix = channels * channels;
+    const int64_t part = entry / matrix, c = entry / channels % channels, d = entry % channels;
+    // With one operand only c <= c' was summed: the rest is its transpose.
+    const bool mirrored = same_ && d < c;
+    const int64_t source = mirrored ? (part * channels + d) * channels + c : entry;
+    const Sum sign = mirrored && (part == 1 || part == 2) ? Sum(-1) : Sum(1);
+    const int64_t stride = shape.parts * matrix * plan_.lanes;
+    const Sum* from = sums + (row / plan_.lanes * shape.columns + column) * stride + source * plan_.lanes;
+    const int64_t width = std::min(kTile, shape.columns - column);
+    const int64_t lanes = std::min(plan_.lanes, plan_.packed * shape.rows - row);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      T* to = result + (entry * shape.rows + (row + lane) % shape.rows) * shape.columns + column;
+      for (int64_t l = 0; l < width; ++l) to[l] += static_cast<T>(sign * from[l * stride + lane]);
     }
   }
 
