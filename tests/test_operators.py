@@ -151,6 +151,39 @@ def test_large_images(shape, kernels):
     assert abs(float(total - (exact * g).sum())) <= 1e-5 * float((norms(g) * norms(exact)).sum())
 
 
+@pytest.mark.parametrize("form", ["even", "signed"])
+@pytest.mark.parametrize("size", [(20, 23), (9, 8), (2, 31), (31, 2), (1, 40)], ids=str)
+def test_the_longest_displacements_of_large_images_are_exact(form, size, place, monkeypatch):
+    """Float32 transforms leave 3e-5 f(0) in a corner of 512 x 512 that has four pairs; float64 sums do not."""
+    monkeypatch.setattr(sgr, "_LARGE", 0)
+    xi = gradients((3, 2, *size)).float()
+    exact = dense_covariance(xi, form)
+    shape, leaf = tuple(exact.shape[2:]), xi.to(place.device, copy=True).requires_grad_()
+    table = sgr.correlate(leaf, leaf, shape, form, backend=place.backend).cpu()
+    counts = [
+        extent - abs(np.arange(1 - extent, extent)) if form == "signed" else (extent - d) * (1 + (d > 0))
+        for extent in size
+        for d in [np.arange(extent)]
+    ]
+    error = (table.detach() / (3 * torch.tensor(np.outer(*counts))) - exact).abs() / exact.abs().amax()
+    assert error.max() < 1e-5
+    if min(size) > 1:
+        corners = error[..., [0, -1], :][..., [0, -1]] if form == "signed" else error[..., -1, -1]
+        assert corners.max() < 1e-12
+    weight = torch.rand(table.shape, dtype=table.dtype)
+    (slope,) = torch.autograd.grad((table * weight).sum(), leaf)
+    wide = xi.double().requires_grad_()
+    (exact_slope,) = torch.autograd.grad((sgr.correlate(wide, wide, shape, form, "torch") * weight).sum(), wide)
+    assert_product_close(slope, exact_slope, PRODUCT_TOLERANCE[torch.float32])
+
+
+def test_covariance_of_large_images_is_accurate_to_the_last_bin(kernels):
+    xi = gradients((2, 1, 384, 400), dtype=torch.float32)
+    exact = sgr.displacement_covariance(xi.double(), backend="torch")
+    f = sgr.displacement_covariance(xi.to(kernels.device), backend=kernels.backend)
+    assert_covariance_close(f, exact, torch.float32)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reach", [0, 1, 4, 30])
 def test_short_displacements_are_those_of_the_full_range(form, reach, place):
