@@ -299,7 +299,7 @@ def test_stride_beyond_two_to_the_31_elements() -> None:
 
 def peak_memory(function: object) -> int:
     """Bytes that PyTorch's CPU allocator held at most beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = function()  # type: ignore[operator]
     held = peak = 0
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
