@@ -67,7 +67,7 @@ struct BasisTiles {
             const int m = (2 * (top + lane_row(lane, i)) + 1) * (2 * (left + lane_column(lane, n, j)) + 1);
             tile.value[n][i][j] = sines ? sine(m, frequencies) : cosine(m, frequencies);
           }
-      store_tile(Forward::tile(tile), memory + index * kTileEntries, lane);
+      store_tile(Forward::constant(tile), memory + index * kTileEntries, lane);
     }
   }
 

@@ -108,11 +108,16 @@ __device__ inline int scaling_exponent(unsigned magnitude_bits, int ceiling) {
   return exponent > 126 ? 126 : (exponent < -126 ? -126 : exponent);
 }
 
-// value 2^exponent, in two steps so that no intermediate factor leaves float's range.
-__device__ inline float scale_by_power(float value, int exponent) {
-  exponent = exponent > 252 ? 252 : (exponent < -252 ? -252 : exponent);
-  const int half = exponent / 2;
-  return value * power_of_two(half) * power_of_two(exponent - half);
-}
+// 2^exponent as two factors, to be applied one after the other, as it may exceed float's range.
+struct PowerOfTwo {
+  float first, second;
+
+  __device__ explicit PowerOfTwo(int exponent) {
+    exponent = exponent > 252 ? 252 : (exponent < -252 ? -252 : exponent);
+    first = power_of_two(exponent / 2);
+    second = power_of_two(exponent - exponent / 2);
+  }
+  __device__ float operator*(float value) const { return value * first * second; }
+};
 
 }  // namespace sgr::cuda

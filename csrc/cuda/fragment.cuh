@@ -21,45 +21,34 @@ struct Fragment {
 __device__ inline int lane_row(int lane, int i) { return (lane >> 2) + 8 * i; }
 __device__ inline int lane_column(int lane, int n, int j) { return 8 * n + 2 * (lane & 3) + j; }
 
-// A tile ready for multiplication, kWords 32-bit words per lane. In memory the pair of entries (n, i) of a
-// lane, of whatever kind, has the two words from pair_offset on: a pair of floats can be converted where it
-// lies, and a warp moves 512 contiguous bytes at a time.
+// Where the pair (2 i, 2 i + 1) of a lane's v-th vector of four words lies: a warp moves 512 contiguous bytes at a
+// time.
+__device__ inline int pair_offset(int lane, int v, int i) { return (v * kWarp + lane) * 4 + 2 * i; }
+
+// A tile ready for multiplication. Its words are in the order of the instruction's registers, which differs between
+// the constant (matrix a) and the data (matrix b).
 template <int WORDS>
 struct Words {
   uint32_t word[WORDS];
 };
 
-__device__ inline int pair_offset(int lane, int n, int i) { return (n * kWarp + lane) * 4 + 2 * i; }
-
-__device__ inline void load_tile(Words<8>& tile, const uint32_t* memory, int lane) {
+template <int WORDS>
+__device__ inline void load_tile(Words<WORDS>& tile, const uint32_t* memory, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(memory + pair_offset(lane, n, 0));
-    tile.word[4 * n] = vector.x;
-    tile.word[4 * n + 1] = vector.y;
-    tile.word[4 * n + 2] = vector.z;
-    tile.word[4 * n + 3] = vector.w;
+  for (int v = 0; v < WORDS / 4; ++v) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(memory + pair_offset(lane, v, 0));
+    tile.word[4 * v] = vector.x;
+    tile.word[4 * v + 1] = vector.y;
+    tile.word[4 * v + 2] = vector.z;
+    tile.word[4 * v + 3] = vector.w;
   }
 }
-__device__ inline void load_tile(Words<4>& tile, const uint32_t* memory, int lane) {
+template <int WORDS>
+__device__ inline void store_tile(const Words<WORDS>& tile, uint32_t* memory, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const uint4 vector = *reinterpret_cast<const uint4*>(memory + pair_offset(lane, n, 0));
-    tile.word[2 * n] = vector.x;
-    tile.word[2 * n + 1] = vector.z;
-  }
-}
-__device__ inline void store_tile(const Words<8>& tile, uint32_t* memory, int lane) {
-#pragma unroll
-  for (int n = 0; n < 2; ++n)
-    *reinterpret_cast<uint4*>(memory + pair_offset(lane, n, 0)) =
-        make_uint4(tile.word[4 * n], tile.word[4 * n + 1], tile.word[4 * n + 2], tile.word[4 * n + 3]);
-}
-__device__ inline void store_tile(const Words<4>& tile, uint32_t* memory, int lane) {
-#pragma unroll
-  for (int n = 0; n < 2; ++n)
-    *reinterpret_cast<uint4*>(memory + pair_offset(lane, n, 0)) =
-        make_uint4(tile.word[2 * n], 0, tile.word[2 * n + 1], 0);
+  for (int v = 0; v < WORDS / 4; ++v)
+    *reinterpret_cast<uint4*>(memory + pair_offset(lane, v, 0)) =
+        make_uint4(tile.word[4 * v], tile.word[4 * v + 1], tile.word[4 * v + 2], tile.word[4 * v + 3]);
 }
 __device__ inline Fragment load_fragment(const float* memory, int lane) {
   Fragment tile;
@@ -80,36 +69,45 @@ __device__ inline void store_fragment(const Fragment& tile, float* memory, int l
         make_float4(tile.value[n][0][0], tile.value[n][0][1], tile.value[n][1][0], tile.value[n][1][1]);
 }
 
-// x = high + low / SCALE in two fp16 numbers: 22 bits. Three of the four partial products carry float32
-// accuracy. SCALE > 1 keeps small residuals out of fp16's subnormal range; their products are then summed
-// apart. The forward half needs no such care (its inputs are scaled to their maximum); a spectrum spans
-// many powers of ten, and the inverse half does.
+// x = high + low / SCALE in two fp16 numbers: 22 bits. Three of the four partial products carry float32 accuracy.
+// SCALE > 1 keeps small residuals out of fp16's subnormal range; their products are then summed apart. The forward half
+// needs no such care (its inputs are scaled to their maximum); a spectrum spans many powers of ten, and the inverse
+// half does.
 template <int SCALE>
 struct SplitHalf {
-  using Tile = Words<8>;
+  using Tile = Words<8>;  // four words of high parts, four of low ones
   struct Accumulator {
     Fragment high, low;
   };
 
-  __device__ static uint2 pair(float even, float odd) {
-    uint2 words;
-    split(even, odd, words.x, words.y);
-    return words;
-  }
-  __device__ static Tile tile(const Fragment& x) {
-    Tile result;
+  __device__ static Tile constant(const Fragment& x) {
+    Tile tile;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        split(x.value[n][i][0], x.value[n][i][1], result.word[4 * n + 2 * i], result.word[4 * n + 2 * i + 1]);
-    return result;
+        split(x.value[n][i][0], x.value[n][i][1], tile.word[2 * n + i], tile.word[4 + 2 * n + i]);
+    return tile;
+  }
+  __device__ static Tile data(const Fragment& x) {
+    Tile tile;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        split(x.value[n][i][0], x.value[n][i][1], tile.word[2 * i + n], tile.word[4 + 2 * i + n]);
+    return tile;
+  }
+  // The words of row i of a data tile, [v][word], from its entries [n][j].
+  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
+    split(entries[0][0], entries[0][1], words[0].x, words[1].x);
+    split(entries[1][0], entries[1][1], words[0].y, words[1].y);
   }
   // A constant stored with SCALE = 1, made ready for this one.
   __device__ static void rescale_constant(Tile& tile) {
     if constexpr (SCALE != 1) {
 #pragma unroll
-      for (int w = 1; w < 8; w += 2) tile.word[w] = scale_half_pair(tile.word[w], SCALE);
+      for (int w = 4; w < 8; ++w) tile.word[w] = scale_half_pair(tile.word[w], SCALE);
     }
   }
   __device__ static void negate_odd_columns(Tile& tile) {
@@ -128,10 +126,11 @@ struct SplitHalf {
     for (int m = 0; m < 2; ++m) {
       float (&high)[4] = reinterpret_cast<float (&)[4]>(d.high.value[m]);
       float (&low)[4] = SCALE == 1 ? high : reinterpret_cast<float (&)[4]>(d.low.value[m]);
-      const uint32_t b0 = b.word[2 * m], b1 = b.word[4 + 2 * m];
-      mma_m16n8k16_f16(low, a.word[0], a.word[2], a.word[4], a.word[6], b.word[2 * m + 1], b.word[5 + 2 * m]);
-      mma_m16n8k16_f16(low, a.word[1], a.word[3], a.word[5], a.word[7], b0, b1);
-      mma_m16n8k16_f16(high, a.word[0], a.word[2], a.word[4], a.word[6], b0, b1);
+      const uint32_t high0 = b.word[2 * m], high1 = b.word[2 * m + 1];
+      const uint32_t low0 = b.word[4 + 2 * m], low1 = b.word[5 + 2 * m];
+      mma_m16n8k16_f16(low, a.word[0], a.word[1], a.word[2], a.word[3], low0, low1);
+      mma_m16n8k16_f16(low, a.word[4], a.word[5], a.word[6], a.word[7], high0, high1);
+      mma_m16n8k16_f16(high, a.word[0], a.word[1], a.word[2], a.word[3], high0, high1);
     }
   }
   __device__ static Fragment finish(const Accumulator& d) {
@@ -151,25 +150,35 @@ struct SplitHalf {
   }
 };
 
-// One rounding to tf32. Within each group of eight, mma's k index is permuted so that a lane's pair of
-// adjacent columns serves as its two k slots.
+// One rounding to tf32. Within each group of eight, mma's k index is permuted so that a lane's pair of adjacent columns
+// serves as its two k slots.
 struct TensorFloat {
   using Tile = Words<8>;
   struct Accumulator {
     Fragment sum;
   };
 
-  __device__ static uint2 pair(float even, float odd) { return make_uint2(round_to_tf32(even), round_to_tf32(odd)); }
-  __device__ static Tile tile(const Fragment& x) {
-    Tile result;
+  __device__ static Tile constant(const Fragment& x) {
+    Tile tile;
 #pragma unroll
-    for (int e = 0; e < kLaneEntries; ++e) result.word[e] = round_to_tf32((&x.value[0][0][0])[e]);
-    return result;
+    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e / 4][e % 2][e / 2 % 2]);
+    return tile;
+  }
+  __device__ static Tile data(const Fragment& x) {
+    Tile tile;
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e / 4][e / 2 % 2][e % 2]);
+    return tile;
+  }
+  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
+    words[0] = make_uint2(round_to_tf32(entries[0][0]), round_to_tf32(entries[0][1]));
+    words[1] = make_uint2(round_to_tf32(entries[1][0]), round_to_tf32(entries[1][1]));
   }
   __device__ static void rescale_constant(Tile&) {}
   __device__ static void negate_odd_columns(Tile& tile) {
 #pragma unroll
-    for (int w = 1; w < 8; w += 2) tile.word[w] ^= 0x80000000u;
+    for (int w = 0; w < 8; ++w)
+      if (w & 2) tile.word[w] ^= 0x80000000u;
   }
   __device__ static void negate_odd_rows(Tile& tile, int lane) {
     const uint32_t mask = (lane >> 2) & 1 ? 0x80000000u : 0u;
@@ -183,8 +192,8 @@ struct TensorFloat {
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        mma_m16n8k8_tf32(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[4 * n], a.word[4 * n + 2],
-                         a.word[4 * n + 1], a.word[4 * n + 3], b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
+        mma_m16n8k8_tf32(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[4 * n], a.word[4 * n + 1],
+                         a.word[4 * n + 2], a.word[4 * n + 3], b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
   }
   __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
   __device__ static Fragment product(const Tile& a, const Tile& b) {
@@ -200,16 +209,10 @@ struct SplitTensorFloat {
     Words<8> high, low;
   };
 
-  __device__ static Tile tile(const Fragment& x) {
-    Tile result;
-    result.high = TensorFloat::tile(x);
-    Fragment rest;
-#pragma unroll
-    for (int e = 0; e < kLaneEntries; ++e)
-      (&rest.value[0][0][0])[e] = (&x.value[0][0][0])[e] - __uint_as_float(result.high.word[e]);
-    result.low = TensorFloat::tile(rest);
-    return result;
+  __device__ static Tile constant(const Fragment& x) {
+    return {TensorFloat::constant(x), TensorFloat::constant(residual(x))};
   }
+  __device__ static Tile data(const Fragment& x) { return {TensorFloat::data(x), TensorFloat::data(residual(x))}; }
   // The product alone: over long sums, tensor cores cut off what float32 additions round.
   __device__ static Fragment product(const Tile& a, const Tile& b) {
     TensorFloat::Accumulator sum = TensorFloat::start(Fragment{});
@@ -217,6 +220,17 @@ struct SplitTensorFloat {
     TensorFloat::multiply(sum, a.high, b.low);
     TensorFloat::multiply(sum, a.high, b.high);
     return sum.sum;
+  }
+
+ private:
+  __device__ static Fragment residual(const Fragment& x) {
+    Fragment rest;
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) {
+      const float value = (&x.value[0][0][0])[e];
+      (&rest.value[0][0][0])[e] = value - __uint_as_float(round_to_tf32(value));
+    }
+    return rest;
   }
 };
 
@@ -227,14 +241,21 @@ struct BrainFloat {
     Fragment sum;
   };
 
-  __device__ static uint2 pair(float even, float odd) { return make_uint2(bfloat16_pair(even, odd), 0); }
-  __device__ static Tile tile(const Fragment& x) {
-    Tile result;
+  __device__ static Tile constant(const Fragment& x) {
+    Tile tile;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.value[w / 2][w % 2][0], x.value[w / 2][w % 2][1]);
+    return tile;
+  }
+  __device__ static Tile data(const Fragment& x) {
+    Tile tile;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) result.word[2 * n + i] = bfloat16_pair(x.value[n][i][0], x.value[n][i][1]);
-    return result;
+    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.value[w % 2][w / 2][0], x.value[w % 2][w / 2][1]);
+    return tile;
+  }
+  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
+    words[0] = make_uint2(bfloat16_pair(entries[0][0], entries[0][1]), bfloat16_pair(entries[1][0], entries[1][1]));
+    words[1] = make_uint2(0, 0);
   }
   __device__ static void rescale_constant(Tile&) {}
   __device__ static void negate_odd_columns(Tile& tile) {
@@ -252,7 +273,7 @@ struct BrainFloat {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
       mma_m16n8k16_bf16(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[0], a.word[1], a.word[2], a.word[3],
-                        b.word[m], b.word[2 + m]);
+                        b.word[2 * m], b.word[2 * m + 1]);
   }
   __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
 };

@@ -107,7 +107,7 @@ struct FusedCrossSpectrum {
           load_tile(x, data + (parity * Images::kTiles + tile + s) * kTileEntries, lane);
           Forward::multiply(rows, row_constant[s], x);
         }
-        const typename Forward::Tile u = Forward::tile(Forward::finish(rows));
+        const typename Forward::Tile u = Forward::data(Forward::finish(rows));
 #pragma unroll
         for (int owned = 0; owned < kOwned; ++owned) {
           auto partial = Forward::start(z[owned][c]);
@@ -157,9 +157,10 @@ struct FusedCrossSpectrum {
     Fragment sum[kOwned][kPairs] = {};
     unsigned* maximum = maxima;
     while (first < geometry.batch) {
-      Images::load(reinterpret_cast<float*>(data), maximum, arguments.perturbation, geometry, first);
+      typename Images::Entries entries;
+      Images::load(entries, maximum, arguments.perturbation, geometry, first);
       __syncthreads();
-      Images::template convert<Forward>(reinterpret_cast<float*>(data), maximum, kCeiling);
+      Images::template store<Forward>(entries, maximum, kCeiling, data);
       unsigned* next_maximum = maximum == maxima ? maxima + kImages : maxima;
       if (threadIdx.x < kImages) next_maximum[threadIdx.x] = 0;
       Images::prefetch_rows(arguments.perturbation, geometry, first + stride);
@@ -208,17 +209,17 @@ __global__ void sum_partial_spectra(const float* partial, int count, Geometry ge
   if (row > 0) return;
   for (int r = 1; r < kReductionRows; ++r) sum += sums[r * kWarp + column];
 
-  const int in_tile = index % kTileEntries, tile = index / kTileEntries;
-  const int n = in_tile / (kTileEntries / 2), lane = in_tile / 4 % kWarp, i = in_tile / 2 % 2, j = in_tile % 2;
-  const int k = Axis::frequency(tile / Axis::kBlocks % Axis::kBlocks, lane_row(lane, i), geometry.rows);
-  const int l = Axis::frequency(tile % Axis::kBlocks, lane_column(lane, n, j), geometry.columns);
+  const TileEntry entry(index % kTileEntries);
+  const int tile = index / kTileEntries;
+  const int k = Axis::frequency(tile / Axis::kBlocks % Axis::kBlocks, entry.row(), geometry.rows);
+  const int l = Axis::frequency(tile % Axis::kBlocks, entry.column(), geometry.columns);
   int c = 0, d = tile / (Axis::kBlocks * Axis::kBlocks);
   while (d >= CHANNELS - c) d -= CHANNELS - c++;
   d += c;
   if (k < 0 || l < 0 || d >= geometry.channels) return;
   const int64_t plane = static_cast<int64_t>(geometry.rows) * geometry.columns;
   const int64_t position = static_cast<int64_t>(k) * geometry.columns + l;
-  const float value = static_cast<float>(sum * 16.0 / static_cast<double>(plane));
+  const float value = static_cast<float>(sum / static_cast<double>(plane));
   result[(static_cast<int64_t>(c) * geometry.channels + d) * plane + position] = value;
   result[(static_cast<int64_t>(d) * geometry.channels + c) * plane + position] = value;
 }

@@ -95,14 +95,13 @@ struct FusedProduct {
     } else {
       if (threadIdx.x == 0) *spectrum_maximum = 0;
       __syncthreads();
-      unsigned bits = 0;
-      for (int index = threadIdx.x; index < Spectrum::kEntries; index += kThreads) {
-        spectrum[index] = Spectrum::entry(index, arguments.spectrum, arguments.geometry);
-        const unsigned entry = __float_as_uint(spectrum[index]) & 0x7fffffffu;
-        bits = entry > bits ? entry : bits;
-      }
-      bits = __reduce_max_sync(kAllLanes, bits);
-      if (lane == 0) atomicMax(spectrum_maximum, bits);
+      float largest = 0.0f;
+      Spectrum::visit_entries(threadIdx.x, kThreads, arguments.spectrum, arguments.geometry,
+                              [&](int index, float value) {
+                                spectrum[index] = value;
+                                largest = fmaxf(largest, fabsf(value));
+                              });
+      raise_maximum(spectrum_maximum, largest);
       __syncthreads();
       const int e = Spectrum::exponent(*spectrum_maximum, arguments.geometry);
       for (int index = threadIdx.x; index < Spectrum::kEntries; index += kThreads) spectrum[index] *= power_of_two(e);
@@ -123,7 +122,7 @@ struct FusedProduct {
       load_tile(data, x + s * kTileEntries, lane);
       Forward::multiply(sum, constant[s], data);
     }
-    return Forward::tile(Forward::finish(sum));
+    return Forward::data(Forward::finish(sum));
   }
 
   __device__ void load_row_constants(typename Forward::Tile (&constant)[BLOCKS], int columns) const {
@@ -187,7 +186,7 @@ struct FusedProduct {
           for (int x = 0; x < BLOCKS; ++x) constant[x] = basis.inverse(1, parity & 1, columns, x);
 #pragma unroll
           for (int c = 0; c < CHANNELS; ++c) {
-            const typename Inverse::Tile data = Inverse::tile(y[c]);
+            const typename Inverse::Tile data = Inverse::data(y[c]);
 #pragma unroll
             for (int x = 0; x < BLOCKS; ++x) {
               auto sum = Inverse::start(w[owned][i * CHANNELS + c][x]);
@@ -252,9 +251,11 @@ struct FusedProduct {
     if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
     prepare(arguments);
     for (unsigned turn = 0; first_image(turn) < geometry.batch; ++turn) {
-      Images::load(image, maxima + turn % 2 * IMAGES, arguments.gradient, geometry, first_image(turn));
+      typename Images::Entries entries;
+      Images::load(entries, maxima + turn % 2 * IMAGES, arguments.gradient, geometry, first_image(turn));
       __syncthreads();
-      Images::template convert<Forward>(image, maxima + turn % 2 * IMAGES, kCeiling);
+      Images::template store<Forward>(entries, maxima + turn % 2 * IMAGES, kCeiling,
+                                      reinterpret_cast<uint32_t*>(image));
       if (threadIdx.x < IMAGES) maxima[(turn + 1) % 2 * IMAGES + threadIdx.x] = 0;
       Images::prefetch_rows(arguments.gradient, geometry, first_image(turn + 1));
       __syncthreads();
@@ -268,7 +269,7 @@ struct FusedProduct {
       if (inverse) {
         inverse_columns();
         __syncthreads();
-        Images::write(image, maxima + turn % 2 * IMAGES, kCeiling, normalisation(geometry), -*spectrum_exponent,
+        Images::write(image, maxima + turn % 2 * IMAGES, kCeiling, 0.25f * normalisation(geometry), -*spectrum_exponent,
                       arguments.product, geometry, first_image(turn));
       }
       __syncthreads();
@@ -303,7 +304,7 @@ struct FusedProduct {
       for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
         for (int x = 0; x < BLOCKS; ++x)
-          store_tile(Inverse::tile(w[owned][plane][x]), exchange + exchange_tile(plane, member * kOwned + owned, x),
+          store_tile(Inverse::data(w[owned][plane][x]), exchange + exchange_tile(plane, member * kOwned + owned, x),
                      lane);
   }
 
@@ -315,7 +316,7 @@ struct FusedProduct {
     for (int i = 0; i < kWarps; ++i) total += partial[threadIdx.x * kWarps + i];
     const int exponent = scaling_exponent(maxima[turn % 2 * IMAGES + threadIdx.x], kCeiling);
     arguments.quadratic[sample] =
-        scale_by_power(4.0f * normalisation(arguments.geometry) * total, -2 * exponent - *spectrum_exponent);
+        PowerOfTwo(-2 * exponent - *spectrum_exponent) * (0.25f * normalisation(arguments.geometry) * total);
   }
 };
 

@@ -46,11 +46,11 @@ struct WarpProduct {  // float32, by ARITHMETIC's products
     for (int parity = 0; parity < 2; ++parity) {
       const float* constants = shared + (parity * kSideTiles + warp / kSideTiles) * kTileEntries;
       const float* data = shared + ((2 + parity) * kSideTiles + warp % kSideTiles) * kTileEntries;
-      const auto b = ARITHMETIC::tile(load_fragment(data, lane));
+      const auto b = ARITHMETIC::data(load_fragment(data, lane));
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         if (warp / kSideTiles + 2 * tile >= row_tiles) continue;
-        const auto a = ARITHMETIC::tile(load_fragment(constants + 2 * tile * kTileEntries, lane));
+        const auto a = ARITHMETIC::constant(load_fragment(constants + 2 * tile * kTileEntries, lane));
         const Fragment product = ARITHMETIC::product(a, b);
 #pragma unroll
         for (int e = 0; e < kLaneEntries; ++e) (&sum[parity][tile].value[0][0][0])[e] += (&product.value[0][0][0])[e];

@@ -264,6 +264,8 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 constexpr double kPi = 3.14159265358979323846;
 inline float cospif(float x) { return static_cast<float>(std::cos(kPi * static_cast<double>(x))); }
 inline float sinpif(float x) { return static_cast<float>(std::sin(kPi * static_cast<double>(x))); }
+inline float fmaxf(float a, float b) { return std::fmax(a, b); }
+inline float fabsf(float x) { return std::fabs(x); }
 inline float sqrtf(float x) { return std::sqrt(x); }
 inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(kPi * x);
