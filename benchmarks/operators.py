@@ -180,20 +180,12 @@ def resume(out: Path | None, description: dict[str, Any], fresh: bool) -> dict[s
     return result
 
 
-def _shape(text: str) -> Problem:
-    numbers = [int(n) for n in text.split(",")]
-    if len(numbers) not in (4, 5) or min(numbers) < 1:
-        raise ValueError
-    return Problem(*numbers)
-
-
-_shape.__name__ = "B,C,H,W[,R]"  # what argparse names in its message
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgr bench operators", description=__doc__.split("\n")[0])
     parser.add_argument("--series", nargs="+", choices=SERIES, default=["shapes", "truncated"])
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,C,H,W[,R]", help="these, instead of the series")
+    parser.add_argument(
+        "--shapes", nargs="+", type=Problem.parse, metavar="B,C,H,W[,R]", help="these, instead of the series"
+    )
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, help="default: all; v+q for the scaling series")
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

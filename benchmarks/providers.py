@@ -2,7 +2,7 @@
 
 Everybody does the same job: float32 in, float32 out, with whatever depends on the covariance alone built beforehand.
 Peers get what our backward has, that the gradient of q is 2 Sigma g and Sigma g is known already, and choose the
-fastest way to q. The ``reference`` backend is left out: it is written for truth.
+fastest way to q. ``sgr reference`` forms Sigma anew in each call; it is asked of tiny images alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ TOLERANCES = {
     "medium": {"v": 6e-2, "q": 3e-2, "f": 5e-3, "tail": 1e-1},
 }
 """Errors beyond which an answer is wrong, by precision: float32, TF32, bfloat16."""
+_BACKENDS = ("auto", "native", "triton", "torch", "reference")
+_LARGEST_REFERENCE = 256
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def _ours(backend: str) -> Callable[[Problem, str, torch.device], Run]:
 
     def prepare(problem: Problem, operation: str, device: torch.device) -> Run:
         covariance = problem.covariance(device)
+        if backend == "reference" and (operation == "v+q" or problem.dimension > _LARGEST_REFERENCE):
+            raise Unsupported(f"measured for q, up to a dimension of {_LARGEST_REFERENCE}")
         operator = "cross_spectrum" if operation == "accumulation" else "quadratic_form"
         images = torch.empty(1, device=device).expand(problem.batch, problem.channels, *problem.size)
         request = functional.request(operator, images, "even")
@@ -115,7 +119,7 @@ def _copy(problem: Problem, operation: str, device: torch.device) -> Run:
 
 def all_providers(device: torch.device) -> list[Provider]:
     """Every provider for a device; on CPUs products are float32 whatever the precision, so ours come once."""
-    ours = [Provider(f"sgr {name}", "ours", _ours(name)) for name in ("auto", "native", "triton", "torch")]
+    ours = [Provider(f"sgr {name}", "ours", _ours(name)) for name in _BACKENDS]
     if device.type == "cuda":
         ours += [
             Provider(f"sgr {name} {label}", "ours", _ours(name), level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 from dataclasses import dataclass
 
@@ -34,6 +35,14 @@ class Problem:
     def __str__(self) -> str:
         truncated = "" if self.max_displacement is None else f" R={self.max_displacement}"
         return f"({self.batch},{self.channels},{self.height},{self.width}){truncated}"
+
+    @staticmethod
+    def parse(text: str) -> Problem:
+        """A problem from ``B,C,H,W`` or ``B,C,H,W,R``."""
+        numbers = [int(n) for n in text.split(",")]
+        if len(numbers) not in (4, 5) or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(f"expected B,C,H,W[,R], positive integers, got {text!r}")
+        return Problem(*numbers)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,12 +99,22 @@ SERIES = {
     "truncated": [
         Problem(*shape, reach) for shape in ((256, 3, 64, 64), (64, 3, 224, 224), (8, 3, 512, 512)) for reach in (8, 16)
     ],
+    "tiny": [
+        Problem(128, channels, n, n)
+        for channels, sizes in ((1, (2, 4, 6, 8, 10, 12, 16)), (3, (2, 4, 6, 8)))
+        for n in sizes
+    ],
     "N": [Problem(max(1, 2**20 // n**2), 1, n, n) for n in (8, 16, 28, 32, 64, 128, 224, 256, 512)],
     "C": [Problem(64, channels, 32, 32) for channels in (1, 2, 3, 4, 8, 16)],
     "B": [Problem(batch, 3, 32, 32) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
 }
-"""What is measured; N, C and B are the scaling series: size at about a million pixels, channels, batch."""
-SERIES_OPERATIONS = {"shapes": list(OPERATIONS), "truncated": ["v+q", "accumulation"]}
+"""What is measured; N, C and B are the scaling series: size at about a million pixels, channels, batch. ``tiny`` is
+where forming Sigma may win (``crossovers``)."""
+SERIES_OPERATIONS = {
+    "shapes": list(OPERATIONS),
+    "truncated": ["v+q", "accumulation"],
+    "tiny": ["q", "forward+backward", "accumulation"],
+}
 """Operations of a series; of the others ``v+q`` alone."""
 
 

@@ -8,6 +8,7 @@ cannot be captured is launched eagerly, and its row says so.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -118,8 +119,10 @@ def timer(run: Run, images: Tensor) -> Timer:
 def interleave(timers: Mapping[str, Timer], budget: float) -> Samples:
     """Samples of all timers in turn, at least five each, then as many rounds as the budget of seconds allows.
 
-    A slow timer leaves the rounds when it has had its share of the budget, so that it does not starve the others.
+    Each round has an order of its own, so that nobody always finds the caches as the same neighbour leaves them. A slow
+    timer leaves the rounds when it has had its share of the budget, so that it does not starve the others.
     """
+    order = random.Random(0)
     samples: Samples = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
     share = budget / max(1, len(timers))
@@ -127,7 +130,7 @@ def interleave(timers: Mapping[str, Timer], budget: float) -> Samples:
         staying = [n for n in timers if round_ < _MINIMUM_ROUNDS or spent[n] < share]
         if round_ >= _MINIMUM_ROUNDS and (not staying or sum(spent.values()) > budget):
             break
-        for name in staying:
+        for name in order.sample(staying, len(staying)):
             start = time.perf_counter()
             samples[name].append(timers[name].sample())
             spent[name] += time.perf_counter() - start

@@ -155,7 +155,9 @@ def test_timers_take_turns_and_slow_ones_leave_early() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.timing.time.perf_counter", lambda: now[0])
         samples = interleave({"fast": Clock("fast", 0.01), "slow": Clock("slow", 1.0)}, budget=10.0)
-    assert order[:4] == ["fast", "slow", "fast", "slow"]
+    rounds = [tuple(order[i : i + 2]) for i in range(0, 10, 2)]
+    assert {frozenset(pair) for pair in rounds} == {frozenset(("fast", "slow"))}
+    assert len(set(rounds)) == 2  # nobody always follows the same neighbour
     assert len(samples["slow"]) == 5
     assert len(samples["fast"]) > 20
 

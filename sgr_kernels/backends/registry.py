@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 
+from sgr_kernels.backends.crossovers import dense_up_to
 from sgr_kernels.geometry import Size
 
 logger = logging.getLogger("sgr_kernels")
@@ -38,6 +39,9 @@ class Backend:
     name: str
     can_run: Callable[[Request], str | None]
 
+
+DENSE = "reference"
+"""The backend that forms Sigma: ``"auto"`` takes it for tiny images, by measured crossovers."""
 
 _registered: dict[str, Backend] = {}
 _logged: set[tuple[object, ...]] = set()
@@ -83,10 +87,19 @@ def choose(name: str, request: Request) -> str:
         return name
     for backend in _registered.values():
         if backend.can_run(request) is None:
+            name = DENSE if _dense_is_faster(backend.name, request) else backend.name
             if not torch.compiler.is_compiling():
-                _log_once(backend.name, request)
-            return backend.name
+                _log_once(name, request)
+            return name
     raise RuntimeError(f"no backend can run {request.operator} on {request.device}")
+
+
+def _dense_is_faster(backend: str, request: Request) -> bool:
+    dimension = request.channels * request.size[0] * request.size[1]
+    return (
+        dimension <= dense_up_to(request.device.type, backend, request.operator)
+        and _registered[DENSE].can_run(request) is None
+    )
 
 
 def _log_once(name: str, request: Request) -> None:

@@ -11,6 +11,7 @@ import sgr_kernels
 
 BENCHMARKS = {
     "operators": "the operators, beside dense, Fourier and convolution peers",
+    "crossovers": "tiny images: up to which size the dense matrix, formed, is fastest; writes auto's table",
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
     "plot": "figures of the operators' results",

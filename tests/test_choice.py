@@ -1,0 +1,82 @@
+"""The choice of a backend: explicit, by default, and by measured crossovers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+import sgr_kernels as sgr
+from benchmarks.crossovers import OPERATORS, dense_up_to
+from sgr_kernels import backends
+from sgr_kernels.backends import crossovers, registry
+
+
+def request_for(dimension: int, operator: str = "quadratic_form") -> backends.Request:
+    return backends.Request(operator, torch.device("cpu"), torch.float32, 8, 1, (1, dimension), "even")
+
+
+@pytest.fixture
+def without_compiled_kernels(monkeypatch):
+    """As on a machine that has no compiler."""
+    for name in ("native", "triton"):
+        if name in registry._registered:
+            absent = dataclasses.replace(registry._registered[name], can_run=lambda request: "not built")
+            monkeypatch.setitem(registry._registered, name, absent)
+
+
+def test_the_table_says_what_its_measurements_say():
+    table = json.loads(crossovers.FILE.read_text())
+    assert set(table) <= {"cpu", "cuda"}
+    for entry in table.values():
+        assert {"command", "device", "torch", "commit"} <= set(entry["source"])
+        for backend, limits in entry["dense_up_to"].items():
+            assert limits == {o: dense_up_to(entry["measured"], backend, ops) for o, ops in OPERATORS.items()}
+
+
+def test_dense_wins_up_to_the_first_loss():
+    def record(dimension: int, torch_time: float) -> dict:
+        return {"operation": "q", "shape": [1, 1, 1, dimension], "milliseconds": {"torch": torch_time, "reference": 1}}
+
+    records = [record(4, 2.0), record(16, 1.5), record(64, 0.5), record(100, 3.0)]
+    assert dense_up_to(records, "torch", ("q",)) == 16
+    assert dense_up_to(records, "native", ("q",)) == 0
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tiny_images_without_kernels_are_served_by_the_dense_matrix(operator, without_compiled_kernels):
+    limit = crossovers.dense_up_to("cpu", "torch", operator)
+    assert 16 <= limit <= 256
+    assert backends.choose("auto", request_for(limit, operator)) == "reference"
+    assert backends.choose("auto", request_for(limit + 1, operator)) == "torch"
+    g, f = torch.randn(8, 1, 1, limit), torch.rand(1, 1, limit)
+    chosen, spectral = (sgr.functional.covariance_quadratic_form(g, f, backend=b) for b in ("auto", "torch"))
+    assert chosen.dtype == spectral.dtype
+    torch.testing.assert_close(chosen, spectral, rtol=1e-4, atol=1e-3)
+
+
+def test_a_device_that_was_not_measured_forms_no_matrix():
+    assert crossovers.dense_up_to("meta", "torch", "product") == 0
+
+
+def test_above_a_size_the_dense_matrix_is_refused_with_its_memory():
+    g, f = torch.ones(1, 3, 64, 64), torch.ones(3, 3, 8)
+    with pytest.raises(RuntimeError, match=r"dimension 12288 would need 1\.1 GiB; the limit is 8192"):
+        sgr.functional.covariance_product(g, f, backend="reference")
+
+
+def test_unknown_names_list_the_valid_ones():
+    with pytest.raises(ValueError, match=r"expected one of 'auto', 'native', .*'torch', 'reference', got 'fast'"):
+        backends.choose("fast", request_for(4))
+
+
+def test_auto_tells_its_choice_once_for_a_class_of_shapes(caplog, monkeypatch):
+    monkeypatch.setattr(registry, "_logged", set())
+    with caplog.at_level(logging.DEBUG, logger="sgr_kernels"):
+        for batch in (4, 5):
+            backends.choose("auto", dataclasses.replace(request_for(50), batch=batch))
+        backends.choose("auto", request_for(60))
+    assert len(caplog.records) == 2
