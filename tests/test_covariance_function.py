@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from sgr_kernels import CovarianceFunction
+from sgr_kernels import CovarianceFunction, FullCovariance
 from tests.helpers import dense, dense_covariance, gradients, norms, table_shape
 
 BINNINGS = ("rounded", "linear", "even", "offset")
@@ -164,6 +165,28 @@ def test_samples_have_the_dense_covariance(binning):
     assert float((flat.mean(0) / sigma.diagonal().div(n).sqrt()).abs().max()) < 5
     assert torch.equal(draws[:5], covariance.sample(n, torch.Generator().manual_seed(1))[:5])
     assert not torch.equal(covariance.sample(2), covariance.sample(2))
+
+
+@pytest.mark.parametrize("kind", ["function", "full"])
+def test_samples_follow_the_estimate(kind):
+    """What samples are drawn with is kept between draws, and never beyond an update, a load or a move."""
+    covariance, other = ({"function": CovarianceFunction, "full": FullCovariance}[kind](1, (4, 5)) for _ in range(2))
+    covariance.update(torch.ones(3, 1, 4, 5))
+
+    def draw(c):
+        return c.sample(2, torch.Generator().manual_seed(0))
+
+    first = draw(covariance)
+    assert torch.equal(first, draw(covariance))
+    assert torch.equal(first, draw(copy.deepcopy(covariance)))
+    covariance.update(4 * torch.ones(3, 1, 4, 5))
+    second = draw(covariance)
+    torch.testing.assert_close(second, first * (0.9 + 0.1 * 16) ** 0.5, rtol=1e-4, atol=1e-4)
+    other.update(torch.randn(3, 1, 4, 5))
+    draw(other)
+    other.load_state_dict(covariance.state_dict())
+    assert torch.equal(draw(other), second)
+    assert covariance.double().sample(1).dtype == torch.float64
 
 
 def test_samples_of_a_definite_covariance_whose_embedding_is_not():

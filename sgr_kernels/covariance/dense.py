@@ -12,10 +12,11 @@ from sgr_kernels import checks
 from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.base import Covariance, Estimate
+from sgr_kernels.covariance.derived import Derived
 
 
-def draw_dense(sigma: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-    """Draw from N(0, sigma) for a matrix (D, D): (n, D).
+def dense_root(sigma: Tensor) -> Tensor:
+    """A square root R of a matrix (D, D), ``R R^T = sigma``, in its dtype; found in float64.
 
     Raises:
         ValueError: If the matrix is indefinite.
@@ -28,9 +29,12 @@ def draw_dense(sigma: Tensor, n: int, generator: torch.Generator | None) -> Tens
             f"covariance: cannot draw samples, it is indefinite (eigenvalues {smallest:.3g} to {largest:.3g}); "
             'use psd="clip"'
         )
-    root = vectors * eigenvalues.clamp(min=0).sqrt()
-    white = torch.randn(n, sigma.shape[0], generator=generator, device=sigma.device, dtype=sigma.dtype)
-    return white @ root.mT.to(sigma.dtype)
+    return (vectors * eigenvalues.clamp(min=0).sqrt()).to(sigma.dtype)
+
+
+def draw_dense(root: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw from N(0, R R^T) for a root (D, D): (n, D)."""
+    return torch.randn(n, root.shape[0], generator=generator, device=root.device, dtype=root.dtype) @ root.mT
 
 
 class FullCovariance(Estimate):
@@ -69,6 +73,7 @@ class FullCovariance(Estimate):
             raise ValueError(f"channels, size: expected positive ints, got {channels!r}, {size!r}")
         dimension = math.prod(shape)
         super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance, process_group)
+        self._root = Derived()
 
     def _check(self, name: str, value: Tensor) -> None:
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.values.shape[0]:
@@ -103,7 +108,8 @@ class FullCovariance(Estimate):
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, (n, C, *size)."""
-        return draw_dense(self.dense(), n, generator).view(n, *self.shape)
+        root = self._root((self.values, self.scale), lambda: dense_root(self.dense()))
+        return draw_dense(root, n, generator).view(n, *self.shape)
 
 
 class IdentityCovariance(Covariance):

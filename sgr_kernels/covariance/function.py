@@ -12,7 +12,8 @@ from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends import choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.base import Estimate
-from sgr_kernels.covariance.dense import draw_dense
+from sgr_kernels.covariance.dense import dense_root, draw_dense
+from sgr_kernels.covariance.derived import Derived
 from sgr_kernels.geometry import Size, bin_count, dense_matrix, even_from_radial, reach_of_bins
 from sgr_kernels.lanczos import smallest_eigenvalue
 from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
@@ -111,6 +112,7 @@ class CovarianceFunction(Estimate):
         self.register_buffer("table", self.values.new_zeros(channels, channels, *table), persistent=False)
         spectrum = self.values.new_zeros(*parts, channels, channels, *frequencies)
         self.register_buffer("spectrum", spectrum, persistent=False)
+        self._root = Derived()
 
     @property
     def form(self) -> str:
@@ -312,12 +314,17 @@ class CovarianceFunction(Estimate):
         Raises:
             ValueError: If Sigma is indefinite, which ``psd="clip"`` prevents.
         """
-        root = embedding.square_root(self.table, self.image_size, self.form)
-        if root is not None:
+        filtering, root = self._root((self.table,), self._square_root)
+        if filtering:
             fields = embedding.draw(root, n, self.image_size, self.table.dtype, generator)
         else:
-            fields = draw_dense(self.dense(), n, generator)
+            fields = draw_dense(root, n, generator)
         return fields.reshape(n, *self.shape)
+
+    def _square_root(self) -> tuple[bool, Tensor]:
+        """The filter that draws samples, and True; where the embedding is indefinite, a root of Sigma, and False."""
+        response = embedding.square_root(self.table, self.image_size, self.form)
+        return (True, response) if response is not None else (False, dense_root(self.dense()))
 
     @torch.no_grad()
     def min_eigenvalue(self) -> float:
