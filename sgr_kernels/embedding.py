@@ -29,6 +29,13 @@ def _mirror(blocks: Tensor, size: Size) -> Tensor:
     return blocks.permute(2, 3, 0, 1)
 
 
+def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of Hermitian blocks; single numbers need no solver, which on a GPU waits for the host."""
+    if blocks.shape[-1] == 1:
+        return (blocks.real if blocks.is_complex() else blocks)[..., 0], torch.ones_like(blocks)
+    return torch.linalg.eigh(blocks)
+
+
 def clip(table: Tensor, size: Size, form: str) -> Tensor:
     """Project the periodic embedding onto the positive semidefinite cone; a table of full range, same form, float64.
 
@@ -38,7 +45,7 @@ def clip(table: Tensor, size: Size, form: str) -> Tensor:
         form: ``"even"`` or ``"signed"``.
     """
     height, width = size
-    eigenvalues, vectors = torch.linalg.eigh(_blocks(table, size, form))
+    eigenvalues, vectors = _eigh(_blocks(table, size, form))
     projected = (vectors * eigenvalues.clamp(min=0)[..., None, :]) @ vectors.mH
     signed = torch.fft.irfft2(_mirror(projected, size), s=(2 * height - 1, 2 * width - 1))
     if form == "even":
@@ -51,7 +58,7 @@ def square_root(table: Tensor, size: Size, form: str, tolerance: float = 1e-6) -
 
     There is none where a block has an eigenvalue below ``-tolerance`` times the largest.
     """
-    eigenvalues, vectors = torch.linalg.eigh(_blocks(table, size, form))
+    eigenvalues, vectors = _eigh(_blocks(table, size, form))
     if bool(eigenvalues.min() < -tolerance * eigenvalues.abs().max()):
         return None
     root = (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mH
