@@ -21,9 +21,16 @@ constexpr char kCudaArchitectures[] = SGR_CUDA_ARCHITECTURES, kCudaCompiler[] = 
 constexpr char kCudaArchitectures[] = "", kCudaCompiler[] = "";
 #endif
 
+// The operators as the kernels in this binary implement them. The dispatcher checks no arguments: with other schemas
+// than sgr_kernels/schemas.py has, the binary must not be called.
+constexpr char kSchemas[] =
+    "product(Tensor gradient, Tensor spectrum, str precision) -> Tensor\n"
+    "quadratic_form(Tensor gradient, Tensor spectrum, bool with_product, str precision) -> (Tensor, Tensor)\n"
+    "cross_spectrum(Tensor a, Tensor b, int rows, int columns, bool signed, str precision) -> Tensor";
+
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s, s:s, s:s, s:s}", "torch", TORCH_VERSION, "compiler", kCompiler, "cuda_compiler",
-                       kCudaCompiler, "cuda_architectures", kCudaArchitectures);
+  return Py_BuildValue("{s:s, s:s, s:s, s:s, s:s}", "schemas", kSchemas, "torch", TORCH_VERSION, "compiler", kCompiler,
+                       "cuda_compiler", kCudaCompiler, "cuda_architectures", kCudaArchitectures);
 }
 
 PyObject* instruction_sets(PyObject*, PyObject*) {

@@ -13,6 +13,8 @@ from typing import TypedDict
 
 import torch
 
+from sgr_kernels.schemas import SCHEMAS
+
 _NOT_BUILT = (
     "this installation has no compiled kernels; installing sgr_kernels from source with --no-build-isolation, "
     "where torch and a C++ compiler are, builds them"
@@ -39,14 +41,19 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if importlib.util.find_spec(name) is None:
         return None, _NOT_BUILT
     try:
-        return importlib.import_module(name), None
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = (
-            f"the compiled kernels failed to load under torch {torch.__version__} ({error}); "
-            "reinstalling sgr_kernels with --no-build-isolation builds them for this torch"
-        )
-        warnings.warn(f"{reason}. The PyTorch backend serves meanwhile.", RuntimeWarning, stacklevel=2)
-        return None, reason
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever it is, the package goes on
+        return None, _report(f"failed to load under torch {torch.__version__} ({error})")
+    # The dispatcher would hand an older binary the arguments of another schema, unchecked.
+    if module.build_info().get("schemas") != "\n".join(operator + schema for operator, schema in SCHEMAS.items()):
+        return None, _report("were built from another version of sgr_kernels")
+    return module, None
+
+
+def _report(problem: str) -> str:
+    reason = f"the compiled kernels {problem}; reinstalling sgr_kernels with --no-build-isolation builds them anew"
+    warnings.warn(f"{reason}. The PyTorch backend serves meanwhile.", RuntimeWarning, stacklevel=3)
+    return reason
 
 
 binary, _error = _load("sgr_kernels._C")
@@ -58,6 +65,7 @@ def build_info() -> BuildInfo:
         return {"kernels": [], "instruction_sets": [], "cuda_architectures": [], "built_with": {}, "error": _error}
     built_with: dict[str, str] = dict(binary.build_info())
     architectures = built_with.pop("cuda_architectures")
+    del built_with["schemas"]
     return {
         "kernels": ["cpu", "cuda"] if architectures else ["cpu"],
         "instruction_sets": binary.instruction_sets(),

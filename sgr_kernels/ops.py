@@ -10,6 +10,7 @@ Function itself, except while a compiler traces (a Function with a ``jvp`` break
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +20,9 @@ from torch.autograd import Function
 
 from sgr_kernels.backends import torch_spectral
 from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.schemas import NAMESPACE, SCHEMAS
 from sgr_kernels.spectrum import symmetric_part, transpose
 
-NAMESPACE = "sgr_kernels"
-SCHEMAS = {
-    "product": "(Tensor gradient, Tensor spectrum, str precision) -> Tensor",
-    "quadratic_form": "(Tensor gradient, Tensor spectrum, bool with_product, str precision) -> (Tensor, Tensor)",
-    "cross_spectrum": "(Tensor a, Tensor b, int rows, int columns, bool signed, str precision) -> Tensor",
-}
 SPECTRAL_BACKENDS = ("torch", "native", "triton")
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -34,8 +30,15 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def _implementation(backend: str, operator: str, *args: Any) -> Any:
     """Run an operator's kernel, below autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
+    except RuntimeError as error:
+        failed = re.search(r"could not allocate (\d+) bytes", str(error))
+        if failed is not None:
+            # PyTorch's own error (on GPUs an OutOfMemoryError) cannot pass through the compiled kernels: ask for it.
+            torch.empty(int(failed[1]), dtype=torch.uint8, device=args[0].device)
+        raise
 
 
 def _fold(tensor: Tensor, dim: int) -> Tensor:

@@ -159,6 +159,26 @@ def test_broken_binary_is_reported_and_survived(tmp_path: Path, monkeypatch: pyt
     assert "sgr_broken" in str(error)
 
 
+@pytest.mark.parametrize("text", ["", "def build_info(): return {'schemas': 'product(Tensor gradient) -> Tensor'}"])
+def test_binary_of_other_schemas_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """As after an update of an editable installation: the dispatcher would pass it other arguments than it takes."""
+    name = f"sgr_stale_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text or "def build_info(): return {'torch': '2.11.0'}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="built from another version of sgr_kernels.* --no-build-isolation"):
+        binary, error = _extension._load(name)
+    assert binary is None
+    assert "another version" in str(error)
+
+
+@pytest.mark.parametrize("error", ["SystemError", "KeyError", "OSError"])
+def test_whatever_a_binary_raises_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    (tmp_path / f"sgr_raises_{error}.py").write_text(f"raise {error}('no')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="failed to load"):
+        assert _extension._load(f"sgr_raises_{error}")[0] is None
+
+
 def test_absent_binary_is_no_error() -> None:
     binary, error = _extension._load("sgr_kernels._absent")
     assert binary is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels import _extension
+from sgr_kernels.ops import call
 from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
 from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 
@@ -195,7 +196,11 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
         quadratic_form(gradient, spectrum, "low")
     total = torch.cuda.get_device_properties(0).total_memory
     large = gradient[:1].expand(total // gradient[0].nbytes, -1, -1, -1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        OPS.native_product(large, spectrum, "highest")
+    with pytest.raises(torch.OutOfMemoryError):
+        call("product", "native", large, spectrum, "highest")
+    with pytest.raises(RuntimeError, match=r"could not allocate \d+ bytes"):
+        OPS.native_product.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), large, spectrum, "highest"
+        )
     _, product = quadratic_form(gradient, spectrum)
     assert_product_close(product, v, 5e-6)

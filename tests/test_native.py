@@ -347,6 +347,35 @@ def test_bad_arguments_are_named() -> None:
             call()
 
 
+@pytest.mark.parametrize("shape", [(8, 3, 224, 224), (4, 3, 512, 512)])
+@pytest.mark.parametrize("count", [4, 8])
+def test_memory_of_many_threads(threads: None, count: int, shape: tuple[int, ...]) -> None:
+    """Threads share large images rather than have one each, so that scratch stays at twice the input at most."""
+    torch.set_num_threads(count)
+    images, spectrum = torch.randn(*shape), torch.rand(shape[1], shape[1], *shape[2:])
+    peak = peak_memory(lambda: OPS.native_quadratic_form(images, spectrum, True, "highest"))
+    assert peak - images.nbytes < 2 * images.nbytes
+
+
+def test_failed_allocations_raise_pytorchs_error_and_leave_nothing_behind() -> None:
+    """Of the result, of scratch, and of a result too large to count; with and without autograd's kernel."""
+    images, spectrum = torch.randn(2, 1, 8, 8), torch.rand(1, 1, 8, 8)
+    expected = OPS.native_product(images, spectrum, "highest")
+    huge = images[:1].expand(2**39, 1, 8, 8)
+    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: you tried to allocate 140737"):
+        OPS.native_product(huge, spectrum, "highest")
+    with pytest.raises(RuntimeError, match=r"could not allocate 140737488355328 bytes"):  # where autograd is not asked
+        OPS.native_product.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), huge, spectrum, "highest"
+        )
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        OPS.native_quadratic_form(huge, spectrum, True, "highest")
+    for rows, columns in ((2**39, 2**4), (2**40, 2**40)):
+        with pytest.raises(RuntimeError, match=r"can't allocate memory|overflow"):
+            OPS.native_cross_spectrum(images, images, rows, columns, False, "highest")
+    assert torch.equal(OPS.native_product(images, spectrum, "highest"), expected)
+
+
 def test_backend_says_why_it_cannot_run() -> None:
     def request(device: str, dtype: torch.dtype) -> Request:
         return Request("product", torch.device(device), dtype, 1, 1, (4, 4), "even")

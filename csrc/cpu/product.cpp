@@ -12,6 +12,8 @@
 namespace sgr::cpu {
 namespace {
 
+constexpr int64_t kLarge = 128 * 128;  // pixels
+
 // v = Sigma g into `product` and g . v into `form`, either of which may be absent.
 template <class T>
 class Multiplication {
@@ -26,14 +28,17 @@ class Multiplication {
         inverse_(product != nullptr),
         form_(form),
         threads_(useful_threads((inverse_ ? 2 : 1) * transform_operations(shape))),
-        // Whole blocks per thread, unless there are too few of them to go round.
-        split_blocks_(plan_.blocks < threads_ || (plan_.blocks < 4 * threads_ && plan_.blocks % threads_ != 0)),
+        // Whole blocks per thread, unless there are too few of them to go round, or the threads' workspaces for large
+        // images would need more memory than the batch.
+        split_blocks_(plan_.blocks < threads_ || (plan_.blocks < 4 * threads_ && plan_.blocks % threads_ != 0) ||
+                      (shape.height * shape.width > kLarge &&
+                       threads_ * plan_.workspace_size > shape.batch * shape.channels * shape.height * shape.width)),
         workspaces_(split_blocks_ ? 1 : threads_),
         workspace_(spectrum, workspaces_ * plan_.workspace_size),
         scratch_(spectrum, threads_ * plan_.scratch_size),
         forms_(spectrum, workspaces_ * plan_.row_panels * plan_.packed),
         spectrum_(spectrum, plan_.spectrum_size) {
-    const Tensor dense = torch::stable::contiguous(spectrum);
+    const Tensor dense = make_contiguous(spectrum);
     const T* values = static_cast<const T*>(dense.const_data_ptr());
     share(plan_.row_panels, threads_, [&](int64_t, int64_t begin, int64_t end) {
       kernels_.pack_spectrum(plan_, values, symmetric, spectrum_.data(), begin, end);
@@ -119,7 +124,7 @@ void multiply(const Tensor& gradient, const Tensor& spectrum, const Shape& shape
 
 Tensor product(const Tensor& gradient, const Tensor& spectrum, const std::string&) {
   const Shape shape = check_product(gradient, spectrum);
-  Tensor result = torch::stable::new_empty(gradient, gradient.sizes());
+  Tensor result = allocate(gradient, gradient.sizes());
   multiply(gradient, spectrum, shape, false, &result, nullptr);
   return result;
 }
@@ -127,9 +132,9 @@ Tensor product(const Tensor& gradient, const Tensor& spectrum, const std::string
 std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& spectrum, bool with_product,
                                           const std::string&) {
   const Shape shape = check_product(gradient, spectrum);
-  Tensor form = torch::stable::new_empty(spectrum, {shape.batch});
+  Tensor form = allocate(spectrum, {shape.batch});
   Tensor result =
-      with_product ? torch::stable::new_empty(gradient, gradient.sizes()) : torch::stable::new_empty(gradient, {0});
+      with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, {0});
   multiply(gradient, spectrum, shape, true, with_product ? &result : nullptr, &form);
   return {form, result};
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../allocate.h"
 #include "../checks.h"
 #include "kernels.h"
 
@@ -30,7 +31,7 @@ template <class T>
 class Buffer {
  public:
   Buffer(const Tensor& like, int64_t size)
-      : tensor_(torch::stable::new_empty(like, {size}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
+      : tensor_(allocate(like, {size}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
         data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
   T* data() const { return data_; }
 

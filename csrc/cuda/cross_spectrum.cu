@@ -20,7 +20,7 @@ Tensor cross_spectrum(const Tensor& a, const Tensor& b, int64_t rows, int64_t co
   const Shape shape = check_cross_spectrum(a, b, rows, columns, is_signed);
   std::vector<int64_t> size{shape.channels, shape.channels, rows, columns};
   if (is_signed) size.insert(size.begin(), 4);
-  Tensor result = torch::stable::new_empty(a, size, compute_dtype(a));
+  Tensor result = allocate(a, size, compute_dtype(a));
   if (shape.batch == 0)
     torch::stable::zero_(result);
   else if (a.scalar_type() == ScalarType::Double)

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../allocate.h"
 #include "../checks.h"
 #include "schedule.cuh"
 
@@ -47,7 +48,7 @@ class CudaLauncher {
   template <class T>
   T* workspace(int64_t count) {
     const std::vector<int64_t> size{count * static_cast<int64_t>(sizeof(T))};
-    workspaces_.push_back(torch::stable::new_empty(like_, size, ScalarType::Byte));
+    workspaces_.push_back(allocate(like_, size, ScalarType::Byte));
     return static_cast<T*>(workspaces_.back().mutable_data_ptr());
   }
 

@@ -29,7 +29,7 @@ void compute(const Tensor& gradient, const Tensor& spectrum, const Tensor* produ
 
 Tensor product(const Tensor& gradient, const Tensor& spectrum, const std::string& precision) {
   const Shape shape = check_product(gradient, spectrum);
-  const Tensor result = torch::stable::new_empty(gradient, gradient.sizes());
+  const Tensor result = allocate(gradient, gradient.sizes());
   compute(gradient, spectrum, &result, nullptr, precision, shape);
   return result;
 }
@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& 
                                           const std::string& precision) {
   const Shape shape = check_product(gradient, spectrum);
   const std::vector<int64_t> batch{shape.batch}, nothing{0};
-  const Tensor form = torch::stable::new_empty(gradient, batch, compute_dtype(gradient));
+  const Tensor form = allocate(gradient, batch, compute_dtype(gradient));
   const Tensor result =
-      with_product ? torch::stable::new_empty(gradient, gradient.sizes()) : torch::stable::new_empty(gradient, nothing);
+      with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, nothing);
   compute(gradient, spectrum, with_product ? &result : nullptr, &form, precision, shape);
   return {form, result};
 }
