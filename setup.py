@@ -28,6 +28,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 MINIMUM_TORCH = (2, 11)
+MINIMUM_ARCHITECTURE = 8  # tensor cores for tf32 and bf16
 TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11: the binary loads under that and later ones
 LIMITED_API = "0x030a0000"  # Python 3.10
 
@@ -71,6 +72,11 @@ class Toolchain:
             found.missing["cuda"] = "no CUDA sources in csrc/cuda"
         elif found.nvcc is None:
             found.missing["cuda"] = "nvcc not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        else:
+            try:
+                cuda_architectures()
+            except ValueError as error:
+                found.missing["cuda"] = str(error)
         return found
 
 
@@ -102,16 +108,23 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_architectures() -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") as nvcc's -gencode values; default: sm_80, sm_90 and PTX."""
+    """``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0a+PTX") as nvcc's -gencode values; default: sm_80, sm_90 and PTX.
+
+    Leaves out what the kernels cannot be compiled for: such lists (those of containers, say) are PyTorch's, not ours.
+    """
     flags = []
     for item in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0;9.0+PTX"):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 9.0+PTX, got {item!r}")
+        if int(match[1]) < MINIMUM_ARCHITECTURE:
+            continue
         number = match[1] + match[2]
         flags.append(f"arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected an architecture from {MINIMUM_ARCHITECTURE}.0 on")
     return flags
 
 
@@ -141,6 +154,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # what is left out now must not stay from an earlier build
         try:
             self.build_module(target, self.kinds)
         except CompileError as error:

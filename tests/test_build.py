@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,15 @@ def test_failing_compiler_falls_back(checkout: Path) -> None:
     assert not built(checkout)
 
 
+def test_failing_build_leaves_no_earlier_binary(checkout: Path) -> None:
+    stale = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "sgr_kernels"
+    stale.mkdir(parents=True)
+    (stale / "_C.abi3.so").write_text("of an earlier build")
+    result = build(checkout, CXX=executable(checkout / "cxx", "exit 1"))
+    assert "cpu kernels left out: their build failed" in result.stderr
+    assert not built(checkout)
+
+
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 def test_kernels_asked_for_are_not_left_out(checkout: Path, mode: str) -> None:
     result = build(checkout, SGR_BUILD=mode, CXX=executable(checkout / "cxx", "echo out of order >&2; exit 1"))
@@ -125,9 +135,17 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
     codes = [flag.partition("code=")[2] for flag in setup.cuda_architectures()]
     assert codes == ["sm_86", "sm_90a", "sm_120", "compute_120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0 10.0 12.0+PTX")  # as in containers with PyTorch
+    codes = [flag.partition("code=")[2] for flag in setup.cuda_architectures()]
+    assert codes == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    monkeypatch.setattr(setup, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(setup, "find_torch", lambda: (Path("torch"), ""))
+    assert "expected an architecture from 8.0 on" in setup.Toolchain.find().missing["cuda"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected .* got 'Hopper'"):
         setup.cuda_architectures()
+    assert "got 'Hopper'" in setup.Toolchain.find().missing["cuda"]
 
 
 @pytest.mark.slow

@@ -133,8 +133,7 @@ std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& 
                                           const std::string&) {
   const Shape shape = check_product(gradient, spectrum);
   Tensor form = allocate(spectrum, {shape.batch});
-  Tensor result =
-      with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, {0});
+  Tensor result = with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, {0});
   multiply(gradient, spectrum, shape, true, with_product ? &result : nullptr, &form);
   return {form, result};
 }

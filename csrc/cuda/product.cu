@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor> quadratic_form(const Tensor& gradient, const Tensor& 
   const Shape shape = check_product(gradient, spectrum);
   const std::vector<int64_t> batch{shape.batch}, nothing{0};
   const Tensor form = allocate(gradient, batch, compute_dtype(gradient));
-  const Tensor result =
-      with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, nothing);
+  const Tensor result = with_product ? allocate(gradient, gradient.sizes()) : allocate(gradient, nothing);
   compute(gradient, spectrum, with_product ? &result : nullptr, &form, precision, shape);
   return {form, result};
 }
