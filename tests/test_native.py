@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -383,3 +384,38 @@ def test_backend_says_why_it_cannot_run() -> None:
     assert native.BACKEND.can_run(request("cpu", torch.float32)) is None
     assert "float8" in str(native.BACKEND.can_run(request("cpu", torch.float8_e4m3fn)))
     assert "meta" in str(native.BACKEND.can_run(request("meta", torch.float32)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "served"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)]),
+        ("sm_86", [(8, 6), (8, 9)]),
+        ("sm_90a", [(9, 0)]),
+        ("compute_90", [(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]),
+        ("compute_90a", [(9, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)]),
+        ("sm_120", [(12, 0), (12, 1)]),
+    ],
+)
+def test_code_runs_on_its_architectures(architecture: str, served: list[tuple[int, int]]) -> None:
+    capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+    assert [c for c in capabilities if native.runs_on(architecture, c)] == served
+
+
+def test_gpus_without_code_are_left_to_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_KERNELS", ("cpu", "cuda"))
+    monkeypatch.setattr(native, "_ARCHITECTURES", ("sm_80", "sm_90", "compute_90"))
+    monkeypatch.setattr(native, "_obstacles", {})
+    request = Request("product", torch.device("cuda:0"), torch.float32, 1, 1, (4, 4), "even")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in str(native.BACKEND.can_run(request))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, reason in (
+        ((7, 5), "are for sm_80, sm_90, compute_90.* 7.5; TORCH_CUDA_ARCH_LIST"),
+        ((12, 0), ""),
+    ):
+        monkeypatch.setattr(native, "_obstacles", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found = native.BACKEND.can_run(request)
+        assert found is None if not reason else re.search(reason, str(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from sgr_kernels._extension import build_info
@@ -10,7 +12,48 @@ from sgr_kernels.backends.registry import Backend, Request
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Once, at import: a compiler that traces `can_run` sees constants.
 _KERNELS = tuple(build_info()["kernels"])
+_ARCHITECTURES = tuple(build_info()["cuda_architectures"])
 _ERROR = build_info()["error"]
+
+_obstacles: dict[torch.device, str | None] = {}
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture runs on GPUs of a compute capability.
+
+    Machine code (``sm_80``) does on those of its major version from its minor version on, PTX (``compute_80``) on all
+    from its version on; with a suffix, ``a`` or ``f``, both are bound to their version or its major part.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    version, suffix = (int(match[2]), int(match[3])), match[4]
+    if suffix == "a":
+        return capability == version
+    same_major = capability[0] == version[0]
+    return capability >= version and (same_major or (match[1] == "compute" and not suffix))
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU; found out once for each."""
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    if device not in _obstacles:
+        capability = torch.cuda.get_device_capability(device)
+        served = any(runs_on(architecture, capability) for architecture in _ARCHITECTURES)
+        _obstacles[device] = (
+            None
+            if served
+            else (
+                f"the compiled kernels are for {', '.join(_ARCHITECTURES)}, and {device} has compute capability "
+                f"{capability[0]}.{capability[1]}; TORCH_CUDA_ARCH_LIST chooses what the build compiles (from 8.0 on)"
+            )
+        )
+    return _obstacles[device]
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _can_run(request: Request) -> str | None:
@@ -18,7 +61,7 @@ def _can_run(request: Request) -> str | None:
         return _ERROR or f"the compiled kernels were built without support for {request.device.type} tensors"
     if request.dtype not in _DTYPES:
         return f"there are no compiled kernels for {request.dtype}"
-    return None
+    return _obstacle(request.device) if request.device.type == "cuda" else None
 
 
 BACKEND = Backend("native", _can_run)
