@@ -122,7 +122,9 @@ def test_source_distribution_holds_the_sources(checkout: Path) -> None:
     with tarfile.open(archive) as contents:
         names = {name.partition("/")[2] for name in contents.getnames()}
     sources = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
     }
     assert sources <= names
 

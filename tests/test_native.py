@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -275,6 +276,39 @@ def test_threads_do_not_change_the_result(threads: None, shape: tuple[int, ...])
         results.append((q, v, OPS.native_cross_spectrum(images, images, *shape[2:], False, "highest")))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
+class Answers(torch.utils.data.Dataset):
+    """Quadratic forms, computed in whichever process asks."""
+
+    def __init__(self, images: Tensor, spectrum: Tensor) -> None:
+        self.arguments = images, spectrum
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return OPS.native_quadratic_form(*self.arguments, False, "highest")[0]
+
+
+def test_callers_side_by_side(threads: None) -> None:
+    """Python threads that call at once, and DataLoader workers forked after a parallel call, get the same bits."""
+    torch.set_num_threads(2)
+    images, spectrum = torch.randn(70, 1, 28, 28), torch.rand(1, 1, 28, 28)
+
+    def answers() -> tuple[Tensor, ...]:
+        cross = OPS.native_cross_spectrum(images, images, 28, 28, False, "highest")
+        return (*OPS.native_quadratic_form(images, spectrum, True, "highest"), cross)
+
+    expected = answers()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: answers(), range(40)):
+            assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    workers = torch.utils.data.DataLoader(
+        Answers(images, spectrum), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for q in workers:
+        assert torch.equal(q, expected[0])
 
 
 def test_more_than_two_to_the_31_elements() -> None:
