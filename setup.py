@@ -151,6 +151,12 @@ class BuildKernels(build_ext):
     found: Toolchain
     kinds: list[str]
 
+    def run(self) -> None:
+        if self.inplace:  # super() hides this from build_extension, and copies afterwards what has been built
+            for binary in (ROOT / "sgr_kernels").glob("_C.*.so"):
+                binary.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

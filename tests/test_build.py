@@ -91,13 +91,17 @@ def test_failing_compiler_falls_back(checkout: Path) -> None:
     assert not built(checkout)
 
 
-def test_failing_build_leaves_no_earlier_binary(checkout: Path) -> None:
-    stale = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "sgr_kernels"
-    stale.mkdir(parents=True)
-    (stale / "_C.abi3.so").write_text("of an earlier build")
-    result = build(checkout, CXX=executable(checkout / "cxx", "exit 1"))
+@pytest.mark.parametrize("options", [[], ["--inplace"]])
+def test_failing_build_leaves_no_earlier_binary(checkout: Path, options: list[str]) -> None:
+    library = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "sgr_kernels"
+    library.mkdir(parents=True)
+    for folder in (library, checkout / "sgr_kernels"):
+        (folder / "_C.abi3.so").write_text("of an earlier build")
+    result = build(checkout, "build_ext", *options, CXX=executable(checkout / "cxx", "exit 1"))
+    assert result.returncode == 0, result.stderr
     assert "cpu kernels left out: their build failed" in result.stderr
     assert not built(checkout)
+    assert (checkout / "sgr_kernels" / "_C.abi3.so").exists() == (not options)
 
 
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
