@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sgr_kernels.backends import torch_spectral
+from sgr_kernels.backends import torch_spectral, triton_spectral
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.schemas import NAMESPACE, SCHEMAS
 from sgr_kernels.spectrum import symmetric_part, transpose
@@ -275,6 +275,7 @@ for _backend in SPECTRAL_BACKENDS:
         _define(_backend, _operator)
 for _operator in SCHEMAS:
     _library.impl(f"torch_{_operator}", getattr(torch_spectral, _operator), "CompositeExplicitAutograd")
+triton_spectral.register_operators(_library)
 
 
 def call(operator: str, backend: str, *args: Any) -> Any:

@@ -33,11 +33,13 @@ class Request:
 class Backend:
     """A way to compute the operators.
 
-    ``can_run`` returns None, or the reason why this backend cannot serve a request.
+    ``can_run`` returns None, or the reason why this backend cannot serve a request; ``by_name_only`` whether
+    ``"auto"`` must not choose it although it can.
     """
 
     name: str
     can_run: Callable[[Request], str | None]
+    by_name_only: Callable[[Request], bool] = lambda request: False
 
 
 DENSE = "reference"
@@ -86,7 +88,7 @@ def choose(name: str, request: Request) -> str:
             raise RuntimeError(f"backend {name!r} cannot run {request.operator}: {reason}")
         return name
     for backend in _registered.values():
-        if backend.can_run(request) is None:
+        if not backend.by_name_only(request) and backend.can_run(request) is None:
             name = DENSE if _dense_is_faster(backend.name, request) else backend.name
             if not torch.compiler.is_compiling():
                 _log_once(name, request)

@@ -1,0 +1,242 @@
+"""Images up to 64 x 64: everything between reading g and writing v stays in registers and shared memory.
+
+A program serves one image, each of its warps ("lanes") one column parity and 16 column frequencies. For each channel
+``U = B^T X^T`` (16, T) is the transform along the rows of pixels. Then, in steps of 16 row frequencies, ``Z = U A``,
+``Y = Lambda Z`` mixes the channels, and ``W += Y A^T`` is already the way back: each product's accumulators are the
+left operand of the next. Last, ``V = B W`` gathers what the warps hold. Row parities go side by side (PARITIES = 2)
+or, where registers are short, one after the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sgr_kernels.backends.triton_spectral.numerics import (
+    dot,
+    load_pixels,
+    load_split,
+    normalized,
+    outward,
+    power_of_two,
+    split,
+    store_pixels,
+    transposed,
+)
+
+
+@triton.jit
+def row_pairs(plane, size, strides, parity, PARITIES: tl.constexpr, T: tl.constexpr):
+    """Sums and differences of mirrored pixels: (2 PARITIES, T, T), row parity outside, column parity inside."""
+    up, down = outward(size[0], 0, T)
+    right, left = outward(size[1], 0, T)
+    up_right = load_pixels(plane, up, right, strides[0], strides[1]).to(tl.float32)
+    up_left = load_pixels(plane, up, left, strides[0], strides[1]).to(tl.float32)
+    down_right = load_pixels(plane, down, right, strides[0], strides[1]).to(tl.float32)
+    down_left = load_pixels(plane, down, left, strides[0], strides[1]).to(tl.float32)
+    if PARITIES == 2:
+        even = tl.join((up_right + down_right) + (up_left + down_left), (up_right + down_right) - (up_left + down_left))
+        odd = tl.join((up_right - down_right) + (up_left - down_left), (up_right - down_right) - (up_left - down_left))
+        return tl.reshape(tl.permute(tl.join(even, odd), (3, 2, 0, 1)), (4, T, T))
+    else:
+        sign = 1.0 - 2.0 * parity
+        right_sum, left_sum = up_right + sign * down_right, up_left + sign * down_left
+        return tl.permute(tl.join(right_sum + left_sum, right_sum - left_sum), (2, 0, 1))
+
+
+@triton.jit
+def transform_columns(
+    plane, size, strides, basis, parity,
+    PARITIES: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, TERMS: tl.constexpr,
+):
+    """``U = B^T X^T`` of one channel, split, (LANES, 16, T), and the factor that restores its scale."""
+    x = row_pairs(plane, size, strides, parity, PARITIES, T)
+    scale, inverse = power_of_two(tl.max(tl.abs(x)))
+    dtype: tl.constexpr = basis[0].dtype
+    x = (x * scale)[:, None]
+    x = tl.reshape(tl.broadcast_to(x, (2 * PARITIES, BLOCKS, T, T)), (2 * PARITIES * BLOCKS, T, T))
+    return split(dot(basis, transposed(split(x, dtype, TERMS)), TERMS), dtype, TERMS), inverse
+
+
+@triton.jit
+def load_eigenvalues(
+    spectrum, part: tl.constexpr, c: tl.constexpr, d: tl.constexpr, first, CHANNELS: tl.constexpr, frequencies,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr, SYMMETRIC: tl.constexpr,
+):
+    """``Lambda[part, c, d]`` from row frequency ``first``, transposed: (COLUMNS, STEP), zero beyond the spectrum.
+
+    SYMMETRIC asks for the symmetric part of Sigma, whose transpose changes the sign of the parts odd in one axis.
+    """
+    rows, columns = frequencies
+    k, l = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
+    inside = (k < rows) & (l < columns)
+    cell = spectrum + k * columns + l
+    value = tl.load(cell + ((part * CHANNELS + c) * CHANNELS + d) * (rows * columns), mask=inside, other=0.0)
+    ODD: tl.constexpr = part == 1 or part == 2
+    if SYMMETRIC and (ODD or c != d):
+        other = tl.load(cell + ((part * CHANNELS + d) * CHANNELS + c) * (rows * columns), mask=inside, other=0.0)
+        value = 0.5 * (value - other) if ODD else 0.5 * (value + other)
+    return value
+
+
+@triton.jit
+def parities(z, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """Unstack (4 BLOCKS, 16, STEP) into cos-cos, cos-sin, sin-cos, sin-sin (rows, columns), each (COLUMNS, STEP)."""
+    last = tl.permute(tl.reshape(z, (2, 2, COLUMNS, STEP)), (2, 3, 0, 1))
+    cosine, sine = tl.split(last)
+    cc, sc = tl.split(cosine)
+    cs, ss = tl.split(sine)
+    return cc, cs, sc, ss
+
+
+@triton.jit
+def mix(
+    spectrum, z, c: tl.constexpr, first, CHANNELS: tl.constexpr, frequencies,
+    PARITIES: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
+):
+    """``Y_c = sum_d Lambda[c, d] Z_d``, (LANES, 16, STEP); in a signed spectrum the odd parts exchange parities."""
+    BLOCKS: tl.constexpr = COLUMNS // 16
+    if SIGNED:
+        cc = tl.zeros((COLUMNS, STEP), tl.float32)
+        cs, sc, ss = cc, cc, cc
+        for d in tl.static_range(CHANNELS):
+            z_cc, z_cs, z_sc, z_ss = parities(z[d], COLUMNS, STEP)
+            both = load_eigenvalues(spectrum, 0, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            rows = load_eigenvalues(spectrum, 1, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            columns = load_eigenvalues(spectrum, 2, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            neither = load_eigenvalues(spectrum, 3, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            cc += both * z_cc + rows * z_sc + columns * z_cs + neither * z_ss
+            cs += both * z_cs + rows * z_ss - columns * z_cc - neither * z_sc
+            sc += both * z_sc - rows * z_cc + columns * z_ss - neither * z_cs
+            ss += both * z_ss - rows * z_cs - columns * z_sc + neither * z_cc
+        stacked = tl.permute(tl.join(tl.join(cc, sc), tl.join(cs, ss)), (2, 3, 0, 1))
+        return tl.reshape(stacked, (4 * BLOCKS, 16, STEP))
+    else:
+        y = tl.zeros((2 * PARITIES * BLOCKS, 16, STEP), tl.float32)
+        for d in tl.static_range(CHANNELS):
+            value = load_eigenvalues(spectrum, 0, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            value = tl.reshape(value, (1, BLOCKS, 16, STEP))
+            value = tl.broadcast_to(value, (2 * PARITIES, BLOCKS, 16, STEP))
+            y += tl.reshape(value, (2 * PARITIES * BLOCKS, 16, STEP)) * z[d]
+        return y
+
+
+@triton.jit
+def store_rows(plane, v, previous, size, parity, PARITIES: tl.constexpr, T: tl.constexpr):
+    """Merge the parities of ``v`` (2 PARITIES, T, T), columns by rows, into pixels; inverse of `row_pairs`."""
+    up, down = outward(size[0], 0, T)
+    right, left = outward(size[1], 0, T)
+    if PARITIES == 2:
+        even, odd = tl.split(tl.permute(tl.reshape(v, (2, 2, T, T)), (3, 2, 1, 0)))
+    else:
+        even, odd = previous, tl.permute(v, (2, 1, 0))
+    cosine, sine = tl.split(even + odd)
+    store_pixels(plane, cosine + sine, up, right, size[1])
+    store_pixels(plane, cosine - sine, up, left, size[1])
+    cosine, sine = tl.split(even - odd)
+    store_pixels(plane, cosine + sine, down, right, size[1])
+    store_pixels(plane, cosine - sine, down, left, size[1])
+
+
+@triton.jit
+def fused_kernel(
+    gradient,
+    spectrum,
+    row_basis,
+    column_basis,
+    product,
+    form,
+    height,
+    width,
+    stride_b,
+    stride_c,
+    stride_y,
+    stride_x,
+    rows,
+    columns,
+    gain,
+    zero,
+    CHANNELS: tl.constexpr,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARITIES: tl.constexpr,
+    TERMS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    WITH_FORM: tl.constexpr,
+    WITH_PRODUCT: tl.constexpr,
+):
+    """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
+
+    The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
+    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise the second pass would hold on
+    to the addresses of the first, for which there are no registers.
+    """
+    STEP: tl.constexpr = 16
+    BLOCKS: tl.constexpr = COLUMNS // 16
+    LANES: tl.constexpr = 2 * PARITIES * BLOCKS
+    image = tl.program_id(0).to(tl.int64)
+    gradient += image * stride_b
+    product += image * (CHANNELS * height * width)
+    size, strides, frequencies = (height, width), (stride_y, stride_x), (rows, columns)
+    lane = tl.arange(0, LANES)[:, None, None]
+    column_parity = (lane // BLOCKS) % 2
+    t, step = tl.arange(0, T), tl.arange(0, STEP)
+    basis = column_basis + column_parity * (T * COLUMNS)
+    own = (lane % BLOCKS) * 16 + tl.arange(0, 16)[None, :, None]
+    every = tl.arange(0, COLUMNS)[None, None, :]
+    dtype: tl.constexpr = column_basis.dtype.element_ty
+    q = tl.zeros((LANES, 1, 1), tl.float32)
+    earlier = ()
+    for parity in tl.static_range(2 // PARITIES):
+        if parity > 0:
+            tl.debug_barrier()
+            size, frequencies = (height + zero, width + zero), (rows + zero, columns + zero)
+        to_frequency = load_split(basis, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
+        u, unit, w = (), (), ()
+        for c in tl.static_range(CHANNELS):
+            channel, inverse = transform_columns(
+                gradient + c * stride_c, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
+            )
+            u, unit, w = u + (channel,), unit + (inverse * gain,), w + (tl.zeros((LANES, 16, T), tl.float32),)
+        row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
+        for first in tl.range(0, ROWS, STEP, disable_licm=True):
+            offset = (row_parity * T + t[None, :, None]) * ROWS + first + step[None, None, :]
+            a = load_split(row_basis, offset, 2 * T * ROWS, TERMS)
+            z = ()
+            for c in tl.static_range(CHANNELS):
+                z = z + (dot(u[c], a, TERMS) * unit[c],)
+            sums = ()
+            for c in tl.static_range(CHANNELS):
+                y = mix(
+                    spectrum, z, c, first, CHANNELS, frequencies, PARITIES, STEP, COLUMNS, SIGNED, SYMMETRIC
+                )
+                if WITH_FORM:
+                    q += tl.sum(tl.sum(y * z[c], axis=2, keep_dims=True), axis=1, keep_dims=True)
+                if WITH_PRODUCT:
+                    y, restore = normalized(y)
+                    sums = sums + (w[c] + dot(split(y, dtype, TERMS), transposed(a), TERMS) * (restore * gain),)
+            if WITH_PRODUCT:
+                w = sums
+        if WITH_PRODUCT:
+            to_pixels = load_split(basis, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
+            later = ()
+            for c in tl.static_range(CHANNELS):
+                tl.debug_barrier()
+                scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
+                gathered = tl.reshape(w[c] * scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
+                gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
+                v = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * inverse
+                v = tl.reshape(v, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
+                v = tl.reshape(tl.permute(v, (0, 2, 1, 3)), (2 * PARITIES, T, T))
+                plane = product + c * height * width
+                if PARITIES == 2:
+                    store_rows(plane, v, v, size, 0, 2, T)
+                elif parity == 0:
+                    later = later + (tl.permute(v, (2, 1, 0)),)
+                else:
+                    store_rows(plane, v, earlier[c], size, 1, 1, T)
+            earlier = later
+    if WITH_FORM:
+        tl.store(form + image, tl.sum(q))

@@ -1,0 +1,139 @@
+"""Cross spectra of images up to 64 x 64: transforms and their sums of products stay in registers.
+
+A program serves a run of images and 16 row frequencies (axes 0 and 1 of the grid; axis 2: one row parity at a time,
+where registers are short). Its sums stay in registers over all its images; the caller adds up the programs' results in
+a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sgr_kernels.backends.triton_spectral.fused import parities, transform_columns
+from sgr_kernels.backends.triton_spectral.numerics import dot, load_split
+
+
+@triton.jit
+def transform(
+    images, stride_c, size, strides, to_frequency, a, gain, parity,
+    CHANNELS: tl.constexpr, PARITIES: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, TERMS: tl.constexpr,
+):
+    """``Z`` of all channels of one image at 16 row frequencies, each (LANES, 16, 16)."""
+    z = ()
+    for c in tl.static_range(CHANNELS):
+        u, unit = transform_columns(
+            images + c * stride_c, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
+        )
+        z = z + (dot(u, a, TERMS) * (unit * gain),)
+    return z
+
+
+@triton.jit
+def store_sums(sums, value, first, frequencies, PARITIES: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """Add up the parities of a stack (LANES, 16, STEP), or take (COLUMNS, STEP) as it is, and write it transposed."""
+    rows, columns = frequencies
+    if len(value.shape) == 3:
+        value = tl.sum(tl.reshape(value, (2 * PARITIES, COLUMNS, STEP)), axis=0)
+    k, l = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
+    tl.store(sums + k * columns + l, value, mask=(k < rows) & (l < columns))
+
+
+@triton.jit
+def fused_gram_kernel(
+    a,
+    b,
+    row_basis,
+    column_basis,
+    sums,
+    batch,
+    height,
+    width,
+    a_stride_b,
+    a_stride_c,
+    a_stride_y,
+    a_stride_x,
+    b_stride_b,
+    b_stride_c,
+    b_stride_y,
+    b_stride_x,
+    rows,
+    columns,
+    gain,
+    CHANNELS: tl.constexpr,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARITIES: tl.constexpr,
+    TERMS: tl.constexpr,
+    IMAGES: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SAME: tl.constexpr,
+):
+    """``S[c, d] = sum Z^a_c Z^b_d`` over IMAGES images: (programs along axes 0 and 2, parts, C, C, rows, columns).
+
+    SAME says that b is a; the bases are those of `fused_kernel`.
+    """
+    STEP: tl.constexpr = 16
+    BLOCKS: tl.constexpr = COLUMNS // 16
+    LANES: tl.constexpr = 2 * PARITIES * BLOCKS
+    first = tl.program_id(1) * STEP
+    parity = tl.program_id(2)
+    size, frequencies = (height, width), (rows, columns)
+    lane = tl.arange(0, LANES)[:, None, None]
+    t = tl.arange(0, T)
+    column_offset = (lane // BLOCKS % 2 * T + t[None, None, :]) * COLUMNS
+    column_offset += lane % BLOCKS * 16 + tl.arange(0, 16)[None, :, None]
+    to_frequency = load_split(column_basis, column_offset, 2 * T * COLUMNS, TERMS)
+    row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
+    row_offset = (row_parity * T + t[None, :, None]) * ROWS + first + tl.arange(0, STEP)[None, None, :]
+    to_row_frequency = load_split(row_basis, row_offset, 2 * T * ROWS, TERMS)
+    PARTS: tl.constexpr = 4 if SIGNED else 1
+    totals = ()
+    for _ in tl.static_range(PARTS * CHANNELS * CHANNELS):
+        if SIGNED:
+            totals = totals + (tl.zeros((COLUMNS, STEP), tl.float32),)
+        else:
+            totals = totals + (tl.zeros((LANES, 16, STEP), tl.float32),)
+    for i in range(IMAGES):
+        image = tl.program_id(0).to(tl.int64) * IMAGES + i
+        weight = tl.where(image < batch, gain, 0.0)
+        image = tl.minimum(image, batch - 1)
+        za = transform(
+            a + image * a_stride_b, a_stride_c, size, (a_stride_y, a_stride_x), to_frequency, to_row_frequency,
+            weight, parity, CHANNELS, PARITIES, T, BLOCKS, TERMS,
+        )
+        if SAME:
+            zb = za
+        else:
+            zb = transform(
+                b + image * b_stride_b, b_stride_c, size, (b_stride_y, b_stride_x), to_frequency, to_row_frequency,
+                gain, parity, CHANNELS, PARITIES, T, BLOCKS, TERMS,
+            )
+        grown = ()
+        for c in tl.static_range(CHANNELS):
+            for d in tl.static_range(CHANNELS):
+                if SIGNED:
+                    a_cc, a_cs, a_sc, a_ss = parities(za[c], COLUMNS, STEP)
+                    b_cc, b_cs, b_sc, b_ss = parities(zb[d], COLUMNS, STEP)
+                    at: tl.constexpr = 4 * (c * CHANNELS + d)
+                    grown = grown + (
+                        totals[at] + ((a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)),
+                        totals[at + 1] + ((a_cc * b_sc + a_cs * b_ss) - (a_sc * b_cc + a_ss * b_cs)),
+                        totals[at + 2] + ((a_cc * b_cs + a_sc * b_ss) - (a_cs * b_cc + a_ss * b_sc)),
+                        totals[at + 3] + ((a_cc * b_ss + a_ss * b_cc) - (a_cs * b_sc + a_sc * b_cs)),
+                    )
+                elif SAME and d < c:
+                    grown = grown + (totals[c * CHANNELS + d],)
+                else:
+                    grown = grown + (totals[c * CHANNELS + d] + za[c] * zb[d],)
+        totals = grown
+    block = rows * columns
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + parity
+    sums += program * (PARTS * CHANNELS * CHANNELS) * block
+    for c in tl.static_range(CHANNELS):
+        for d in tl.static_range(CHANNELS):
+            for part in tl.static_range(PARTS):
+                source: tl.constexpr = d * CHANNELS + c if SAME and not SIGNED and d < c else c * CHANNELS + d
+                cell = sums + ((part * CHANNELS + c) * CHANNELS + d) * block
+                store_sums(cell, totals[PARTS * source + part], first, frequencies, PARITIES, COLUMNS, STEP)

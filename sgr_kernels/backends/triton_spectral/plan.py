@@ -1,0 +1,100 @@
+"""What the launchers decide before a launch: operand types, tile sizes, and the bases that the kernels read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgr_kernels._constants import constant
+from sgr_kernels.geometry import Size
+from sgr_kernels.spectrum import basis
+
+# Operand type and number of terms of a float32 product: three float16 products have float32's accuracy; one has that
+# of tf32 (float16 and tf32 have significands of the same length, and the data are scaled) at twice its speed.
+PRECISIONS = {"highest": (torch.float16, 3), "high": (torch.float16, 1), "medium": (torch.bfloat16, 1)}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How matrix operands are held: their type, the terms that make one up, and what results are summed in."""
+
+    dtype: torch.dtype
+    terms: int
+    total: torch.dtype
+
+    @staticmethod
+    def of(gradient: torch.dtype, precision: str) -> Operands:
+        """Operands for a gradient's dtype; ``precision`` as in `torch.set_float32_matmul_precision`."""
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+        if gradient == torch.float64:
+            return Operands(torch.float64, 1, torch.float64)
+        return Operands(*PRECISIONS[precision], torch.float32)
+
+
+def padded(value: int, multiple: int) -> int:
+    """The smallest multiple not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a fused kernel: pixels from the centre out, padded frequencies, row parities served at once."""
+
+    t: int
+    rows: int
+    columns: int
+    parities: int
+
+    @property
+    def warps(self) -> int:
+        """One for every parity and 16 column frequencies."""
+        return 2 * self.parities * self.columns // 16
+
+    @staticmethod
+    def fitting(size: Size, frequencies: Size, channels: int, signed: bool) -> Tile | None:
+        """The tile that holds one image in registers; None if there is none."""
+        t = 16 if max(size) <= 32 else 32
+        columns = max(16, power_of_two(frequencies[1]))
+        parities = 1 if columns == 64 else 2
+        fits = max(size) <= 64 and columns <= 2 * t and channels <= (4 if t == 16 and not signed else 3)
+        if not fits or (signed and t == 32):
+            return None
+        return Tile(t, padded(frequencies[0], 16), columns, parities)
+
+
+def exponent(frequencies: int, operands: Operands) -> int:
+    """Power of two by which a basis is multiplied, so that its smallest terms stay clear of float16's limit."""
+    return 0 if operands.dtype == torch.float64 else 6 + round(math.log2(frequencies) / 2)
+
+
+@constant
+def split_basis(
+    extent: int, frequencies: int, shape: Size, operands: Operands, device: torch.device
+) -> Tensor:
+    """`spectrum.basis` from the centre out, by parity, padded to ``shape``, in operands: (terms, 2, T, F).
+
+    Two terms, high and low, where operands have three products; one otherwise.
+    """
+    wide = torch.float64
+    outward = basis(extent, frequencies, wide, device)[extent // 2 :]
+    by_parity = outward.unflatten(1, (2, frequencies)).movedim(1, 0) * 2.0 ** exponent(frequencies, operands)
+    pad = (0, shape[1] - frequencies, 0, shape[0] - by_parity.shape[1])
+    whole = torch.nn.functional.pad(by_parity, pad)
+    high = whole.to(operands.dtype)
+    if operands.terms == 1:
+        return high[None].contiguous()
+    return torch.stack([high, (whole - high.to(wide)).to(operands.dtype)])
+
+
+def gain(frequencies: Size, operands: Operands) -> float:
+    """What undoes the scale of the bases of two axes."""
+    return 2.0 ** -(exponent(frequencies[0], operands) + exponent(frequencies[1], operands))

@@ -1,0 +1,122 @@
+"""Images of any size and any number of channels, in passes: one axis forward at a time, mix, and back.
+
+A pass over an axis treats an array as planes of (axis, other) and every parity alike: ``Z[p] = A_p^T (x up +- x down)``.
+Intermediate results are (planes, 2, frequencies, other), so that the second pass sees the first one's parities and
+frequencies as its "other" axis. Also the only path for float64, where operands need no splitting.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sgr_kernels.backends.triton_spectral.numerics import dot, load_split, outward, power_of_two, split
+
+
+@triton.jit
+def scaled_dot(a, b, gain, TERMS: tl.constexpr):
+    """``gain a @ b`` for a split constant ``a`` and data ``b``."""
+    dtype: tl.constexpr = a[0].dtype
+    if dtype == tl.float64:
+        return tl.dot(a[0], b, input_precision="ieee") * gain
+    else:
+        scale, inverse = power_of_two(tl.max(tl.abs(b)))
+        return dot(a, split(b * scale, dtype, TERMS), TERMS) * (inverse * gain)
+
+
+@triton.jit
+def forward_kernel(
+    source,
+    basis,
+    target,
+    channels,
+    stride_b,
+    stride_c,
+    stride_i,
+    stride_j,
+    extent,
+    others,
+    frequencies,
+    gain,
+    PADDED_EXTENT: tl.constexpr,
+    PADDED_FREQUENCIES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Transform one axis: planes (i, j) of ``source`` to ``target`` (planes, 2, frequencies, j)."""
+    plane = tl.program_id(0).to(tl.int64)
+    source += plane // channels * stride_b + plane % channels * stride_c
+    target += plane * (2 * frequencies * others)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
+    dtype: tl.constexpr = target.dtype.element_ty
+    term_stride = 2 * PADDED_EXTENT * PADDED_FREQUENCIES
+    even = tl.zeros((BLOCK_F, BLOCK_J), dtype)
+    odd = tl.zeros((BLOCK_F, BLOCK_J), dtype)
+    inside = (j < others)[None, :]
+    column = source + j.to(tl.int64)[None, :] * stride_j
+    for first in range(0, PADDED_EXTENT, BLOCK_T):
+        up, down = outward(extent, first, BLOCK_T)
+        above = tl.load(column + up[0].to(tl.int64)[:, None] * stride_i, mask=up[1][:, None] & inside, other=0.0)
+        below = tl.load(column + down[0].to(tl.int64)[:, None] * stride_i, mask=down[1][:, None] & inside, other=0.0)
+        above, below = above.to(dtype), below.to(dtype)
+        offset = (first + tl.arange(0, BLOCK_T))[None, :] * PADDED_FREQUENCIES + f[:, None]
+        cosines = load_split(basis, offset, term_stride, TERMS)
+        sines = load_split(basis + PADDED_EXTENT * PADDED_FREQUENCIES, offset, term_stride, TERMS)
+        even += scaled_dot(cosines, above + below, gain, TERMS)
+        odd += scaled_dot(sines, above - below, gain, TERMS)
+    mask = (f < frequencies)[:, None] & inside
+    f = f.to(tl.int64)[:, None]
+    tl.store(target + f * others + j[None, :], even, mask=mask)
+    tl.store(target + (f + frequencies) * others + j[None, :], odd, mask=mask)
+
+
+@triton.jit
+def inverse_kernel(
+    source,
+    basis,
+    target,
+    stride_plane,
+    stride_i,
+    stride_j,
+    extent,
+    others,
+    frequencies,
+    gain,
+    PADDED_EXTENT: tl.constexpr,
+    PADDED_FREQUENCIES: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Transform one axis back: ``source`` (planes, 2, frequencies, j) to planes (i, j) of ``target``."""
+    plane = tl.program_id(0).to(tl.int64)
+    source += plane * (2 * frequencies * others)
+    target += plane * stride_plane
+    first = tl.program_id(1) * BLOCK_T
+    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
+    dtype: tl.constexpr = source.dtype.element_ty
+    term_stride = 2 * PADDED_EXTENT * PADDED_FREQUENCIES
+    even = tl.zeros((BLOCK_T, BLOCK_J), dtype)
+    odd = tl.zeros((BLOCK_T, BLOCK_J), dtype)
+    inside = (j < others)[None, :]
+    t = first + tl.arange(0, BLOCK_T)
+    for start in range(0, PADDED_FREQUENCIES, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        offset = t[:, None] * PADDED_FREQUENCIES + f[None, :]
+        cosines = load_split(basis, offset, term_stride, TERMS)
+        sines = load_split(basis + PADDED_EXTENT * PADDED_FREQUENCIES, offset, term_stride, TERMS)
+        mask = (f < frequencies)[:, None] & inside
+        f = f.to(tl.int64)[:, None]
+        even_part = tl.load(source + f * others + j[None, :], mask=mask, other=0.0)
+        odd_part = tl.load(source + (f + frequencies) * others + j[None, :], mask=mask, other=0.0)
+        even += scaled_dot(cosines, even_part, gain, TERMS)
+        odd += scaled_dot(sines, odd_part, gain, TERMS)
+    up, down = outward(extent, first, BLOCK_T)
+    column = target + j.to(tl.int64)[None, :] * stride_j
+    above, below = (even + odd).to(target.dtype.element_ty), (even - odd).to(target.dtype.element_ty)
+    tl.store(column + up[0].to(tl.int64)[:, None] * stride_i, above, mask=up[1][:, None] & inside)
+    tl.store(column + down[0].to(tl.int64)[:, None] * stride_i, below, mask=down[1][:, None] & inside)
