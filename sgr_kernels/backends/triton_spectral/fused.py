@@ -68,9 +68,9 @@ def load_eigenvalues(
     SYMMETRIC asks for the symmetric part of Sigma, whose transpose changes the sign of the parts odd in one axis.
     """
     rows, columns = frequencies
-    k, l = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
-    inside = (k < rows) & (l < columns)
-    cell = spectrum + k * columns + l
+    k, m = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
+    inside = (k < rows) & (m < columns)
+    cell = spectrum + k * columns + m
     value = tl.load(cell + ((part * CHANNELS + c) * CHANNELS + d) * (rows * columns), mask=inside, other=0.0)
     ODD: tl.constexpr = part == 1 or part == 2
     if SYMMETRIC and (ODD or c != d):

@@ -35,8 +35,8 @@ def store_sums(sums, value, first, frequencies, PARITIES: tl.constexpr, COLUMNS:
     rows, columns = frequencies
     if len(value.shape) == 3:
         value = tl.sum(tl.reshape(value, (2 * PARITIES, COLUMNS, STEP)), axis=0)
-    k, l = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
-    tl.store(sums + k * columns + l, value, mask=(k < rows) & (l < columns))
+    k, m = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
+    tl.store(sums + k * columns + m, value, mask=(k < rows) & (m < columns))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _probe_kernel(target):
+def _probe_kernel(target: tl.tensor) -> None:
     tl.store(target, 1.0)
 
 
