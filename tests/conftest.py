@@ -66,6 +66,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", help="of the tests that run on every backend, run those of this one")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton's interpreter computes in NumPy, which warns of the NaN and infinities that tests put in.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests on every available backend: all for ``place``, those with registered operators for ``kernels``."""
     only = metafunc.config.getoption("--backend")

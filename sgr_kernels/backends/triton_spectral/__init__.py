@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sgr_kernels.backends import torch_spectral
 from sgr_kernels.backends.registry import Backend, Request
@@ -26,6 +27,7 @@ _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_obstacles: dict[torch.device, str | None] = {}
 _failure: str | None = None  # why the kernels stopped working during this process
 
 
@@ -44,6 +46,8 @@ def _obstacle(device: torch.device) -> str | None:
         return f"Triton kernels run on NVIDIA GPUs (and on CPUs under TRITON_INTERPRET=1), not on {device.type} tensors"
     if torch.version.hip is not None:
         return "the Triton kernels are made for NVIDIA GPUs, and this torch is built for AMD's"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
     try:
         import triton
     except ImportError as error:
@@ -56,20 +60,21 @@ def _obstacle(device: torch.device) -> str | None:
             name = torch.cuda.get_device_name(device)
             return f"{name} has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
     try:
-        importlib.import_module(f"{__name__}.probe").run(device)
+        with _disable_current_modes():  # a fake tensor would prove nothing
+            importlib.import_module(f"{__name__}.probe").run(device)
     except Exception as error:
         return f"Triton cannot compile or launch a kernel ({_first_line(error)})"
     return None
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _unavailable(device: torch.device) -> str | None:
-    """As `_obstacle`, found out once for each device; on a GPU, told once."""
-    reason = _obstacle(device)
-    if reason is not None and device.type == "cuda":
-        logger.warning("backend 'triton' is left out: %s", reason)
-    return reason
+    """As `_obstacle`, found out once for each device; where there is a GPU, told once."""
+    if device not in _obstacles:
+        _obstacles[device] = _obstacle(device)
+        if _obstacles[device] is not None and device.type == "cuda" and torch.cuda.is_available():
+            logger.warning("backend 'triton' is left out: %s", _obstacles[device])
+    return _obstacles[device]
 
 
 def _can_run(request: Request) -> str | None:
@@ -92,7 +97,8 @@ def _run(operator: str, *args: Any) -> Any:
     global _failure
     if _failure is None:
         try:
-            with set_wrap_triton_enabled(False):
+            # Triton launches on the current device, wherever the tensors are.
+            with set_wrap_triton_enabled(False), torch.cuda.device_of(args[0]):
                 return getattr(_launchers(), operator)(*args)
         except OSError as error:
             _failure = f"Triton cannot store a compiled kernel ({_first_line(error)})"
