@@ -42,7 +42,12 @@ FLOAT32 = [
     (4, (7, 6), "signed", None),
     (1, (35, 12), "signed", None),
 ]
-FLOAT64 = [(1, (1, 1), "even", None), (3, (12, 9), "even", None), (2, (9, 34), "radial", 5), (2, (8, 7), "signed", None)]
+FLOAT64 = [
+    (1, (1, 1), "even", None),
+    (3, (12, 9), "even", None),
+    (2, (9, 34), "radial", 5),
+    (2, (8, 7), "signed", None),
+]
 
 
 def _identity(case: tuple) -> str:
@@ -62,7 +67,9 @@ def test_product_and_quadratic_form(dtype, channels, size, form, reach):
     f = covariances(form, channels, size, reach=reach).float().double()
     v, q = dense_product(g, f, form)
     symmetric_v, _ = dense_product(g, (f + _transposed(f, form)) / 2, form)
-    assert_product_close(sgr.covariance_product(g.to(dtype), f.to(dtype), form=form, backend="triton"), v, PRODUCT_TOLERANCE[dtype])
+    assert_product_close(
+        sgr.covariance_product(g.to(dtype), f.to(dtype), form=form, backend="triton"), v, PRODUCT_TOLERANCE[dtype]
+    )
     leaf = g.to(dtype).requires_grad_()
     form_with_product = sgr.covariance_quadratic_form(leaf, f.to(dtype), form=form, backend="triton")
     assert_quadratic_close(form_with_product, q, g, symmetric_v, QUADRATIC_TOLERANCE[dtype])

@@ -46,8 +46,15 @@ def row_pairs(plane, size, strides, parity, PARITIES: tl.constexpr, T: tl.conste
 
 @triton.jit
 def transform_columns(
-    plane, size, strides, basis, parity,
-    PARITIES: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, TERMS: tl.constexpr,
+    plane,
+    size,
+    strides,
+    basis,
+    parity,
+    PARITIES: tl.constexpr,
+    T: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """``U = B^T X^T`` of one channel, split, (LANES, 16, T), and the factor that restores its scale."""
     x = row_pairs(plane, size, strides, parity, PARITIES, T)
@@ -60,8 +67,16 @@ def transform_columns(
 
 @triton.jit
 def load_eigenvalues(
-    spectrum, part: tl.constexpr, c: tl.constexpr, d: tl.constexpr, first, CHANNELS: tl.constexpr, frequencies,
-    STEP: tl.constexpr, COLUMNS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    spectrum,
+    part: tl.constexpr,
+    c: tl.constexpr,
+    d: tl.constexpr,
+    first,
+    CHANNELS: tl.constexpr,
+    frequencies,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):
     """``Lambda[part, c, d]`` from row frequency ``first``, transposed: (COLUMNS, STEP), zero beyond the spectrum.
 
@@ -91,8 +106,17 @@ def parities(z, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def mix(
-    spectrum, z, c: tl.constexpr, first, CHANNELS: tl.constexpr, frequencies,
-    PARITIES: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    spectrum,
+    z,
+    c: tl.constexpr,
+    first,
+    CHANNELS: tl.constexpr,
+    frequencies,
+    PARITIES: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):
     """``Y_c = sum_d Lambda[c, d] Z_d``, (LANES, 16, STEP); in a signed spectrum the odd parts exchange parities."""
     BLOCKS: tl.constexpr = COLUMNS // 16
@@ -138,7 +162,7 @@ def store_rows(plane, v, previous, size, parity, PARITIES: tl.constexpr, T: tl.c
     store_pixels(plane, cosine - sine, down, left, size[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def fused_kernel(
     gradient,
     spectrum,
@@ -209,9 +233,7 @@ def fused_kernel(
                 z = z + (dot(u[c], a, TERMS) * unit[c],)
             sums = ()
             for c in tl.static_range(CHANNELS):
-                y = mix(
-                    spectrum, z, c, first, CHANNELS, frequencies, PARITIES, STEP, COLUMNS, SIGNED, SYMMETRIC
-                )
+                y = mix(spectrum, z, c, first, CHANNELS, frequencies, PARITIES, STEP, COLUMNS, SIGNED, SYMMETRIC)
                 if WITH_FORM:
                     q += tl.sum(tl.sum(y * z[c], axis=2, keep_dims=True), axis=1, keep_dims=True)
                 if WITH_PRODUCT:

@@ -16,8 +16,19 @@ from sgr_kernels.backends.triton_spectral.numerics import dot, load_split
 
 @triton.jit
 def transform(
-    images, stride_c, size, strides, to_frequency, a, gain, parity,
-    CHANNELS: tl.constexpr, PARITIES: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, TERMS: tl.constexpr,
+    images,
+    stride_c,
+    size,
+    strides,
+    to_frequency,
+    a,
+    gain,
+    parity,
+    CHANNELS: tl.constexpr,
+    PARITIES: tl.constexpr,
+    T: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """``Z`` of all channels of one image at 16 row frequencies, each (LANES, 16, 16)."""
     z = ()
@@ -100,15 +111,37 @@ def fused_gram_kernel(
         weight = tl.where(image < batch, gain, 0.0)
         image = tl.minimum(image, batch - 1)
         za = transform(
-            a + image * a_stride_b, a_stride_c, size, (a_stride_y, a_stride_x), to_frequency, to_row_frequency,
-            weight, parity, CHANNELS, PARITIES, T, BLOCKS, TERMS,
+            a + image * a_stride_b,
+            a_stride_c,
+            size,
+            (a_stride_y, a_stride_x),
+            to_frequency,
+            to_row_frequency,
+            weight,
+            parity,
+            CHANNELS,
+            PARITIES,
+            T,
+            BLOCKS,
+            TERMS,
         )
         if SAME:
             zb = za
         else:
             zb = transform(
-                b + image * b_stride_b, b_stride_c, size, (b_stride_y, b_stride_x), to_frequency, to_row_frequency,
-                gain, parity, CHANNELS, PARITIES, T, BLOCKS, TERMS,
+                b + image * b_stride_b,
+                b_stride_c,
+                size,
+                (b_stride_y, b_stride_x),
+                to_frequency,
+                to_row_frequency,
+                gain,
+                parity,
+                CHANNELS,
+                PARITIES,
+                T,
+                BLOCKS,
+                TERMS,
             )
         grown = ()
         for c in tl.static_range(CHANNELS):
@@ -116,12 +149,14 @@ def fused_gram_kernel(
                 if SIGNED:
                     a_cc, a_cs, a_sc, a_ss = parities(za[c], COLUMNS, STEP)
                     b_cc, b_cs, b_sc, b_ss = parities(zb[d], COLUMNS, STEP)
-                    at: tl.constexpr = 4 * (c * CHANNELS + d)
                     grown = grown + (
-                        totals[at] + ((a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)),
-                        totals[at + 1] + ((a_cc * b_sc + a_cs * b_ss) - (a_sc * b_cc + a_ss * b_cs)),
-                        totals[at + 2] + ((a_cc * b_cs + a_sc * b_ss) - (a_cs * b_cc + a_ss * b_sc)),
-                        totals[at + 3] + ((a_cc * b_ss + a_ss * b_cc) - (a_cs * b_sc + a_sc * b_cs)),
+                        totals[4 * (c * CHANNELS + d)] + ((a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)),
+                        totals[4 * (c * CHANNELS + d) + 1]
+                        + ((a_cc * b_sc + a_cs * b_ss) - (a_sc * b_cc + a_ss * b_cs)),
+                        totals[4 * (c * CHANNELS + d) + 2]
+                        + ((a_cc * b_cs + a_sc * b_ss) - (a_cs * b_cc + a_ss * b_sc)),
+                        totals[4 * (c * CHANNELS + d) + 3]
+                        + ((a_cc * b_ss + a_ss * b_cc) - (a_cs * b_sc + a_sc * b_cs)),
                     )
                 elif SAME and d < c:
                     grown = grown + (totals[c * CHANNELS + d],)
@@ -134,6 +169,9 @@ def fused_gram_kernel(
     for c in tl.static_range(CHANNELS):
         for d in tl.static_range(CHANNELS):
             for part in tl.static_range(PARTS):
-                source: tl.constexpr = d * CHANNELS + c if SAME and not SIGNED and d < c else c * CHANNELS + d
                 cell = sums + ((part * CHANNELS + c) * CHANNELS + d) * block
-                store_sums(cell, totals[PARTS * source + part], first, frequencies, PARITIES, COLUMNS, STEP)
+                if SAME and not SIGNED and d < c:
+                    store_sums(cell, totals[d * CHANNELS + c], first, frequencies, PARITIES, COLUMNS, STEP)
+                else:
+                    total = totals[PARTS * (c * CHANNELS + d) + part]
+                    store_sums(cell, total, first, frequencies, PARITIES, COLUMNS, STEP)

@@ -37,7 +37,9 @@ def _addressable(images: Tensor) -> Tensor:
     return images if farthest < 2**31 else images.contiguous()
 
 
-def _bases(size: Size, frequencies: Size, tile: Tile, operands: Operands, device: torch.device) -> tuple[Tensor, Tensor]:
+def _bases(
+    size: Size, frequencies: Size, tile: Tile, operands: Operands, device: torch.device
+) -> tuple[Tensor, Tensor]:
     rows = split_basis(size[0], frequencies[0], (tile.t, tile.rows), operands, device)
     columns = split_basis(size[1], frequencies[1], (tile.t, tile.columns), operands, device)
     return rows, columns

@@ -77,9 +77,7 @@ def exponent(frequencies: int, operands: Operands) -> int:
 
 
 @constant
-def split_basis(
-    extent: int, frequencies: int, shape: Size, operands: Operands, device: torch.device
-) -> Tensor:
+def split_basis(extent: int, frequencies: int, shape: Size, operands: Operands, device: torch.device) -> Tensor:
     """`spectrum.basis` from the centre out, by parity, padded to ``shape``, in operands: (terms, 2, T, F).
 
     Two terms, high and low, where operands have three products; one otherwise.
