@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import sgr_kernels
 from sgr_kernels import functional as sgr
-from sgr_kernels.backends import torch_spectral
+from sgr_kernels.spectrum import spectrum_from_table
 from tests.helpers import (
     PRODUCT_TOLERANCE,
     QUADRATIC_TOLERANCE,
@@ -17,7 +20,6 @@ from tests.helpers import (
     dense_covariance,
     dense_product,
     gradients,
-    norms,
 )
 
 FLOAT32 = [
@@ -96,3 +98,75 @@ def test_displacement_covariance(dtype, channels, size, form, reach):
     variance = exact.abs().amax()
     limit = 2e-5 if dtype == torch.float32 else 1e-12
     assert ((f.double() - exact).abs() <= limit * variance).all()
+
+
+@pytest.mark.parametrize("form", ["even", "signed"])
+def test_first_and_second_derivatives(form):
+    g = gradients((2, 2, 2, 3)).requires_grad_()
+    f = covariances(form, 2, (2, 3)).requires_grad_()
+    for operator in (sgr.covariance_product, sgr.covariance_quadratic_form):
+        call = functools.partial(operator, form=form, backend="triton")
+        assert gradcheck(call, (g, f))
+        assert gradgradcheck(call, (g, f), gen_non_contig_grad_outputs=True)
+    estimate = functools.partial(sgr.displacement_covariance, form=form, backend="triton")
+    assert gradcheck(estimate, (g,))
+
+
+@pytest.mark.parametrize("form", ["even", "signed"])
+def test_derivatives_of_the_fused_kernels(form):
+    """In float32, against those of the PyTorch backend in float64."""
+    g, f = gradients((2, 2, 6, 9)).float().double(), covariances(form, 2, (6, 9)).float().double()
+
+    def derivatives(dtype: torch.dtype, backend: str) -> tuple[torch.Tensor, ...]:
+        x, t = g.to(dtype).requires_grad_(), f.to(dtype).requires_grad_()
+        q = sgr.covariance_quadratic_form(x, t, form=form, backend=backend)
+        first = torch.autograd.grad(q.square().sum(), (x, t), create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), (x, t))
+        return (*first, *second)
+
+    for value, exact in zip(derivatives(torch.float32, "triton"), derivatives(torch.float64, "torch")):
+        assert (value.double() - exact).norm() <= 2e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 12, 11), (1, 2, 40, 7), (1, 5, 6, 5)])
+@pytest.mark.parametrize(("precision", "limit"), [("high", 1e-2), ("medium", 6e-2)])
+def test_lower_precision(shape, precision, limit):
+    g, f = gradients(shape).float(), covariances("even", shape[1], shape[2:], smooth=True).float()
+    operator = torch.ops.sgr_kernels.triton_product
+    spectrum = spectrum_from_table(f, shape[2:], "even", torch.float32)
+    exact, _ = dense_product(g, f, "even")
+    error = operator(g, spectrum, precision).double() - exact
+    assert PRODUCT_TOLERANCE[torch.float32] < error.norm() / exact.norm() < limit
+    with pytest.raises(ValueError, match="precision: expected one of"):
+        operator(g, spectrum, "low")
+
+
+@pytest.mark.parametrize("channels", range(1, 9))
+@pytest.mark.parametrize("size", [(1, 6), (7, 1)])
+def test_any_number_of_channels(channels, size):
+    g, f = gradients((2, channels, *size)).float(), covariances("radial", channels, size).float()
+    exact, _ = dense_product(g, f, "radial")
+    assert_product_close(sgr.covariance_product(g, f, backend="triton"), exact, 5e-6)
+
+
+def test_operators_check_what_memory_safety_needs():
+    g, spectrum = torch.zeros(2, 3, 4, 5), torch.zeros(3, 3, 4, 5)
+    operators = torch.ops.sgr_kernels
+    with pytest.raises(ValueError, match="spectrum: expected"):
+        operators.triton_product(g, spectrum[:2], "highest")
+    with pytest.raises(ValueError, match="gradient: expected"):
+        operators.triton_product(g[0], spectrum, "highest")
+    with pytest.raises(ValueError, match="b: expected"):
+        operators.triton_cross_spectrum(g, g[:1], 4, 5, False, "highest")
+
+
+def test_compiled_calls_use_the_operator_as_it_is():
+    """The interpreter's kernels cannot be traced: the compiler keeps the operator whole."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(g: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        return sgr.covariance_quadratic_form(g * 2, f, backend="triton")
+
+    g, f = gradients((2, 1, 4, 5)), covariances("radial", 1, (4, 5))
+    torch.testing.assert_close(step(g, f), 4 * dense_product(g, f, "radial")[1])
+    assert "triton" in sgr_kernels.backends.available("cpu")

@@ -194,8 +194,8 @@ def fused_kernel(
     """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
 
     The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
-    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise the second pass would hold on
-    to the addresses of the first, for which there are no registers.
+    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise the second pass would hold
+    on to the addresses of the first, for which there are no registers.
     """
     STEP: tl.constexpr = 16
     BLOCKS: tl.constexpr = COLUMNS // 16

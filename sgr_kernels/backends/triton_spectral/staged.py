@@ -1,6 +1,6 @@
 """Images of any size and any number of channels, in passes: one axis forward at a time, mix, and back.
 
-A pass over an axis treats an array as planes of (axis, other) and every parity alike: ``Z[p] = A_p^T (x up +- x down)``.
+A pass over an axis treats an array as planes of (axis, other), every parity alike: ``Z[p] = A_p^T (x up +- x down)``.
 Intermediate results are (planes, 2, frequencies, other), so that the second pass sees the first one's parities and
 frequencies as its "other" axis. Also the only path for float64, where operands need no splitting.
 """
