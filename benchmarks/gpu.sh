@@ -66,7 +66,7 @@ if "$python" -c 'import pytest, hypothesis, pytest_benchmark' 2>/dev/null; then
     part gpu-tests 100 "$python" -m pytest -q -m gpu --ignore-glob='*test_triton*' "${workers[@]}"
     part tests 60 "$python" -m pytest -q -m "not gpu and not slow" --ignore-glob='*test_triton*' "${workers[@]}"
     if compgen -G 'tests/test_triton*' >/dev/null; then
-        part triton 40 "$python" -m pytest -q tests/test_triton* "${workers[@]}"
+        part triton 80 "$python" -m pytest -q tests/test_triton* "${workers[@]}"
     else
         skip triton "no such tests"
     fi

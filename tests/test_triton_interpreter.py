@@ -1,4 +1,4 @@
-"""The Triton kernels, executed: the folder triton_interpreter/ in a process where Triton interprets its kernels."""
+"""The Triton kernels, executed: in a process where Triton interprets its kernels (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "triton_interpreter"
+TESTS = Path(__file__).parent
+# The folder's own tests, and of the contracts of all backends what does not go through hundreds of cases.
+PARTS = {
+    "kernels": ["triton_interpreter"],
+    "operators": ["test_operators.py", "-k", "triton and not agree and not large_images and not longer"],
+    "registration": ["test_registration.py", "-k", "triton and (opcheck or even or signed or fake or autocast)"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process collects the folder itself")
-def test_kernels_agree_with_the_oracle_under_the_interpreter():
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_agree_with_the_oracle_under_the_interpreter(part):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
-    run = subprocess.run(command, cwd=FOLDER.parent.parent, env=environment, capture_output=True, text=True)
+    file, *selection = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file), *selection]
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -1,0 +1,154 @@
+"""The Triton backend where Triton cannot run, or not all of it, and what a compiler sees of its operators."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses import FakeTensorMode
+
+from sgr_kernels.backends import Request, choose, triton_spectral
+from sgr_kernels.spectrum import spectrum_from_table
+from tests.helpers import assert_product_close, covariances, dense_product, gradients
+
+triton = pytest.importorskip("triton")
+GPU = torch.device("cuda", 0)
+REQUEST = Request("product", GPU, torch.float32, 8, 3, (32, 32), "even")
+
+
+@pytest.fixture(autouse=True)
+def judged_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found out of this machine is forgotten before and restored after a test."""
+    monkeypatch.setattr(triton_spectral, "_obstacles", {})
+    monkeypatch.setattr(triton_spectral, "_failure", None)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with compute capability 9.0 that Triton can use, as far as `torch.cuda` tells."""
+    from sgr_kernels.backends.triton_spectral import probe
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(probe, "run", lambda device: None)
+
+
+def _break(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgr_kernels.backends.triton_spectral import probe
+
+    def unwritable(device: torch.device) -> None:
+        raise PermissionError(30, "Read-only file system", "/cache")
+
+    if obstacle == "missing":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    elif obstacle == "too old":
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+    elif obstacle == "old GPU":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    else:
+        monkeypatch.setattr(probe, "run", unwritable)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_capable_gpu_is_served() -> None:
+    assert choose("triton", REQUEST) == "triton"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        ("missing", "Triton cannot be imported"),
+        ("too old", r"Triton 3\.5\.1 is too old; 3\.6 or newer is needed"),
+        ("old GPU", r"GPU has compute capability 7\.5; 8\.0 or newer is needed"),
+        ("read-only cache", r"Triton cannot compile or launch a kernel \(PermissionError: .*Read-only file system"),
+    ],
+)
+def test_an_obstacle_is_told_in_one_line_and_the_next_backend_serves(
+    obstacle: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _break(obstacle, monkeypatch)
+    caplog.set_level(logging.WARNING, logger="sgr_kernels")
+    for _ in range(2):
+        assert choose("auto", REQUEST) in ("native", "torch")
+        with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run product: {reason}"):
+            choose("triton", REQUEST)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("backend 'triton' is left out: ")
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match="sees no CUDA device"):
+        choose("triton", REQUEST)
+    assert not caplog.records
+
+
+@pytest.mark.skipif(triton_spectral.interpreting(), reason="Triton interprets its kernels in this process")
+def test_a_cache_folder_that_cannot_be_written_leaves_the_numbers_to_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The compiler is the real one; a file stands where its cache folder should be."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sgr_kernels.backends.triton_spectral.probe import _probe_kernel
+
+    calls = []
+
+    def compile_first(*args: object) -> None:
+        calls.append(args)
+        source = ASTSource(_probe_kernel, {"target": "*fp32"}, {})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    launchers = SimpleNamespace(product=compile_first)
+    monkeypatch.setattr(triton_spectral, "_launchers", lambda: launchers)
+    g, f = gradients((3, 2, 6, 5)).float(), covariances("even", 2, (6, 5)).float()
+    spectrum = spectrum_from_table(f, (6, 5), "even", torch.float32)
+    for _ in range(2):
+        v = torch.ops.sgr_kernels.triton_product(g, spectrum, "highest")
+        assert_product_close(v, dense_product(g, f, "even")[0], 5e-6)
+    assert len(calls) == 1
+    (record,) = caplog.records
+    assert "Triton cannot store a compiled kernel (NotADirectoryError" in record.getMessage()
+    with pytest.raises(RuntimeError, match="cannot store a compiled kernel"):
+        choose("triton", REQUEST)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that only names its GPU: all that the analysis of a kernel asks for."""
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.skipif(triton_spectral.interpreting(), reason="Triton interprets its kernels in this process")
+@pytest.mark.parametrize("size", [(32, 28), (70, 20)])
+def test_a_compiler_sees_the_kernels_and_what_they_write(size: tuple[int, int]) -> None:
+    def operators(g: torch.Tensor, spectrum: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, v = torch.ops.sgr_kernels.triton_quadratic_form(g, spectrum, True, "highest")
+        return q, torch.ops.sgr_kernels.triton_cross_spectrum(g, v, *size, False, "highest")
+
+    with FakeTensorMode():
+        arguments = (torch.empty(4, 3, *size), torch.empty(3, 3, *size))
+        graph = aot_export_joint_simple(operators, arguments, trace_joint=False)
+    kernels = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
+    if max(size) <= 64:
+        assert written == [{"product", "form"}, {"sums"}]
+    else:
+        passes = [{"target"}] * 2
+        assert written == [*passes, {"y", "form"}, *passes, *passes, *passes, {"sums"}]
+    assert not any("sgr_kernels" in str(node.target) for node in graph.graph.nodes)
