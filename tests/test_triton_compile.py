@@ -68,11 +68,11 @@ BENCHMARK = ("q", "v+q", "accumulation")
 PROBLEMS = [
     Problem((128, 1, 28, 28), (*BENCHMARK, "v", "cross")),
     Problem((1024, 3, 32, 32), (*BENCHMARK, "v"), (80, 90, 100)),
-    Problem((1024, 3, 32, 32), ("cross",)),
+    Problem((1024, 3, 32, 32), ("cross",), (90,)),
     Problem((256, 3, 64, 64), BENCHMARK),
     Problem((256, 1, 64, 64), BENCHMARK, (90, 100)),
     Problem((64, 3, 224, 224), BENCHMARK, (80, 90, 100)),
-    Problem((8, 3, 512, 512), BENCHMARK),
+    Problem((8, 3, 512, 512), BENCHMARK, (90,)),
     Problem((1024, 3, 32, 32), ("v+q", "accumulation"), (90,), reach=8),
     Problem((256, 3, 64, 64), ("v+q", "accumulation"), (90,), reach=8),
     Problem((256, 3, 64, 64), ("accumulation",), (90,), reach=16),
@@ -98,7 +98,9 @@ def test_kernels_keep_to_registers_and_use_tensor_cores(problem: Problem, archit
         assert code.local <= allowed, f"{kernel}: {code.local} bytes spilled"
         assert code.shared <= SHARED_LIMITS[architecture] << 10, kernel
         products = sum(code.opcodes[name] for name in TENSOR_CORES)
-        assert (products == 0) == (kernel.name in WITHOUT_PRODUCTS), kernel
+        # For 10.0, Triton multiplies float64 matrices without tensor cores.
+        expected = kernel.name not in WITHOUT_PRODUCTS and (problem.dtype != torch.float64 or architecture < 100)
+        assert (products > 0) == expected, kernel
         assert not set(code.opcodes) & {"ATOM", "ATOMG", "RED", "REDG"}, kernel
 
 
