@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 import sgr_kernels
 from sgr_kernels import functional as sgr
@@ -101,13 +101,12 @@ def test_displacement_covariance(dtype, channels, size, form, reach):
 
 
 @pytest.mark.parametrize("form", ["even", "signed"])
-def test_first_and_second_derivatives(form):
+def test_first_derivatives(form):
     g = gradients((2, 2, 2, 3)).requires_grad_()
     f = covariances(form, 2, (2, 3)).requires_grad_()
     for operator in (sgr.covariance_product, sgr.covariance_quadratic_form):
         call = functools.partial(operator, form=form, backend="triton")
         assert gradcheck(call, (g, f), fast_mode=True)
-        assert gradgradcheck(call, (g, f), fast_mode=True)
     estimate = functools.partial(sgr.displacement_covariance, form=form, backend="triton")
     assert gradcheck(estimate, (g,), fast_mode=True)
 
