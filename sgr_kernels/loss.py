@@ -16,6 +16,15 @@ from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
+from sgr_kernels.finite_difference import (
+    couples_samples,
+    difference,
+    moved,
+    sample_weights,
+    scale_of_steps,
+    spend,
+    substitute,
+)
 from sgr_kernels.penalty import (
     METHODS,
     Passes,
@@ -23,8 +32,8 @@ from sgr_kernels.penalty import (
     attention_differentiable_twice,
     input_gradient,
     is_compiled,
+    samples_interact,
     select,
-    slope_finite_difference,
     slope_forward_mode,
     try_method,
 )
@@ -161,6 +170,7 @@ class SGRLoss(nn.Module):
         """Training steps taken; the cadences count them."""
         self._subset_generator = torch.Generator().manual_seed(0)
         self._working_method: str | None = None
+        self._samples_interact = False
         self._last: StepStatistics | None = None
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         self.register_buffer("nonfinite_in_a_row", torch.zeros((), dtype=torch.int64))
@@ -212,8 +222,10 @@ class SGRLoss(nn.Module):
             return self._total(outputs, losses, None, None)
         # Images of an embedding keep their graph; others become leaves.
         embedded = differentiable and images.requires_grad
-        x = images if embedded else images.detach().requires_grad_()
+        x = images.view_as(images) if embedded else images.detach().requires_grad_()
         method = self._resolved_method(model, x, labels) if differentiable and penalize else "double-backward"
+        if method == "finite-difference":
+            return self._difference_step(model, x, labels, embedded, update)
         twice = differentiable and penalize and method == "double-backward"
         part = self._subset(images) if self.training else None
         passes = Passes(model, self._losses, labels, x.device, replays=part is not None or not twice)
@@ -237,35 +249,81 @@ class SGRLoss(nn.Module):
             return self._total(outputs, losses, gradient, self._omega(gradient))
         del first, penalized_losses
         base = penalized if embedded else penalized.detach()
-        if method == "forward-mode":
-            tangent_losses, penalty = self._slope_penalty(passes, base, None, gradient)
-            losses = tangent_losses if part is None else losses
-        else:
-            at_base = losses if part is None else passes.again(base).losses
-            _, penalty = self._slope_penalty(passes, base, at_base, gradient)
-        return self._total(outputs, losses, gradient, penalty)
+        with torch.no_grad():
+            value, direction = self._omega(gradient), self._direction(gradient)
+        tangent_losses, slope = slope_forward_mode(passes, base, direction)
+        mean_slope = slope.sum() / max(1, slope.shape[0])
+        penalty = value + (mean_slope - mean_slope.detach()).to(value.dtype)
+        return self._total(outputs, tangent_losses if part is None else losses, gradient, penalty)
+
+    def _difference_step(self, model: Any, x: Tensor, labels: Any, embedded: bool, update: bool) -> Tensor:
+        """A step with a penalty by finite differences; see `sgr_kernels.finite_difference`."""
+        part = self._subset(x) if self.training else None
+        passes = Passes(model, self._losses, labels, x.device, replays=True)
+        first = passes.first(x)
+        outputs, losses = _detached(first.outputs), first.losses
+        base, base_losses = x, losses
+        if part is not None:
+            base = x[part] if embedded else x.detach()[part].requires_grad_()
+            passes = Passes(model, self._losses, select(labels, part), x.device, replays=True)
+            base_losses = passes.again(base).losses
+        weights = sample_weights(base_losses, base, self._samples_interact or couples_samples(model))
+        spent = spend(base_losses, base, embedded, weights)
+        if part is None:
+            losses = losses.detach()
+        del first, base_losses  # and with them the graph, before the next one grows
+        if update:
+            self._update(model, x, labels, spent.gradient)
+        base = base if embedded else base.detach()
+        with torch.no_grad():
+            penalty = self._omega(spent.gradient)
+            # A penalty that is not finite leaves a step of zero, that is, a plain one.
+            finite = self._count_finite(penalty)
+            direction = torch.where(finite, self._direction(spent.gradient), 0)
+            scale = torch.where(finite, scale_of_steps(base, direction, weights), 0)
+            sides = difference(scale, weights, self._weight(), with_loss=part is None)
+        ahead = passes.again(moved(base, direction, sides.steps)).losses
+        cross_entropy = losses.sum() / max(1, losses.shape[0])
+        value = self._weight() * torch.where(finite, penalty, 0)
+        rest = cross_entropy if part is not None else 0
+        value = value if part is not None else cross_entropy + value
+        loss = rest + substitute(value, (sides.ahead * ahead).sum(), sides.behind, spent)
+        self._record(loss, cross_entropy, penalty, outputs, spent.gradient)
+        return loss
 
     def _total(self, outputs: Any, losses: Tensor, gradient: Tensor | None, penalty: Tensor | None) -> Tensor:
         """Cross-entropy and weighted penalty; keeps the statistics."""
-        loss = losses.sum() / max(1, losses.shape[0])
-        cross_entropy, strength = loss.detach(), self._strength()
+        loss = cross_entropy = losses.sum() / max(1, losses.shape[0])
         if penalty is not None:
             assert gradient is not None
-            weight = strength * (self.penalty_every if self.training else 1)
-            loss = loss + weight * self._finite_or_zero(penalty, gradient)
+            loss = cross_entropy + self._weight() * self._finite_or_zero(penalty, gradient)
+        self._record(loss, cross_entropy, penalty, outputs, gradient)
+        return loss
+
+    def _record(
+        self, loss: Tensor, cross_entropy: Tensor, penalty: Tensor | None, outputs: Any, gradient: Tensor | None
+    ) -> None:
         self._last = StepStatistics(
             loss=loss.detach(),
-            cross_entropy=cross_entropy,
+            cross_entropy=cross_entropy.detach(),
             penalty=None if penalty is None else penalty.detach(),
-            strength=strength,
+            strength=self._strength(),
             outputs=_detached(outputs),
             gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
             nonfinite_penalties=self.nonfinite,
         )
-        return loss
+
+    def _weight(self) -> float:
+        """Of the penalty on a step that has one."""
+        return self._strength() * (self.penalty_every if self.training else 1)
 
     def _strength(self) -> float:
-        return float(self.strength(self.steps)) if callable(self.strength) else self.strength
+        if not callable(self.strength):
+            return self.strength
+        strength = float(self.strength(self.steps))
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a finite number >= 0 at step {self.steps}, got {strength}")
+        return strength
 
     def _losses(self, outputs: Any, labels: Any) -> Tensor:
         losses = self.loss_fn(outputs, labels)
@@ -299,23 +357,14 @@ class SGRLoss(nn.Module):
             penalty = penalty + (gradient * mean.to(gradient.dtype)).sum() / samples
         return penalty
 
-    def _slope_penalty(
-        self, passes: Passes, images: Tensor, losses: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Losses, and Omega with the value of the exact penalty and the gradient of the slope along ``Sigma g``."""
-        with torch.no_grad():
-            value = self._omega(gradient)
-            direction = self.covariance.product(gradient)
-            if self.mean_correction:
-                mean = self.covariance.scaled_mean()
-                assert mean is not None
-                direction = direction + mean.to(direction.dtype)
-        if losses is None:
-            losses, slope = slope_forward_mode(passes, images, direction)
-        else:
-            slope, _ = slope_finite_difference(passes, images, direction, losses)
-        mean_slope = slope.sum() / max(1, slope.shape[0])
-        return losses, value + (mean_slope - mean_slope.detach()).to(value.dtype)
+    def _direction(self, gradient: Tensor) -> Tensor:
+        """v: half the derivative of Omega in each sample's gradient, times the batch."""
+        direction = self.covariance.product(gradient)
+        if self.mean_correction:
+            mean = self.covariance.scaled_mean()
+            assert mean is not None
+            direction = direction + mean.to(direction.dtype)
+        return direction
 
     def _resolved_method(self, model: Any, images: Tensor, labels: Any) -> str:
         """The method to use; before its first use it is tried on a few samples, leaving no trace."""
@@ -334,16 +383,22 @@ class SGRLoss(nn.Module):
                 continue
             if self.method == "auto":
                 logger.info("SGRLoss: method %r%s", method, "".join(f"; {reason}" for reason in reasons))
+            self._samples_interact = method == "finite-difference" and samples_interact(passes, few)
             self._working_method = method
             return method
         raise PenaltyGradientError("; ".join(reasons))
 
-    def _finite_or_zero(self, penalty: Tensor, gradient: Tensor) -> Tensor:
-        """The penalty, or zero where it is not finite; counted on the device."""
+    def _count_finite(self, penalty: Tensor) -> Tensor:
+        """Whether the penalty is finite; counted on the device."""
         finite = penalty.detach().isfinite()
         if self.training:
             self.nonfinite += ~finite
             self.nonfinite_in_a_row.mul_(~finite).add_(~finite)
+        return finite
+
+    def _finite_or_zero(self, penalty: Tensor, gradient: Tensor) -> Tensor:
+        """The penalty, or zero where it is not finite."""
+        finite = self._count_finite(penalty)
         if finite.device.type == "cpu" and not torch.compiler.is_compiling():
             return penalty if bool(finite) else torch.zeros_like(penalty)
         # Elsewhere without waiting for the device: nothing flows back from a penalty that is left out.

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
+from sgr_kernels._constants import wide_dtype
+from sgr_kernels.finite_difference import difference, difference_noise, hooks_withheld, moved, scale_of_steps, spend
 from sgr_kernels.forward_rules import DifferentiableForwardMode
 
 METHODS = ("double-backward", "forward-mode", "finite-difference")
@@ -176,51 +178,6 @@ def slope_forward_mode(passes: Passes, images: Tensor, direction: Tensor) -> tup
     return losses, torch.stack(slopes).sum(0)
 
 
-def relative_step(images: Tensor) -> float:
-    """Length of a finite-difference step relative to the image: the root of the rounding unit of the pass."""
-    dtype = images.dtype
-    if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
-    return torch.finfo(dtype).eps ** 0.5
-
-
-def couples_samples(model: Any) -> bool:
-    """Whether BatchNorm in training mode makes each sample's loss a function of the others' images."""
-    return isinstance(model, nn.Module) and any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )
-
-
-def difference_step(images: Tensor, direction: Tensor, coupled: bool) -> Tensor:
-    """Step of every sample, (B,): ``h = relative_step |x| / |direction|``, zero along a zero direction.
-
-    One step for all where samples are coupled: with different ones the sum of slopes would not be that of the batch.
-    """
-    length = direction.detach().float().flatten(1).norm(dim=1)
-    reach = images.detach().float().flatten(1).norm(dim=1)
-    if coupled:
-        length, reach = (norms.square().mean().sqrt().expand_as(norms) for norms in (length, reach))
-    # A black image has no scale of its own: a thousandth of a unit per pixel.
-    reach = reach.clamp(min=1e-3 * math.sqrt(images[0].numel()))
-    return torch.where(length > 0, relative_step(images) * reach / torch.where(length > 0, length, 1), 0)
-
-
-def slope_finite_difference(passes: Passes, images: Tensor, direction: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of the losses along ``direction`` by a one-sided difference, (B,), and the steps taken, (B,)."""
-    step = difference_step(images, direction, couples_samples(passes.model))
-    moved = images + step.view(-1, *(1,) * (images.dim() - 1)).to(images.dtype) * direction.to(images.dtype)
-    difference = passes.again(moved).losses - losses
-    inverse = torch.where(step > 0, 1 / torch.where(step > 0, step, 1), 0)
-    return difference * inverse.to(difference.dtype), step
-
-
-def difference_noise(images: Tensor, step: Tensor, losses: Tensor) -> Tensor:
-    """Rounding error to expect of `slope_finite_difference`, summed over the batch."""
-    rounding = relative_step(images) ** 2 * (1 + losses.detach().abs())
-    return 20 * torch.where(step > 0, rounding / torch.where(step > 0, step, 1), 0).sum()
-
-
 def try_method(method: str, passes: Passes, images: Tensor) -> None:
     """Go through a method's motions on a few images, and through the backward; waits for the device.
 
@@ -251,14 +208,18 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
     elif method == "forward-mode":
         slope = slope_forward_mode(passes, images, direction)[1].sum()
     else:
-        losses = passes.again(images).losses
-        slopes, step = slope_finite_difference(passes, images, direction, losses)
-        slope, noise = slopes.sum(), float(difference_noise(images, step, losses))
+        losses = passes.again(images).losses.detach()
+        ones = torch.ones_like(losses, dtype=wide_dtype(losses.device))
+        sides = difference(scale_of_steps(images, direction, ones), ones, 1.0, with_loss=False)
+        ahead = passes.again(moved(images, direction, sides.steps)).losses
+        slope = len(images) * ((sides.ahead * ahead).sum() + sides.behind * losses.sum())
+        noise = float(difference_noise(images, sides.steps, losses))
     model = passes.model
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if parameters and slope.requires_grad:
         try:
-            torch.autograd.grad(slope, parameters, allow_unused=True)
+            with hooks_withheld(parameters):
+                torch.autograd.grad(slope, parameters, allow_unused=True)
         except RuntimeError as error:
             raise PenaltyGradientError(
                 f"method: the {method} slope has no backward ({error}); {_REMEDIES[method]}"
@@ -269,6 +230,16 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
             f"method: the {method} slope along the gradient is {found:.4g}, and should be {expected:.4g}; "
             + _REMEDIES[method]
         )
+
+
+def samples_interact(passes: Passes, images: Tensor) -> bool:
+    """Whether the weight of one sample's loss changes the gradient in another's image, tried on a few."""
+    found = []
+    for period in (1, 2):
+        losses = passes.again(images).losses
+        found.append(spend(losses, images, False, 4.0 ** (torch.arange(len(images), device=images.device) % period)))
+    first, second = (pass_.gradient.detach() for pass_ in found)
+    return bool((first - second).norm() > 1e-3 * first.norm())
 
 
 @contextlib.contextmanager
