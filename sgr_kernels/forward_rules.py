@@ -2,7 +2,7 @@
 
 PyTorch's forward-mode formulas of normalization layers take saved statistics for constants, so that a backward through
 them is silently wrong; those of softmax fail in the backward, and fused attention has none. Written out in elementary
-functions all of them are right.
+functions all of them are right. Convolutions are right, too, but do twice the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -125,7 +126,23 @@ def _builtin(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Tangents of images alone: PyTorch's rule also convolves with the weight's tangent, a tensor of zeros."""
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(input)
+        if tangent is None or any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (weight, bias)
+        ):
+            return function(input, weight, bias, *args, **kwargs)
+        output = function(primal, weight, bias, *args, **kwargs)
+        return forward_ad.make_dual(output, function(tangent, weight, None, *args, **kwargs))
+
+    return call
+
+
 _RULES: dict[Any, Callable[..., Tensor]] = {
+    **{function: _convolution(function) for function in (F.conv1d, F.conv2d, F.conv3d)},
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,

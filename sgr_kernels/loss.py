@@ -29,7 +29,7 @@ from sgr_kernels.penalty import (
     METHODS,
     Passes,
     PenaltyGradientError,
-    attention_differentiable_twice,
+    differentiable_twice,
     input_gradient,
     is_compiled,
     samples_interact,
@@ -229,7 +229,7 @@ class SGRLoss(nn.Module):
         twice = differentiable and penalize and method == "double-backward"
         part = self._subset(images) if self.training else None
         passes = Passes(model, self._losses, labels, x.device, replays=part is not None or not twice)
-        with attention_differentiable_twice(twice):
+        with differentiable_twice(twice) as rules:
             first = passes.first(x)
             outputs, losses = _detached(first.outputs), first.losses
             penalized, penalized_losses = x, first.losses
@@ -240,7 +240,7 @@ class SGRLoss(nn.Module):
         if is_compiled(model) and differentiable and part is None:
             # A compiled graph serves one backward; that of the first pass belongs to the training step.
             penalized_losses = passes.again(penalized).losses
-        gradient = input_gradient(model, penalized_losses, penalized, twice, retain=not is_compiled(model))
+        gradient = input_gradient(model, penalized_losses, penalized, twice, rules)
         if update:
             self._update(model, images, labels, gradient)
         if not penalize:

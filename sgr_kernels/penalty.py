@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
 from sgr_kernels._constants import wide_dtype
+from sgr_kernels.convolution import DifferentiableTwice
 from sgr_kernels.finite_difference import difference, difference_noise, hooks_withheld, moved, scale_of_steps, spend
 from sgr_kernels.forward_rules import DifferentiableForwardMode
 
@@ -109,7 +110,9 @@ class Passes:
             return model(images)
 
 
-def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: bool, retain: bool = True) -> Tensor:
+def input_gradient(
+    model: Any, losses: Tensor, images: Tensor, create_graph: bool, rules: DifferentiableTwice | None
+) -> Tensor:
     """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels.
 
     Raises:
@@ -118,6 +121,9 @@ def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: boo
     """
     gradient = None
     if losses.requires_grad:
+        retain = not is_compiled(model)  # a compiled graph serves one backward
+        if rules is not None:
+            rules.skipped = True
         try:
             (gradient,) = torch.autograd.grad(
                 losses.sum(), images, create_graph=create_graph, retain_graph=retain, allow_unused=True
@@ -128,6 +134,9 @@ def input_gradient(model: Any, losses: Tensor, images: Tensor, create_graph: boo
             raise PenaltyGradientError(
                 f"method: the model cannot be differentiated twice ({error}); {_REMEDIES['double-backward']}"
             ) from error
+        finally:
+            if rules is not None:
+                rules.skipped = False
     if gradient is None:
         raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
     trainable = isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters())
@@ -193,11 +202,9 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         raise PenaltyGradientError(
             "method: fully sharded parameters are freed before the second backward; " + _REMEDIES[method]
         )
-    with attention_differentiable_twice(method == "double-backward"):
+    with differentiable_twice(method == "double-backward") as rules:
         losses = passes.again(images).losses
-    gradient = input_gradient(
-        passes.model, losses, images, create_graph=method == "double-backward", retain=not is_compiled(passes.model)
-    )
+    gradient = input_gradient(passes.model, losses, images, method == "double-backward", rules)
     images = images.detach()
     # BatchNorm in training mode couples the samples: what holds is the sum of the slopes over the batch.
     direction = gradient.detach()
@@ -243,13 +250,13 @@ def samples_interact(passes: Passes, images: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def attention_differentiable_twice(active: bool) -> Iterator[None]:
-    """Run fused attention, which has no second derivative, as its mathematical definition."""
+def differentiable_twice(active: bool) -> Iterator[DifferentiableTwice | None]:
+    """Run fused attention, which has no second derivative, as its definition, and convolutions with a fast one."""
     if not active or torch.compiler.is_compiling():
-        yield
+        yield None
         return
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        yield
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), DifferentiableTwice() as rules:
+        yield rules
 
 
 def select(labels: Any, index: Tensor | slice) -> Any:

@@ -1,0 +1,168 @@
+"""Convolutions whose second derivatives are convolutions' first derivatives.
+
+PyTorch differentiates a convolution's backward by convolving with kernels as large as images, after transposing both:
+several times as slow as the weight gradient that it amounts to, which backends have a kernel of its own for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        zeros = (0,) * len(self.stride)
+        return torch.ops.aten.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups
+        )
+
+    def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+        """Gradients in input, weight and bias."""
+        zeros = (0,) * len(self.stride)
+        return torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            weight,
+            [weight.shape[0]],
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            zeros,
+            self.groups,
+            wanted,
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    """``x * w``, bilinear, plus a bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, leaves: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.leaves = geometry, leaves
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_x, by_weight, by_bias = ctx.needs_input_grad[:3]
+        if ctx.leaves is not None and ctx.leaves.skipped:
+            by_weight = by_bias = False
+        if not torch.is_grad_enabled():
+            return *ctx.geometry.backward(gradient, x, weight, [by_x, by_weight, by_bias]), None, None
+        return (
+            _ByInput.apply(gradient, weight, x, ctx.geometry) if by_x else None,
+            _ByWeight.apply(gradient, x, weight, ctx.geometry) if by_weight else None,
+            gradient.sum((0, *range(2, gradient.dim()))) if by_bias else None,
+            None,
+            None,
+        )
+
+
+class _ByInput(torch.autograd.Function):
+    """The adjoint of ``x -> x * w``, bilinear in its argument and w; ``like`` is of the shape of x."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, weight: Tensor, like: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(gradient, weight)
+        ctx.geometry = geometry
+        return geometry.backward(gradient, like, weight, [True, False, False])[0]  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight = ctx.saved_tensors
+        return (
+            _plain(x, weight, ctx.geometry) if ctx.needs_input_grad[0] else None,
+            _ByWeight.apply(gradient, x, weight, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _ByWeight(torch.autograd.Function):
+    """The adjoint of ``w -> x * w``, bilinear in its argument and x; ``like`` is of the shape of w."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor, like: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.save_for_backward(gradient, x)
+        ctx.geometry = geometry
+        return geometry.backward(gradient, x, like, [False, True, False])[1]  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, x = ctx.saved_tensors
+        return (
+            _plain(x, weight, ctx.geometry) if ctx.needs_input_grad[0] else None,
+            _ByInput.apply(gradient, weight, x, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _plain(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Convolution.apply(x, weight, None, geometry, None)
+    return geometry.forward(x, weight)
+
+
+class DifferentiableTwice(TorchFunctionMode):
+    """While active, convolutions run as above.
+
+    Attributes:
+        skipped: Set while a backward is for the images alone. Custom functions are not told what a backward is for, so
+            that they would compute the gradients of weights, to be thrown away.
+    """
+
+    skipped = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a convolution of ordinary tensors differentiably, and everything else as it is."""
+        dims = _CONVOLUTIONS.get(func)
+        return func(*args, **(kwargs or {})) if dims is None else self._convolve(func, dims, *args, **(kwargs or {}))
+
+    def _convolve(
+        self,
+        func: Any,
+        dims: int,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        ordinary = all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, weight))
+        transformed = torch._C._are_functorch_transforms_active()
+        if not ordinary or transformed or input.dim() != dims + 2 or isinstance(padding, str):
+            return func(input, weight, bias, stride, padding, dilation, groups)
+        # The images do not come before a leaf; they may before a weight that a network computes.
+        leaves = self if weight.is_leaf and (bias is None or bias.is_leaf) else None
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        geometry = _Geometry(_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims), groups)
+        with torch.autocast(device, enabled=False):
+            return _Convolution.apply(input, weight, bias, geometry, leaves)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
