@@ -81,13 +81,28 @@ class Training:
 
     def seconds(self) -> float:
         """Mean time of the steps of one period."""
+        return self._timed(self.step, self.period)
+
+    def operator_seconds(self) -> float:
+        """Time of what a step does with the covariance: an update, and the penalty with its gradient in g."""
+        covariance = self.criterion.covariance
+        gradient = torch.randn_like(self.images).requires_grad_()
+
+        def operators() -> None:
+            covariance.update(gradient.detach().sign())
+            covariance.quadratic_form(gradient).sum().backward()
+
+        operators()
+        return self._timed(operators, 5)
+
+    def _timed(self, call: Callable[[], None], times: int) -> float:
         synchronize = torch.cuda.synchronize if self.images.is_cuda else lambda: None
         synchronize()
         start = time.perf_counter()
-        for _ in range(self.period):
-            self.step()
+        for _ in range(times):
+            call()
         synchronize()
-        return (time.perf_counter() - start) / self.period
+        return (time.perf_counter() - start) / times
 
 
 def _memory(network: str, way: str, batch: int, device: torch.device) -> int:
@@ -135,9 +150,12 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
     for training in trainings.values():
         training.seconds()
     times: dict[str, list[float]] = {way: [] for way in ways}
+    operators: list[float] = []
     for _ in range(rounds):
         for way, training in trainings.items():
             times[way].append(training.seconds())
+        if "sgr" in trainings:
+            operators.append(trainings["sgr"].operator_seconds())
     trainings.clear()
     rows = []
     for way in ways:
@@ -156,16 +174,19 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
     clean = next(row["peak_bytes"] for row in rows if row["way"] == "clean")
     for row in rows:
         row["memory_ratio"] = row["peak_bytes"] / clean
+        if row["way"] == "sgr":
+            row["operator_share"] = 1e3 * statistics.median(operators) / row["milliseconds"]
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    lines = ["| network | way | ms | / clean | peak MB | / clean |", "|---|---|---|---|---|---|"]
+    lines = ["| network | batch | way | ms | / clean | peak MB | / clean | operators |", "|---" * 8 + "|"]
     for row in rows:
+        share = f"{row['operator_share']:.1%}" if "operator_share" in row else ""
         lines.append(
-            f"| {row['network']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "
-            f"| {row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f} |"
+            f"| {row['network']} | {row['batch']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "
+            f"| {row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f} | {share} |"
         )
     return "\n".join(lines)
 
@@ -175,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sgr bench step", description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -185,10 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_only:
         print(_memory(options.networks[0], options.ways[0], options.batch, device))
         return
+    large = {"resnet18", "vit"} if device.type == "cpu" else set()
     ways = list(dict.fromkeys(["clean", *options.ways]))
     rows: list[dict[str, Any]] = []
     for network in options.networks:
-        rows += measure(network, ways, options.batch, device, options.rounds)
+        batch = options.batch or (16 if network in large else 128)
+        rows += measure(network, ways, batch, device, options.rounds)
         if options.out is not None:
             result = {"machine": machine.describe(device), "rows": rows}
             options.out.write_text(json.dumps(result, indent=1) + "\n")

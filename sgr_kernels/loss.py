@@ -240,7 +240,10 @@ class SGRLoss(nn.Module):
         if is_compiled(model) and differentiable and part is None:
             # A compiled graph serves one backward; that of the first pass belongs to the training step.
             penalized_losses = passes.again(penalized).losses
-        gradient = input_gradient(model, penalized_losses, penalized, twice, rules)
+        spent = is_compiled(model) or method == "forward-mode"  # a compiled graph serves one backward
+        gradient = input_gradient(model, penalized_losses, penalized, twice, rules, retain=not spent)
+        if method == "forward-mode" and part is None:
+            losses = losses.detach()
         if update:
             self._update(model, images, labels, gradient)
         if not penalize:

@@ -111,9 +111,22 @@ class Passes:
 
 
 def input_gradient(
-    model: Any, losses: Tensor, images: Tensor, create_graph: bool, rules: DifferentiableTwice | None
+    model: Any,
+    losses: Tensor,
+    images: Tensor,
+    create_graph: bool,
+    rules: DifferentiableTwice | None,
+    retain: bool,
 ) -> Tensor:
     """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels.
+
+    Args:
+        model: Named in errors.
+        losses: (B,).
+        images: What to differentiate in.
+        create_graph: Whether the gradient is to have a graph.
+        rules: Under which the losses were computed, if so.
+        retain: Whether the graph is to serve another backward.
 
     Raises:
         ValueError: If the loss does not depend on the images.
@@ -121,7 +134,6 @@ def input_gradient(
     """
     gradient = None
     if losses.requires_grad:
-        retain = not is_compiled(model)  # a compiled graph serves one backward
         if rules is not None:
             rules.skipped = True
         try:
@@ -204,7 +216,9 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         )
     with differentiable_twice(method == "double-backward") as rules:
         losses = passes.again(images).losses
-    gradient = input_gradient(passes.model, losses, images, method == "double-backward", rules)
+    gradient = input_gradient(
+        passes.model, losses, images, method == "double-backward", rules, retain=method == "double-backward"
+    )
     images = images.detach()
     # BatchNorm in training mode couples the samples: what holds is the sum of the slopes over the batch.
     direction = gradient.detach()
