@@ -36,6 +36,7 @@ from sgr_kernels.penalty import (
     select,
     slope_forward_mode,
     try_method,
+    unwrapped,
 )
 from sgr_kernels.per_sample import cross_entropy_per_sample
 from sgr_kernels.perturbations import ATTACKS, FREE, Perturbation, check_perturbation, from_gradient
@@ -347,7 +348,7 @@ class SGRLoss(nn.Module):
         else:
             source = ATTACKS[self.perturbation] if isinstance(self.perturbation, str) else self.perturbation
             assert source is not None
-            xi = source(model, images.detach(), labels)
+            xi = source(unwrapped(model), images.detach(), labels)
         self.covariance.update(xi)
 
     def _omega(self, gradient: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Pass:
     losses: Tensor
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The module inside DistributedDataParallel: extra passes must not start its gradient reduction again."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
@@ -55,12 +55,12 @@ def _unwrapped(model: Any) -> Any:
 
 def uncompiled(model: Any) -> Any:
     """The module inside ``torch.compile``, which supports neither a second backward nor forward mode."""
-    return getattr(_unwrapped(model), "_orig_mod", _unwrapped(model))
+    return getattr(unwrapped(model), "_orig_mod", unwrapped(model))
 
 
 def is_compiled(model: Any) -> bool:
     """Whether a model is the product of ``torch.compile``."""
-    return uncompiled(model) is not _unwrapped(model)
+    return uncompiled(model) is not unwrapped(model)
 
 
 def _is_sharded(model: Any) -> bool:
@@ -99,7 +99,7 @@ class Passes:
 
     def run(self, images: Tensor, compiled: bool = True) -> Any:
         """The outputs of a further pass; ``compiled=False`` looks inside a compiled model."""
-        model = _unwrapped(self.model) if compiled else uncompiled(self.model)
+        model = unwrapped(self.model) if compiled else uncompiled(self.model)
         with torch.random.fork_rng([images.device.index] if images.is_cuda else []):
             torch.set_rng_state(self._random[0])
             if images.is_cuda:

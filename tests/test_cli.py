@@ -2,7 +2,6 @@
 
 import json
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ import torch
 from sgr_kernels.cli import COMMANDS, main
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.suite import Plan
-from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import load_model
+from tests.data_files import write_idx
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +22,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def write_idx(folder, train, test):
-    """The sample's first digits as a folder of plain IDX files."""
-    folder.mkdir()
-    for prefix, images in (("train", load("mnist-sample").train.first(train)), ("t10k", load("mnist-sample").test)):
-        chosen = images.first(train if prefix == "train" else test)
-        pixels = struct.pack(">4I", 2051, len(chosen), 28, 28) + chosen.images.numpy().tobytes()
-        labels = struct.pack(">2I", 2049, len(chosen)) + chosen.labels.byte().numpy().tobytes()
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
 
 
 @pytest.fixture(scope="session")

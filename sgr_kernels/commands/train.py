@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sgr_kernels.commands import common
@@ -14,6 +15,7 @@ from sgr_kernels.penalty import METHODS as PENALTY_METHODS
 from sgr_kernels.report.page import percent
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import METHODS, PERTURBATIONS, Settings
+from sgr_kernels.training.processes import Processes, joined, local_device
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -76,7 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; 1 if interrupted."""
+    """Train, alone or as one of the processes that ``torchrun`` started; 1 if interrupted."""
+    device = local_device(common.device(arguments.device))
+    with joined(device) as processes:
+        return _train(arguments, device, processes)
+
+
+def _train(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    say = tqdm.write if processes.first else lambda line: None
     out = Path(arguments.out)
     existing = (out / CHECKPOINT_FILE).is_file()
     if existing and not arguments.resume:
@@ -85,26 +94,27 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = Trainer(
         settings_from(arguments, common.architecture_for(data.train.images.shape[1:])),
         data,
-        device=common.device(arguments.device),
+        device=device,
+        processes=processes,
     )
     if existing:
         trainer.resume(out)
-        print(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")
+        say(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")
     with common.interrupt_between_steps() as interrupted:
         try:
             finished = trainer.run(
                 arguments.epochs,
                 out=out,
                 checkpoint_every=arguments.checkpoint_every,
-                on_epoch=lambda record: tqdm.write(epoch_line(record, arguments.epochs)),
+                on_epoch=lambda record: say(epoch_line(record, arguments.epochs)),
                 stop=interrupted,
             )
-        except RuntimeError as error:  # not the input's shape but its course: no finite loss, no memory
+        except RuntimeError as error:  # not the input's shape but its course: no finite loss, no memory, no connection
             raise ValueError(str(error)) from error
     if not finished:
-        print(f"interrupted; to continue: the same command with --resume (checkpoint in {out})")
+        say(f"interrupted; to continue: the same command with --resume (checkpoint in {out})")
         return 1
-    print(f"trained: {out / CHECKPOINT_FILE}")
+    say(f"trained: {out / CHECKPOINT_FILE}")
     return 0
 
 

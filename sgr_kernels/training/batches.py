@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgr_kernels.training.datasets import ImageSet
+from sgr_kernels.training.processes import Processes
+
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,20 @@ class Augmentation:
     fill: float = 0.0
     flip: bool = False
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment a batch (B, C, H, W) with draws from a CPU generator; the result has the same shape."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, whole: int | None = None, part: slice = slice(None)
+    ) -> Tensor:
+        """Augment a batch (B, C, H, W) with draws from a CPU generator; the result has the same shape.
+
+        The images may be the given part of a whole batch; they are drawn for as in the whole.
+        """
         batch, channels, height, width = images.shape
-        top, left = torch.randint(0, 2 * self.pad + 1, (2, batch, 1), generator=generator)
-        rows = top + torch.arange(height)
-        columns = left + torch.arange(width)
+        drawn = batch if whole is None else whole
+        top, left = torch.randint(0, 2 * self.pad + 1, (2, drawn, 1), generator=generator)
+        rows = top[part] + torch.arange(height)
+        columns = left[part] + torch.arange(width)
         if self.flip:
-            mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+            mirrored = torch.rand(drawn, 1, generator=generator)[part] < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         padded = F.pad(images, (self.pad,) * 4, value=self.fill)
         index = (
@@ -61,6 +70,7 @@ class Batches:
         seed: Seed of order and augmentation, drawn on the CPU whatever the device.
         shuffle: Whether each epoch has an order of its own.
         augmentation: Applied to each batch if given.
+        processes: Those that share each batch; this one yields its part, perhaps an empty one.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Batches:
         seed: int = 0,
         shuffle: bool = False,
         augmentation: Augmentation | None = None,
+        processes: Processes = _ALONE,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -80,6 +91,7 @@ class Batches:
         self.images = data.images.to(device)
         self.labels = data.labels.to(device)
         self.batch_size, self.seed, self.shuffle, self.augmentation = batch_size, seed, shuffle, augmentation
+        self.processes = processes
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -94,11 +106,16 @@ class Batches:
         if self.shuffle:
             order = torch.randperm(len(self.labels), generator=self._generator(epoch, 0))
         for step in range(start, len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size].to(self.images.device)
+            whole, part = self.count(step), self.processes.share(self.count(step))
+            chosen = order[step * self.batch_size :][:whole][part].to(self.images.device)
             images = self.images[chosen].float().div_(255)
             if self.augmentation is not None:
-                images = self.augmentation(images, self._generator(epoch, step + 1))
+                images = self.augmentation(images, self._generator(epoch, step + 1), whole, part)
             yield images, self.labels[chosen]
+
+    def count(self, step: int) -> int:
+        """Images in a step's batch, those of all processes."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         mixed = np.random.SeedSequence([self.seed, epoch, stream]).generate_state(1, np.uint64)[0]

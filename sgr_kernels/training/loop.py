@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from sgr_kernels.training import checkpoint
@@ -19,9 +20,12 @@ from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.methods import Settings, build_criterion, settings_from_dict, weight_decay
 from sgr_kernels.training.models import CarliniWagner, carlini_wagner
+from sgr_kernels.training.processes import Processes
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HISTORY_FILE = "history.json"
+
+_ALONE = Processes()
 
 
 class TrainingError(RuntimeError):
@@ -37,6 +41,8 @@ class Trainer:
         settings: What to train and how.
         data: Training and test images.
         device: Where to train.
+        processes: Those that train together, each on its part of every batch; all must make the same calls. The result
+            is that of one process up to rounding, and the first one writes.
 
     Attributes:
         model: The network.
@@ -45,9 +51,16 @@ class Trainer:
         history: One record per finished epoch.
     """
 
-    def __init__(self, settings: Settings, data: DataSet, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: DataSet,
+        *,
+        device: torch.device | str = "cpu",
+        processes: Processes = _ALONE,
+    ) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.device = settings, torch.device(device)
+        self.settings, self.device, self.processes = settings, torch.device(device), processes
         self.model: CarliniWagner = carlini_wagner(settings.architecture).to(device)
         self.criterion: Any = build_criterion(settings, data.train).to(device)
         self.optimizer = torch.optim.Adam(
@@ -61,13 +74,16 @@ class Trainer:
             seed=settings.seed,
             shuffle=True,
             augmentation=Augmentation(fill=fill, flip=settings.flip) if settings.augment else None,
+            processes=processes,
         )
-        self.test_batches = Batches(data.test, 100, device=device)
+        self.test_batches = Batches(data.test, 100, device=device, processes=processes)
         self.data_name, self.data_digest = data.train.name, data.train.digest()
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self._totals = self._no_totals()
         self._seconds = 0.0
+        self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
+        self._seed_others()
 
     def run(
         self,
@@ -98,6 +114,7 @@ class Trainer:
         folder = None if out is None else Path(out)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+        progress = progress if self.processes.first else False
         steps = len(self.batches)
         disable = None if progress is None else not progress
         initial = self.epoch * steps + self.step
@@ -108,7 +125,7 @@ class Trainer:
                     self._train_step(images, labels)
                     self._seconds += time.perf_counter() - clock
                     bar.update()
-                    stopped = stop()
+                    stopped = self.processes.any(stop(), self.device)
                     epoch_done = self.step == steps
                     if epoch_done:
                         self._finish_epoch()
@@ -123,8 +140,11 @@ class Trainer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``checkpoint.safetensors`` and ``history.json`` into an existing folder, each atomically."""
-        self._require_finite()
-        checkpoint.save(Path(folder) / CHECKPOINT_FILE, self.state_dict())
+        state = self.state_dict()
+        self._require_finite(state["totals"])
+        if not self.processes.first:
+            return
+        checkpoint.save(Path(folder) / CHECKPOINT_FILE, state)
         history = {"settings": asdict(self.settings), "data": self.data_name, "epochs": self.history}
         checkpoint.write_atomically(Path(folder) / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
 
@@ -138,7 +158,7 @@ class Trainer:
         self.load_state_dict(checkpoint.load(checkpoint_file(path)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the training depends on."""
+        """Everything the rest of the training depends on, on whatever number of processes."""
         return {
             "settings": asdict(self.settings),
             "data": {"name": self.data_name, "digest": self.data_digest},
@@ -147,7 +167,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": checkpoint.rng_state(self.device),
             "position": {"epoch": self.epoch, "step": self.step},
-            "totals": self._totals,
+            "totals": self.processes.total(self._totals),
             "seconds": self._seconds,
             "history": self.history,
         }
@@ -170,15 +190,19 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self.history = list(state["history"])
-        self._totals, self._seconds = state["totals"].to(self.device), state["seconds"]
+        self._seconds = state["seconds"]
+        # The sums of all processes so far are kept by the first.
+        self._totals = state["totals"].to(self.device) if self.processes.first else self._no_totals()
         checkpoint.restore_rng(state["rng"], self.device)
+        self._seed_others()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
         self.criterion.train()
-        loss = self.criterion(self.model, images, labels)
+        loss = self.criterion(self._network, images, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        # DistributedDataParallel takes the mean over processes, whose parts of the batch may differ.
+        (loss * (self.processes.size * len(labels) / self.batches.count(self.step))).backward()
         self.optimizer.step()
         self.step += 1
         last = self.criterion.peek()
@@ -189,9 +213,10 @@ class Trainer:
         self._totals += torch.stack([*(s.double() for s in sums), *self._totals.new_tensor([count, penalized])])
 
     def _finish_epoch(self) -> None:
-        self._require_finite()
+        totals = self.processes.total(self._totals)
+        self._require_finite(totals)
         self.criterion.last  # noqa: B018  (reading it warns of what went wrong, and waits for the device)
-        loss, cross_entropy, correct, penalty, seen, penalized = self._totals.tolist()
+        loss, cross_entropy, correct, penalty, seen, penalized = totals.tolist()
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append(
             {
@@ -200,26 +225,34 @@ class Trainer:
                 "cross_entropy": cross_entropy / seen,
                 "penalty": penalty / max(1, penalized),
                 "train_accuracy": correct / seen,
-                "test_accuracy": accuracy(self.model, self.test_batches),
+                "test_accuracy": accuracy(self.model, self.test_batches, self.processes),
                 "seconds": round(self._seconds, 2),
             }
         )
         self._totals, self._seconds = self._no_totals(), 0.0
 
-    def _require_finite(self) -> None:
-        if not bool(self._totals.isfinite().all()):
+    def _require_finite(self, totals: Tensor) -> None:
+        if not bool(totals.isfinite().all()):
             raise TrainingError(
                 f"the loss is no longer finite (epoch {self.epoch + 1}, step {self.step}): "
                 "try a smaller strength or learning rate"
             )
+
+    def _seed_others(self) -> None:
+        """Let what is drawn at random (starts of attacks) differ between processes; the first draws as one alone."""
+        if not self.processes.first:
+            torch.manual_seed(hash((self.settings.seed, self.processes.rank, self.epoch, self.step)) % 2**63)
 
     def _no_totals(self) -> Tensor:
         """Sums over the epoch's samples of loss, cross-entropy, hits and penalty; samples seen and penalized."""
         return torch.zeros(6, dtype=torch.float64, device=self.device)
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of images whose largest logit is at the label; the model is in evaluation mode meanwhile."""
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = _ALONE) -> float:
+    """Share of images whose largest logit is at the label; the model is in evaluation mode meanwhile.
+
+    Several processes each bring their part of the images.
+    """
     training = model.training
     model.eval()
     correct, seen = 0, 0
@@ -230,6 +263,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
                 seen += len(labels)
     finally:
         model.train(training)
+    device = next(model.parameters()).device
+    correct, seen = processes.total(torch.tensor([correct, seen], device=device)).tolist()
     return correct / seen
 
 

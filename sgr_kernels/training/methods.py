@@ -115,7 +115,7 @@ class CrossEntropy(nn.Module):
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of ``model(images)``, a scalar."""
         outputs = model(images)
-        loss = cross_entropy_per_sample(outputs, labels).mean()
+        loss = cross_entropy_per_sample(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
         self._last = StepStatistics(
             loss=value,

@@ -1,0 +1,167 @@
+"""``sgr train`` as several processes: the weights of one, whatever their number; ends that are not waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from sgr_kernels.cli import main
+from sgr_kernels.training.batches import Augmentation, Batches
+from sgr_kernels.training.datasets import DataSet, load
+from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer, load_model
+from sgr_kernels.training.methods import Settings
+from sgr_kernels.training.processes import Processes
+from tests.data_files import write_idx
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+
+TIME_LIMIT = 100  # a deadlock is a failure
+OPTIONS = ["--device", "cpu", "--batch-size", "49"]  # parts of 24 and 25 digits
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with 149 training and 41 test digits: the last of four batches holds 2."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_idx(folder, 149, 41)
+    return str(folder)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    """What ``sgr train`` prints under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "sgr_kernels.cli", "train", *OPTIONS, *arguments]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of ``sgr train``, in the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sgr_kernels.cli", "train", *OPTIONS, *arguments],
+            env=environment() | {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + TIME_LIMIT
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def weights(folder: Path) -> Tensor:
+    return torch.cat([value.flatten() for value in load_model(folder)[0].state_dict().values()])
+
+
+def assert_close(found: Path, expected: Path, tolerance: float) -> None:
+    mine, wanted = weights(found), weights(expected)
+    assert (mine - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("options", [(), ("--method", "clean")])
+def test_two_processes_train_the_network_of_one_and_either_continues_the_other(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--data", data, *options]
+    printed = torchrun(2, *common, "--epochs", "1", "--out", str(two))
+    assert printed.count("epoch 1/1") == 1
+    assert printed.count("trained:") == 1
+    assert main(["train", *OPTIONS, *common, "--epochs", "1", "--out", str(one)]) == 0
+    assert_close(two, one, 1e-5)
+    mine, wanted = (json.loads((folder / HISTORY_FILE).read_text())["epochs"][0] for folder in (two, one))
+    for name in ("loss", "cross_entropy", "penalty", "train_accuracy", "test_accuracy"):
+        assert mine[name] == pytest.approx(wanted[name], rel=1e-4)
+    if options:
+        return
+    printed = torchrun(2, *common, "--epochs", "2", "--out", str(one), "--resume")
+    assert "after 1 epochs and 0 steps" in printed
+    assert main(["train", *OPTIONS, *common, "--epochs", "2", "--out", str(two), "--resume"]) == 0
+    assert main(["train", *OPTIONS, *common, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
+    for folder in (one, two):
+        assert_close(folder, tmp_path / "whole", 1e-4)
+
+
+def test_a_killed_process_ends_the_other_with_an_error(data: str, tmp_path: Path) -> None:
+    with started("--data", data, "--epochs", "10000", "--checkpoint-every", "1", "--out", str(tmp_path)) as processes:
+        wait_for(tmp_path / CHECKPOINT_FILE)
+        processes[1].send_signal(signal.SIGKILL)
+        _, error = processes[0].communicate(timeout=TIME_LIMIT)
+        assert processes[0].returncode == 2
+        assert "sgr: error: " in error
+    load_model(tmp_path)
+
+
+def test_an_interrupt_of_one_process_ends_all_between_the_same_two_steps(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", data, "--epochs", "10000", "--out", str(tmp_path)]
+    with started(*common, "--checkpoint-every", "1") as processes:
+        wait_for(tmp_path / CHECKPOINT_FILE)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=TIME_LIMIT)[0] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1]
+    assert "the same command with --resume" in outputs[0]
+    assert "resume" not in outputs[1]
+    position = load_model(tmp_path)[1]["position"]
+    options = [*common[:2], "--out", str(tmp_path), "--resume", "--epochs", str(position["epoch"] + 1)]
+    assert main(["train", *OPTIONS, *options]) == 0
+    assert f"after {position['epoch']} epochs and {position['step']} steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_parts_make_up_the_batches_of_one_process(size: int) -> None:
+    images = load("mnist-sample").train.first(23)
+    options = {"seed": 3, "shuffle": True, "augmentation": Augmentation(flip=True)}
+    parts = [Batches(images, 5, processes=Processes(rank, size), **options) for rank in range(size)]
+    for step, (whole, labels) in enumerate(Batches(images, 5, **options)):
+        mine = [list(part.epoch(0))[step] for part in parts]
+        assert torch.equal(torch.cat([images for images, _ in mine]), whole)
+        assert torch.equal(torch.cat([labels for _, labels in mine]), labels)
+        assert max(len(labels) for _, labels in mine) - min(len(labels) for _, labels in mine) <= 1
+
+
+@pytest.mark.parametrize("method", ["double-backward", "forward-mode", "finite-difference"])
+@pytest.mark.parametrize("source", ["sign", "pgd"])
+def test_an_empty_part_takes_its_step(method: str, source: str) -> None:
+    sample = load("mnist-sample")
+    settings = Settings("mnist", perturbation=source, penalty_method=method)
+    trainer = Trainer(settings, DataSet(sample.train.first(2), sample.test.first(2)))
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer._train_step(sample.train.images[:0] / 255, sample.train.labels[:0])
+    for parameter, old in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
