@@ -79,9 +79,9 @@ class Training:
         self.criterion(self.model, self.images, self.labels).backward()
         self.optimizer.step()
 
-    def seconds(self) -> float:
-        """Mean time of the steps of one period."""
-        return self._timed(self.step, self.period)
+    def seconds(self) -> list[float]:
+        """Times of the steps of one period."""
+        return [self._timed(self.step) for _ in range(self.period)]
 
     def operator_seconds(self) -> float:
         """Time of what a step does with the covariance: an update, and the penalty with its gradient in g."""
@@ -93,16 +93,15 @@ class Training:
             covariance.quadratic_form(gradient).sum().backward()
 
         operators()
-        return self._timed(operators, 5)
+        return self._timed(operators)
 
-    def _timed(self, call: Callable[[], None], times: int) -> float:
+    def _timed(self, call: Callable[[], None]) -> float:
         synchronize = torch.cuda.synchronize if self.images.is_cuda else lambda: None
         synchronize()
         start = time.perf_counter()
-        for _ in range(times):
-            call()
+        call()
         synchronize()
-        return (time.perf_counter() - start) / times
+        return time.perf_counter() - start
 
 
 def _memory(network: str, way: str, batch: int, device: torch.device) -> int:
@@ -146,10 +145,15 @@ def peak_memory(network: str, way: str, batch: int, device: torch.device) -> int
 
 def measure(network: str, ways: list[str], batch: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """One row a way: median time with quartiles, peak memory, and both as ratios to the clean step."""
-    trainings = {way: Training(network, way, batch, device) for way in ways}
-    for training in trainings.values():
-        training.seconds()
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    trainings, reasons = {}, {}
+    for way in ways:
+        trainings[way] = Training(network, way, batch, device)
+        try:
+            trainings[way].seconds()
+        except sgr.PenaltyGradientError as error:
+            reasons[way] = " ".join(str(error).split())
+            del trainings[way]
+    times: dict[str, list[list[float]]] = {way: [] for way in trainings}
     operators: list[float] = []
     for _ in range(rounds):
         for way, training in trainings.items():
@@ -157,24 +161,23 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
         if "sgr" in trainings:
             operators.append(trainings["sgr"].operator_seconds())
     trainings.clear()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for way in ways:
-        low, median, high = statistics.quantiles(times[way], n=4)
-        rows.append(
-            {
-                "network": network,
-                "way": way,
-                "batch": batch,
-                "milliseconds": 1e3 * median,
-                "quartiles": [1e3 * low, 1e3 * high],
-                "time_ratio": median / statistics.median(times["clean"]),
-                "peak_bytes": peak_memory(network, way, batch, device),
-            }
+        row = {"network": network, "way": way, "batch": batch}
+        rows.append(row)
+        if way in reasons:
+            row["reason"] = reasons[way]
+            continue
+        # Each step of a period has its own median; a mean over the period would let in every disturbance.
+        low, median, high = (
+            statistics.mean(quartile)
+            for quartile in zip(*(statistics.quantiles(steps, n=4) for steps in zip(*times[way])))
         )
-    clean = next(row["peak_bytes"] for row in rows if row["way"] == "clean")
-    for row in rows:
-        row["memory_ratio"] = row["peak_bytes"] / clean
-        if row["way"] == "sgr":
+        row["milliseconds"], row["quartiles"] = 1e3 * median, [1e3 * low, 1e3 * high]
+        row["time_ratio"] = row["milliseconds"] / rows[0]["milliseconds"]
+        row["peak_bytes"] = peak_memory(network, way, batch, device)
+        row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+        if way == "sgr":
             row["operator_share"] = 1e3 * statistics.median(operators) / row["milliseconds"]
     return rows
 
@@ -183,6 +186,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
     lines = ["| network | batch | way | ms | / clean | peak MB | / clean | operators |", "|---" * 8 + "|"]
     for row in rows:
+        if "reason" in row:
+            lines.append(f"| {row['network']} | {row['batch']} | {row['way']} | no | | | | |")
+            continue
         share = f"{row['operator_share']:.1%}" if "operator_share" in row else ""
         lines.append(
             f"| {row['network']} | {row['batch']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "

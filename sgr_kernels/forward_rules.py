@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -117,6 +118,14 @@ def _attention(
     return (F.dropout(weights, dropout_p) if dropout_p > 0 else weights) @ value
 
 
+def _with(function: Any, **names: Any) -> Callable[..., Any]:
+    """A function of ``torch.nn.functional`` with other meanings of some names in its body, which no mode sees into."""
+    names["has_torch_function"] = lambda tensors: False
+    copy = FunctionType(function.__code__, {**function.__globals__, **names}, None, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 def _builtin(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A softmax rule behind the signature ``(x, dim, dtype)`` of ``torch.softmax`` and ``Tensor.softmax``."""
 
@@ -150,6 +159,9 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     F.softmax: _softmax,
     F.log_softmax: _log_softmax,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _with(
+        F.multi_head_attention_forward, scaled_dot_product_attention=_attention, softmax=_softmax
+    ),
     torch.softmax: _builtin(_softmax),
     Tensor.softmax: _builtin(_softmax),
     torch.log_softmax: _builtin(_log_softmax),
