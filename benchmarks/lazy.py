@@ -1,7 +1,8 @@
-"""What a lazy penalty keeps: networks trained with the penalty on every step, every 4th, every 16th, and never.
+"""What a cheaper penalty keeps of robustness: on every 4th or 16th step, or by finite differences.
 
-``sgr bench lazy --data DIR --out FILE`` trains each on MNIST with several seeds and attacks it with PGD and correlated
-noise. The file is written after every network, and a run that is begun again goes on from there.
+``sgr bench lazy --data DIR --out FILE`` trains networks on MNIST, without a penalty, with one on every step, and in the
+cheaper ways, each from several seeds, and attacks them with PGD and correlated noise. The file is written after every
+network; begun again, the command goes on from there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "every step": {"method": "sgr", "penalty_every": 1},
     "every 4th": {"method": "sgr", "penalty_every": 4, "update_every": 4},
     "every 16th": {"method": "sgr", "penalty_every": 16, "update_every": 16},
+    "finite difference": {"method": "sgr", "penalty_method": "finite-difference"},
 }
+MEASURES = ("test_accuracy", "pgd_area", "noise_accuracy")
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantiles of Student's t by degrees of freedom."""
 PLAN = Plan(EPS_GRIDS["mnist"], pgd_steps=20, decay_lengths=(4.0, 16.0), noise_eps=(0.5,), draws=30)
 
 
@@ -38,9 +44,9 @@ def train_and_attack(way: str, seed: int, options: argparse.Namespace, data: Dat
         "mnist", strength=options.strength, perturbation=options.perturbation, augment=False, seed=seed, **WAYS[way]
     )
     trainer = Trainer(settings, DataSet(data.train.first(options.train_images), data.test))
-    trainer.run(options.epochs, progress=False)
+    trainer.run(options.epochs)
     model = trainer.model.eval()
-    attacked = Batches(data.test.first(options.images), 250)
+    attacked = Batches(data.test.first(options.images), 100)
     evaluation = evaluate(model, attacked, PLAN)
     return {
         "way": way,
@@ -52,23 +58,72 @@ def train_and_attack(way: str, seed: int, options: argparse.Namespace, data: Dat
     }
 
 
+def interval(values: list[float]) -> dict[str, Any]:
+    """Mean over seeds and its 95 % confidence interval; None where one value tells nothing of their spread."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": mean, "interval95": None}
+    half = STUDENT.get(len(values) - 1, 2.0) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "interval95": [mean - half, mean + half]}
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard error over seeds, and the share of the every-step gain over clean that each way keeps."""
+    """By way and measure: the mean over seeds, and what is kept of every-step SGR's gain over clean training.
+
+    ``behind`` is every-step SGR minus this way, seed by seed; ``kept`` the share of the gain. ``keeps`` holds where the
+    share is 90 % or more, or the interval of ``behind`` contains zero.
+    """
+    found = {(row["way"], row["seed"]): row for row in rows}
     result: dict[str, dict[str, Any]] = {}
-    for measure in ("test_accuracy", "pgd_area", "noise_accuracy"):
-        means = {}
-        for way in WAYS:
-            values = [row[measure] for row in rows if row["way"] == way]
-            if not values:
+    for way in dict.fromkeys(row["way"] for row in rows):
+        for measure in MEASURES:
+            entry = interval([row[measure] for row in rows if row["way"] == way])
+            result.setdefault(way, {})[measure] = entry
+            seeds = [s for (w, s) in found if w == way and {("clean", s), ("every step", s)} <= found.keys()]
+            if way in ("clean", "every step") or not seeds:
                 continue
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            means[way] = statistics.mean(values)
-            result.setdefault(way, {})[measure] = {"mean": means[way], "standard_error": error}
-        gain = means.get("every step", 0.0) - means.get("clean", 0.0)
-        for way, mean in means.items():
-            if gain and way != "clean":
-                result[way][measure]["gain_kept"] = (mean - means["clean"]) / gain
+            every, clean, mine = (
+                [found[name, seed][measure] for seed in seeds] for name in ("every step", "clean", way)
+            )
+            gain = statistics.mean(every) - statistics.mean(clean)
+            entry["behind"] = interval([e - m for e, m in zip(every, mine, strict=True)])
+            entry["kept"] = (statistics.mean(mine) - statistics.mean(clean)) / gain if gain else None
+            low, high = entry["behind"]["interval95"] or (1.0, -1.0)
+            entry["keeps"] = bool(gain > 0 and entry["kept"] >= 0.9) or low <= 0 <= high
     return result
+
+
+def table(result: dict[str, dict[str, Any]]) -> str:
+    """The summary as Markdown, in percent."""
+
+    def cell(entry: dict[str, Any]) -> str:
+        bounds = entry["interval95"]
+        text = f"{100 * entry['mean']:.1f}" + (f" ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})" if bounds else "")
+        return text + (f", keeps {entry['kept']:.0%}" if entry.get("kept") is not None else "")
+
+    lines = ["| penalty | test accuracy | PGD area | correlated noise |", "|---" * 4 + "|"]
+    lines += [f"| {way} | " + " | ".join(cell(entry[m]) for m in MEASURES) + " |" for way, entry in result.items()]
+    return "\n".join(lines)
+
+
+def _resumed(out: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same measurement.
+
+    Raises:
+        ValueError: If the file holds another one.
+    """
+    if not out.exists():
+        return []
+    result: dict[str, Any] = json.loads(out.read_text())
+    for part, own in expected.items():
+        for name, value in own.items():
+            if result[part].get(name) != value:
+                raise ValueError(
+                    f"--out {out}: holds results of another run ({name}: {result[part].get(name)!r}, now {value!r}); "
+                    "name another file"
+                )
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,23 +141,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = Path(options.data)
     data = load(folder / "mnist" if (folder / "mnist").is_dir() else folder)
-    settings = {
-        name: getattr(options, name) for name in ("train_images", "epochs", "images", "strength", "perturbation")
-    }
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    for seed in options.seeds:
-        for way in options.ways:
-            if any(row["way"] == way and row["seed"] == seed for row in rows):
-                continue
-            rows.append(train_and_attack(way, seed, options, data))
-            print(json.dumps(rows[-1]), flush=True)
-            result = {
-                "machine": machine.describe(torch.device("cpu")),
-                "settings": settings,
-                "summary": summary(rows),
-                "rows": rows,
-            }
-            write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    names = ("train_images", "epochs", "images", "strength", "perturbation")
+    settings = {name: getattr(options, name) for name in names}
+    head = {"machine": machine.describe(torch.device("cpu")), "settings": settings}
+    rows = _resumed(options.out, head)
+    pending = [
+        (way, seed)
+        for seed in options.seeds
+        for way in options.ways
+        if not any(row["way"] == way and row["seed"] == seed for row in rows)
+    ]
+    start = time.monotonic()
+    for done, (way, seed) in enumerate(pending, 1):
+        rows.append(train_and_attack(way, seed, options, data))
+        result = {**head, "summary": summary(rows), "rows": rows}
+        write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+        print(json.dumps(rows[-1]), flush=True)
+        elapsed = time.monotonic() - start
+        left = elapsed / done * (len(pending) - done)
+        print(f"{done} of {len(pending)} networks, {elapsed / 60:.0f} min; about {left / 60:.0f} min left", flush=True)
+    print(table(summary(rows)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,18 +121,20 @@ def spend(losses: Tensor, images: Tensor, images_are_leaves: bool, weights: Tens
 
 def _leaves(losses: Tensor, images: Tensor) -> list[Tensor]:
     """The leaves that a graph ends in, whoever owns them; but not those before the images."""
-    seen: set[Any] = {None, get_gradient_edge(images).node}
-    stack, leaves = [losses.grad_fn], []
+    nodes = graph_nodes(losses, {get_gradient_edge(images).node})
+    return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
+
+
+def graph_nodes(value: Tensor, without: Collection[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph behind a value, each once; not beyond those left out."""
+    seen: set[Any] = {None, *without}
+    stack: list[Any] = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        assert node is not None
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-        stack.extend(following for following, _ in node.next_functions)
-    return leaves
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(following for following, _ in node.next_functions)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # like torch.compiler.disable, but importing the compiler on first use
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
@@ -87,6 +87,16 @@ def _detached(value: Any) -> Any:
     return value
 
 
+def _blame_devices(model: Any, images: Tensor, labels: Any, error: RuntimeError) -> None:
+    """Raise an error that names the devices, if something failed and they differ; a model may well have several."""
+    found = {"images": {images.device}, "labels": {t.device for t in tree_leaves(labels) if isinstance(t, Tensor)}}
+    if isinstance(model, nn.Module):
+        found["model"] = {p.device for p in model.parameters()}
+    if len(set().union(*found.values())) > 1:
+        where = ", ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in found.items() if on)
+        raise ValueError(f"device: got {where}; move them to one with .to(device) ({error})") from error
+
+
 class SGRLoss(nn.Module):
     """Cross-entropy with structured gradient regularization, ``mean_b l_b + strength * Omega`` (paper, Eq. 11).
 
@@ -110,7 +120,9 @@ class SGRLoss(nn.Module):
         method: Way to the penalty's gradient. ``"double-backward"`` is exact and needs a model that can be
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
-            models. ``"auto"`` takes the first of these that the model supports, and says which in the log.
+            models; it is the cheapest. It frees the graph of the first pass: what a model has left of that elsewhere,
+            such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of these that the
+            model supports, and says which in the log.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
             labels, other heads.
@@ -189,7 +201,8 @@ class SGRLoss(nn.Module):
 
         Raises:
             TypeError: If the images are not floating point.
-            ValueError: If the loss is not one number per sample, or does not depend on the images.
+            ValueError: If the loss is not one number per sample, or does not depend on the images; if something failed
+                and the model, the images and the labels are on different devices.
             PenaltyGradientError: If the model does not support the method.
             RuntimeError: If too many penalties in a row were not finite.
         """
@@ -202,7 +215,13 @@ class SGRLoss(nn.Module):
             images, labels = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (images, labels))
             # Finite differences are made of plain passes, which a compiler of the whole step may trace.
             step = self._step if self.method == "finite-difference" else self._untraced_step
-            loss = step(model, images if differentiable else images.detach(), labels, differentiable)
+            try:
+                loss = step(model, images if differentiable else images.detach(), labels, differentiable)
+            except PenaltyGradientError:
+                raise
+            except RuntimeError as error:
+                _blame_devices(model, images, labels, error)
+                raise
         self.steps += self.training
         return loss if differentiable else loss.detach()
 
@@ -443,10 +462,10 @@ class SGRLoss(nn.Module):
         self.covariance.warn_if_skipped()
         if last.penalty is not None:
             penalty = float(last.penalty)
-            if penalty < 0 and not self.mean_correction:
-                message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
-            elif not math.isfinite(penalty):
+            if not math.isfinite(penalty):
                 message = f"not finite ({penalty}) and was left out of the loss"
+            elif penalty < 0 and not self.mean_correction:
+                message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
             else:
                 return last
             warnings.warn(f"SGRLoss: the penalty is {message}", RuntimeWarning, stacklevel=2)

@@ -22,7 +22,15 @@ from torch.utils._pytree import tree_map_only
 from sgr_kernels import checks
 from sgr_kernels._constants import wide_dtype
 from sgr_kernels.convolution import DifferentiableTwice
-from sgr_kernels.finite_difference import difference, difference_noise, hooks_withheld, moved, scale_of_steps, spend
+from sgr_kernels.finite_difference import (
+    difference,
+    difference_noise,
+    graph_nodes,
+    hooks_withheld,
+    moved,
+    scale_of_steps,
+    spend,
+)
 from sgr_kernels.forward_rules import DifferentiableForwardMode
 
 METHODS = ("double-backward", "forward-mode", "finite-difference")
@@ -220,6 +228,11 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         passes.model, losses, images, method == "double-backward", rules, retain=method == "double-backward"
     )
     images = images.detach()
+    if method == "double-backward" and any(node.name() == "torch::autograd::Error" for node in graph_nodes(gradient)):
+        # autograd.grad passes by such a node in silence where it does not lead to what is asked for.
+        raise PenaltyGradientError(
+            f"method: a part of the model can be differentiated only once (once_differentiable); {_REMEDIES[method]}"
+        )
     # BatchNorm in training mode couples the samples: what holds is the sum of the slopes over the batch.
     direction = gradient.detach()
     expected = float(direction.square().sum())

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sgr_kernels as sgr
+from sgr_kernels.penalty import METHODS
 
 STEPS, BATCH, SIZE = 4, 12, (7, 6)
 
@@ -60,6 +61,20 @@ def scenario_uneven(rank: int, ranks: int, folder: Path) -> None:
             mine[0, 0, 0, 0] = torch.nan
         covariance.update(mine)
     torch.save(covariance.state_dict(), folder / f"uneven-{rank}.pt")
+
+
+def scenario_nonfinite(rank: int, ranks: int, folder: Path) -> None:
+    """The penalty of one process alone is not finite, in one step; all must go on, with the same weights."""
+    for method in METHODS:
+        net, loss = DistributedDataParallel(model()), criterion(method)
+        train(net, loss, rank, ranks, range(1))
+        if rank == 0:
+            loss.covariance.quadratic_form = lambda g: g.flatten(1).sum(1) * torch.nan
+        train(net, loss, rank, ranks, range(1, 2))
+        loss.covariance.__dict__.pop("quadratic_form", None)
+        train(net, loss, rank, ranks, range(2, STEPS))
+        state = {"nonfinite": loss.nonfinite, "values": loss.covariance.values, **net.module.state_dict()}
+        torch.save(state, folder / f"{method}-{rank}.pt")
 
 
 def scenario_resume(rank: int, ranks: int, folder: Path) -> None:

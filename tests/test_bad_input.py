@@ -219,7 +219,11 @@ def test_states_that_do_not_fit_are_not_loaded():
         ({"strength": float("inf")}, ValueError, ["strength", "finite", "inf"]),
         ({"update_every": 0}, ValueError, ["update_every", "positive int", "0"]),
         ({"penalty_every": 1.5}, ValueError, ["penalty_every", "positive int", "1.5"]),
+        ({"penalty_every": 0}, ValueError, ["penalty_every", "positive int", "0"]),
+        ({"nonfinite_patience": 0}, ValueError, ["nonfinite_patience", "positive int", "0"]),
         ({"fraction": 0.0}, ValueError, ["fraction", "(0, 1]", "0.0"]),
+        ({"fraction": 1.5}, ValueError, ["fraction", "(0, 1]", "1.5"]),
+        ({"fraction": float("nan")}, ValueError, ["fraction", "(0, 1]", "nan"]),
         ({"method": "magic"}, ValueError, ["method", "'double-backward'", "'magic'"]),
         ({"perturbation": "noise"}, ValueError, ["perturbation", "'sign'", "'noise'"]),
         (
@@ -254,6 +258,63 @@ def test_batches(images, labels, kind, words):
     with pytest.raises(kind) as error:
         SGRLoss(IdentityCovariance())(_classifier(), images, labels)
     _names(error, words)
+
+
+@pytest.mark.parametrize("method", ["double-backward", "forward-mode", "finite-difference", "auto"])
+def test_what_is_on_different_devices_is_named(method):
+    labels = torch.zeros(2).long()
+
+    def fails(message, *, model=None, covariance=None, on="cpu"):
+        model, covariance = model or _classifier(), covariance or CovarianceFunction(3, 8)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            SGRLoss(covariance, method=method)(model, G, labels.to(on))
+
+    fails("device: got images on cpu, labels on meta, model on cpu; move them to one with .to(device)", on="meta")
+    fails("device: got images on cpu, labels on cpu, model on meta; move them", model=_classifier().to("meta"))
+    fails("on the covariance's device meta, got cpu", covariance=CovarianceFunction(3, 8).to("meta"))
+    fails("on the covariance's device meta, got cpu", covariance=CovarianceFunction.exponential(3, 8, 2.0).to("meta"))
+
+
+@pytest.mark.parametrize("method", ["double-backward", "forward-mode", "finite-difference", "auto"])
+def test_models_that_cannot_be_penalized_by_any_method(method):
+    """No path to the images; no loss for each sample."""
+    labels, weight = torch.zeros(2).long(), nn.Parameter(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="model: its loss has no path to the images"):
+        SGRLoss(CovarianceFunction(3, 8), method=method)(lambda x: weight, G, labels)
+    with pytest.raises(ValueError, match="model: its loss has no path to the images"):
+        SGRLoss(CovarianceFunction(3, 8), method=method)(lambda x: weight.detach(), G, labels)
+    with pytest.raises(ValueError, match=r"loss_fn: expected one loss per sample.*got \(\)"):
+        SGRLoss(IdentityCovariance(), method=method, loss_fn=nn.functional.cross_entropy)(_classifier(), G, labels)
+
+
+def test_a_schedule_that_goes_wrong_is_named():
+    criterion = SGRLoss(IdentityCovariance(), lambda step: 1.0 - step)
+    labels = torch.zeros(2).long()
+    for _ in range(2):
+        criterion(_classifier(), G, labels)
+    with pytest.raises(ValueError, match=re.escape("strength: expected a finite number >= 0 at step 2, got -1.0")):
+        criterion(_classifier(), G, labels)
+
+
+@pytest.mark.parametrize("method", ["double-backward", "forward-mode", "finite-difference"])
+def test_penalties_that_are_not_finite_are_left_out_counted_and_end_training(method):
+    model, labels = _classifier(), torch.zeros(2).long()
+    huge = CovarianceFunction.exponential(3, 8, 2.0)
+    criterion = SGRLoss(huge, method=method, nonfinite_patience=3)
+    plain = nn.functional.cross_entropy(model(G), labels)
+    wanted = torch.autograd.grad(plain, list(model.parameters()))
+    criterion(model, G, labels)
+    huge.quadratic_form = lambda g: g.flatten(1).sum(1) * -torch.inf
+    for count in range(1, 4):
+        loss = criterion(model, G, labels)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), wanted)
+        assert int(criterion.nonfinite) == count
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        _ = criterion.last
+    message = r"3 penalties in a row were not finite; last cross-entropy .*, penalty .*, largest input gradient"
+    with pytest.raises(RuntimeError, match=message):
+        criterion(model, G, labels)
 
 
 def test_models_and_loss_functions_that_cannot_be_penalized():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import dense_covariance, dense_product
 
-from benchmarks import operators, providers, step, tables
+from benchmarks import lazy, operators, providers, step, tables
 from benchmarks.peers import Unsupported
 from benchmarks.providers import Provider
 from benchmarks.shapes import OPERATIONS, Exact, Problem
 from benchmarks.timing import interleave, paired_ratio
 from sgr_kernels.cli import main
+from tests.data_files import write_idx
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,78 @@ def test_every_way_takes_a_step(way: str) -> None:
     before = [p.clone() for p in training.model.parameters()]
     training.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))
+
+
+def test_a_way_that_a_network_does_not_support_gets_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoSecondDerivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return NoSecondDerivative.apply(self.linear(x.flatten(1)).relu())
+
+    monkeypatch.setitem(step.NETWORKS, "once", (Network, (1, 8, 8)))
+    monkeypatch.setattr(step, "peak_memory", lambda *args: 1)
+    ways = ["clean", "sgr", "sgr, finite-difference", "sgr, every 4th step"]
+    rows = {row["way"]: row for row in step.measure("once", ways, 4, CPU, 2)}
+    assert rows["sgr"]["reason"].startswith("method: ")
+    assert rows["sgr, finite-difference"]["time_ratio"] > 0
+    assert "| sgr | no |" in step.table(list(rows.values()))
+
+
+def row(way: str, seed: int, value: float) -> dict:
+    return {"way": way, "seed": seed, "test_accuracy": 0.9, "pgd_area": value, "noise_accuracy": value}
+
+
+def test_lazy_summary_compares_ways_seed_by_seed() -> None:
+    rows = [row("clean", seed, 0.2) for seed in range(3)]
+    rows += [row("every step", seed, 0.4 + 0.1 * seed) for seed in range(3)]
+    rows += [row("every 4th", seed, 0.39 + 0.1 * seed) for seed in range(3)]
+    rows += [row("every 16th", seed, value) for seed, value in enumerate((0.3, 0.42, 0.44))]
+    result = lazy.summary(rows)
+    fourth, sixteenth = (result[way]["pgd_area"] for way in ("every 4th", "every 16th"))
+    assert fourth["kept"] == pytest.approx(0.29 / 0.3)
+    assert fourth["behind"]["mean"] == pytest.approx(0.01)
+    assert fourth["behind"]["interval95"] == pytest.approx([0.01, 0.01])  # the seeds' own spread is in both
+    assert fourth["keeps"]
+    assert sixteenth["kept"] == pytest.approx((0.38667 - 0.2) / 0.3, rel=1e-3)
+    differences = (0.1, 0.08, 0.16)
+    half = 4.303 * (sum((d - 0.34 / 3) ** 2 for d in differences) / 2) ** 0.5 / 3**0.5
+    assert sixteenth["behind"]["interval95"] == pytest.approx([0.34 / 3 - half, 0.34 / 3 + half])
+    assert not sixteenth["keeps"]
+    assert not result["every step"]["pgd_area"].get("kept")
+    assert "| every 4th | 90.0 (90.0 to 90.0)" in lazy.table(result)
+
+
+def test_lazy_benchmark_goes_on_and_refuses_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lazy, "PLAN", lazy.Plan((0, 8), pgd_steps=2, decay_lengths=(4.0,), noise_eps=(0.5,), draws=2))
+    write_idx(tmp_path / "digits", 100, 20)
+    out = tmp_path / "lazy.json"
+    command = ["bench", "lazy", "--data", str(tmp_path / "digits"), "--out", str(out), "--epochs", "1"]
+    command += ["--train-images", "100", "--images", "10"]
+    assert main([*command, "--ways", "clean", "every step", "--seeds", "0"]) == 0
+    first = json.loads(out.read_text())["rows"]
+    assert main([*command, "--ways", "clean", "finite difference", "--seeds", "0"]) == 0
+    assert "1 of 1 networks" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["rows"][:2] == first
+    assert [row["way"] for row in result["rows"]] == ["clean", "every step", "finite difference"]
+    assert result["summary"]["finite difference"]["pgd_area"]["behind"]["interval95"] is None
+    assert main([*command, "--strength", "1"]) == 2
+    assert "holds results of another run (strength: 30.0, now 1.0)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("problem", [Problem(5, 1, 7, 6), Problem(4, 3, 8, 9), Problem(4, 2, 9, 9, 3)], ids=str)
