@@ -83,17 +83,16 @@ class Training:
         """Times of the steps of one period."""
         return [self._timed(self.step) for _ in range(self.period)]
 
-    def operator_seconds(self) -> float:
-        """Time of what a step does with the covariance: an update, and the penalty with its gradient in g."""
+    def operator_seconds(self) -> tuple[float, float]:
+        """Times of the penalty with its gradient in g, from g, and of the covariance's update."""
         covariance = self.criterion.covariance
         gradient = torch.randn_like(self.images).requires_grad_()
-
-        def operators() -> None:
-            covariance.update(gradient.detach().sign())
-            covariance.quadratic_form(gradient).sum().backward()
-
-        operators()
-        return self._timed(operators)
+        signs = gradient.detach().sign()
+        covariance.update(signs)
+        return (
+            self._timed(lambda: covariance.quadratic_form(gradient).sum().backward()),
+            self._timed(lambda: covariance.update(signs)),
+        )
 
     def _timed(self, call: Callable[[], None]) -> float:
         synchronize = torch.cuda.synchronize if self.images.is_cuda else lambda: None
@@ -154,7 +153,7 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
             reasons[way] = " ".join(str(error).split())
             del trainings[way]
     times: dict[str, list[list[float]]] = {way: [] for way in trainings}
-    operators: list[float] = []
+    operators: list[tuple[float, float]] = []
     for _ in range(rounds):
         for way, training in trainings.items():
             times[way].append(training.seconds())
@@ -178,18 +177,19 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
         row["peak_bytes"] = peak_memory(network, way, batch, device)
         row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
         if way == "sgr":
-            row["operator_share"] = 1e3 * statistics.median(operators) / row["milliseconds"]
+            penalty, update = map(statistics.median, zip(*operators))
+            row["penalty_share"], row["update_share"] = (1e3 * part / row["milliseconds"] for part in (penalty, update))
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    lines = ["| network | batch | way | ms | / clean | peak MB | / clean | operators |", "|---" * 8 + "|"]
+    lines = ["| network | batch | way | ms | / clean | peak MB | / clean | operator + update |", "|---" * 8 + "|"]
     for row in rows:
         if "reason" in row:
             lines.append(f"| {row['network']} | {row['batch']} | {row['way']} | no | | | | |")
             continue
-        share = f"{row['operator_share']:.1%}" if "operator_share" in row else ""
+        share = f"{row['penalty_share']:.1%} + {row['update_share']:.1%}" if "penalty_share" in row else ""
         lines.append(
             f"| {row['network']} | {row['batch']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "
             f"| {row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f} | {share} |"
