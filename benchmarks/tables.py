@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import step
 from benchmarks.shapes import Problem
 
 Cell = dict[str, Any]
-_MARKS = re.compile(r"(<!-- operators -->\n).*?(<!-- /operators -->)", re.DOTALL)
 _COLUMNS = "ms [20 %, 80 %]", "x dense [95 %]", "x best peer [95 %]", "GB/s", "of copy", "peak MB", "error"
 
 
@@ -109,25 +109,53 @@ def for_readme(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def step_overview(result: dict[str, Any]) -> str:
+    """Ratios of time, and in brackets of peak memory, to the clean step: one line a way, one column a network."""
+    rows = {(row["way"], row["network"]): row for row in result["rows"]}
+    networks = list(dict.fromkeys(network for _, network in rows))
+
+    def cell(way: str, network: str) -> str:
+        row = rows.get((way, network), {})
+        return f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})" if "milliseconds" in row else "–"
+
+    lines = [[way, *(cell(way, network) for network in networks)] for way in dict.fromkeys(way for way, _ in rows)]
+    clean = [rows["clean", network] for network in networks]
+    lines[0] = ["clean", *(f"{row['milliseconds']:.0f} ms, {row['peak_bytes'] / 1e6:.0f} MB" for row in clean)]
+    header = ["step", *(f"{row['network']}, batch {row['batch']}" for row in clean)]
+    return _table(header, lines)
+
+
+def steps_for_readme(results: list[dict[str, Any]]) -> str:
+    """Overviews of training steps, each under its machine."""
+    return "\n\n".join(f"{_machine(result)}:\n\n{step_overview(result)}" for result in results)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of result files, or write their overview into a README.
+    """Print the tables of result files, or write their overviews into a README.
 
     Raises:
         ValueError: If the README has no marks.
     """
     parser = argparse.ArgumentParser(prog="sgr bench tables", description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="JSON of sgr bench operators")
-    parser.add_argument("--readme", type=Path, help="file to write the overview into")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON of sgr bench operators or step")
+    parser.add_argument("--readme", type=Path, help="file to write the overviews into")
     options = parser.parse_args(arguments)
     results = [json.loads(file.read_text()) for file in options.files]
+    operators, steps = ([r for r in results if part in r] for part in ("cells", "rows"))
     if options.readme is None:
-        for result in results:
+        for result in operators:
             print(_machine(result), *map(cell_table, result["cells"]), overview(result["cells"]), sep="\n\n")
+        for result in steps:
+            print(_machine(result), step.table(result["rows"]), sep="\n\n")
         return
     text = options.readme.read_text()
-    if not _MARKS.search(text):
-        raise ValueError(f"{options.readme}: expected a line '<!-- operators -->' and a line '<!-- /operators -->'")
-    options.readme.write_text(_MARKS.sub(lambda marks: f"{marks[1]}{for_readme(results)}\n{marks[2]}", text))
+    for name, content in (("operators", operators and for_readme(operators)), ("steps", steps_for_readme(steps))):
+        marks = re.compile(rf"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
+        if content and not marks.search(text):
+            raise ValueError(f"{options.readme}: expected a line '<!-- {name} -->' and a line '<!-- /{name} -->'")
+        if content:
+            text = marks.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
+    options.readme.write_text(text)
 
 
 if __name__ == "__main__":

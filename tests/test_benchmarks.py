@@ -33,6 +33,15 @@ def test_step_benchmark_writes_rows_for_every_way(tmp_path: Path, capsys: pytest
         assert row["peak_bytes"] > 0
     assert result["rows"][0]["time_ratio"] == 1
     assert "sgr, finite-difference" in capsys.readouterr().out
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- steps -->\nold\n<!-- /steps -->\nafter\n")
+    assert main(["bench", "tables", str(out), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "old" not in text
+    assert f"| sgr | {result['rows'][1]['time_ratio']:.2f} (" in text
+    assert text.endswith("<!-- /steps -->\nafter\n")
+    assert main(["bench", "tables", str(out)]) == 0
+    assert "| sgr, finite-difference |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", step.WAYS)
