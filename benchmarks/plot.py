@@ -1,7 +1,7 @@
-"""Figures of the operators' results, from their JSON alone: time against size, roofline, scaling.
+"""Figures of results, from their JSON alone: time against size, roofline, scaling; training steps.
 
 ``sgr bench plot FILE... --out FOLDER`` draws what the files hold: ``time.svg`` and ``roofline.svg`` from the shapes,
-``scaling.svg`` from the series N, C and B.
+``scaling.svg`` from the series N, C and B, ``step.svg`` from training steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks.plot_step import step_figure
 from benchmarks.shapes import OPERATIONS, Problem
 
 matplotlib.use("Agg")
@@ -169,7 +170,7 @@ def scaling_figure(result: dict[str, Any]) -> plt.Figure:
 def main(arguments: list[str] | None = None) -> None:
     """Draw the figures that the files have cells for."""
     parser = argparse.ArgumentParser(prog="sgr bench plot", description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, help="JSON of sgr bench operators, of one machine")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON of sgr bench operators or step, of one machine")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figures")
     parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
     options = parser.parse_args(arguments)
@@ -177,11 +178,15 @@ def main(arguments: list[str] | None = None) -> None:
     devices = {r["machine"]["device"] for r in results}
     if len(devices) > 1:
         raise ValueError(f"files: expected results of one machine, got {', '.join(sorted(devices))}")
-    merged = {"machine": results[0]["machine"], "cells": [cell for result in results for cell in result["cells"]]}
+    cells = [cell for result in results for cell in result.get("cells", [])]
+    rows = [row for result in results for row in result.get("rows", [])]
+    merged = {"machine": results[0]["machine"], "cells": cells, "rows": rows}
     series = {cell["series"] for cell in merged["cells"]}
     figures = {"time": time_figure, "roofline": roofline_figure} if "shapes" in series else {}
     if series & SLOPES.keys():
         figures["scaling"] = scaling_figure
+    if rows:
+        figures["step"] = lambda result: step_figure(result, _title(result))
     options.out.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         path = options.out / f"{name}.{options.format}"

@@ -42,6 +42,8 @@ def test_step_benchmark_writes_rows_for_every_way(tmp_path: Path, capsys: pytest
     assert text.endswith("<!-- /steps -->\nafter\n")
     assert main(["bench", "tables", str(out)]) == 0
     assert "| sgr, finite-difference |" in capsys.readouterr().out
+    assert main(["bench", "plot", str(out), "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.svg")] == ["step.svg"]
 
 
 @pytest.mark.parametrize("way", step.WAYS)
