@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for resnet18 and vit")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -217,7 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for network in options.networks:
         batch = options.batch or (16 if network in large else 128)
-        rows += measure(network, ways, batch, device, options.rounds)
+        rounds = options.rounds or (5 if network in large else 15)
+        rows += measure(network, ways, batch, device, rounds)
         if options.out is not None:
             result = {"machine": machine.describe(device), "rows": rows}
             options.out.write_text(json.dumps(result, indent=1) + "\n")
