@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a network on images, resumably",
     "evaluate": "attack a trained network and report its accuracy",
     "covariance": "estimate and plot covariance functions of images or of adversarial perturbations",
+    "reproduce": "train, attack and tabulate what the paper did, beside its numbers",
     "bench": "measure the cost of the operators and of training steps",
 }
 

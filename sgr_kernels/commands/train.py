@@ -14,7 +14,7 @@ from sgr_kernels.commands import common
 from sgr_kernels.penalty import METHODS as PENALTY_METHODS
 from sgr_kernels.report.page import percent
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
-from sgr_kernels.training.methods import METHODS, PERTURBATIONS, Settings
+from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, Settings
 from sgr_kernels.training.processes import Processes, joined, local_device
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perturbation",
         choices=PERTURBATIONS,
         default=_DEFAULTS["perturbation"],
-        help="what SGR estimates its covariance from; exponential: a fixed covariance function",
+        help="what method sgr estimates its covariance from; exponential: a fixed covariance function",
     )
     add(
         "--decay-length",
         type=common.positive,
         default=_DEFAULTS["decay_length"],
-        help="of the exponential covariance, in pixels",
+        help="of the exponential covariance and of lrc's noise, in pixels",
     )
+    add("--covariance", choices=COVARIANCES, default=_DEFAULTS["covariance"], help="full: the matrix, small images")
     add("--update-rate", type=common.positive, default=_DEFAULTS["update_rate"], help="of the running covariance")
     add("--update-every", type=common.whole, default=_DEFAULTS["update_every"], metavar="N", help="of that, in steps")
     add(
@@ -68,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
     add("--weight-decay", type=common.nonnegative, help="squared-norm penalty on the parameters; none: the method's")
+    add("--eps", type=common.nonnegative, help="end of adversarial training's strengths, in 1/255; none: the paper's")
+    add("--attack-steps", type=common.whole, default=_DEFAULTS["attack_steps"], help="of PGD in adversarial training")
+    add(
+        "--attack-labels",
+        choices=("own", "true"),
+        default=_DEFAULTS["attack_labels"],
+        help="what adversarial training's FGSM starts from; true labels leak",
+    )
+    add("--noise-eps", type=common.nonnegative, default=_DEFAULTS["noise_eps"], help="end of lrc's strengths")
     add("--learning-rate", type=common.positive, default=_DEFAULTS["learning_rate"], help="of Adam")
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")

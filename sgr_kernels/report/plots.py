@@ -85,10 +85,16 @@ class Tile:
     title: str = ""
 
 
-def line_figure(panels: Sequence[Panel], title: str = "") -> Figure:
-    """Panels side by side, with one legend where it serves them all."""
-    figure = Figure(figsize=(4.8 * len(panels), 4.2), layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
+def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None = None) -> Figure:
+    """Panels side by side, or in rows of so many columns, with one legend where it serves them all."""
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    width, height = (4.8, 4.2) if rows == 1 else (3.4, 2.9)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    row = grid[: len(panels)]
     for axes, panel in zip(row, panels):
         _draw_panel(axes, panel)
     handles, labels = row[0].get_legend_handles_labels()

@@ -6,17 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sgr_kernels.covariance import Covariance, CovarianceFunction, IdentityCovariance
-from sgr_kernels.loss import SGRLoss, StepStatistics, linear_warmup
-from sgr_kernels.per_sample import cross_entropy_per_sample
+from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.perturbations import ATTACKS, FREE
+from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.datasets import ImageSet
 
 EXPONENTIAL = "exponential"
 PERTURBATIONS = (*FREE, *ATTACKS, EXPONENTIAL)
+COVARIANCES = ("function", "full")
+
+# Ends of the strengths of adversarial training, in grey levels: those of the paper's attacks.
+_LARGEST_EPS = {"mnist": 32.0, "cifar10": 8.0}
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Settings:
         method: A name in ``METHODS``.
         strength: The penalty's strength, lambda; the covariance is at the training data's own variance, so that it
             reads as a noise-to-signal ratio.
-        perturbation: What SGR estimates its covariance from, or ``"exponential"`` for a fixed covariance function
-            exp(-r / decay_length), half of it between channels.
-        decay_length: Of the fixed exponential covariance, in pixels.
+        perturbation: What method ``"sgr"`` estimates its covariance from, or ``"exponential"`` for a fixed covariance
+            function exp(-r / decay_length), half of it between channels. The other methods bring their own.
+        decay_length: Of the fixed exponential covariance and of the noise that ``"lrc"`` trains with, in pixels.
+        covariance: The estimate: ``"function"`` of displacement, or the ``"full"`` matrix (small images only).
         update_rate: Weight of a new batch in the running estimate (beta of Eq. 14).
         update_every: Steps from one update of the estimate to the next.
         penalty_every: Steps from one penalty to the next, each with that weight.
@@ -41,6 +45,13 @@ class Settings:
         binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
         psd: ``"clip"`` keeps the estimate positive semidefinite, ``"none"`` is the paper's.
         weight_decay: Squared-norm penalty on the parameters; None: the method's own default.
+        eps: Adversarial training draws its strengths uniformly up to this, in grey levels (1/255); None: to the end
+            of the paper's attacks on these images.
+        attack_steps: Of PGD in adversarial training.
+        attack_labels: What FGSM in adversarial training starts from: the model's ``"own"`` predictions, or the
+            ``"true"`` labels, which leak.
+        noise_eps: ``"lrc"`` draws the strengths of its noise uniformly up to this, in units of each image's standard
+            deviation.
         learning_rate: Adam's.
         batch_size: Images in a batch.
         augment: Whether images are padded and cropped at random.
@@ -53,6 +64,7 @@ class Settings:
     strength: float = 1.0
     perturbation: str = "sign"
     decay_length: float = 8.0
+    covariance: str = "function"
     update_rate: float = 0.1
     update_every: int = 1
     penalty_every: int = 1
@@ -63,6 +75,10 @@ class Settings:
     binning: str = "rounded"
     psd: str = "clip"
     weight_decay: float | None = None
+    eps: float | None = None
+    attack_steps: int = 7
+    attack_labels: str = "own"
+    noise_eps: float = 0.7
     learning_rate: float = 1e-3
     batch_size: int = 128
     augment: bool = True
@@ -74,7 +90,15 @@ class Settings:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.perturbation not in PERTURBATIONS:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
-        for name in ("strength", "weight_decay"):
+        if self.covariance not in COVARIANCES:
+            raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, got {self.covariance!r}")
+        if self.attack_labels not in ("own", "true"):
+            raise ValueError(f"attack_labels must be 'own' or 'true', got {self.attack_labels!r}")
+        if self.attack_steps < 1:
+            raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}")
+        if METHODS[self.method].perturbation is not None:
+            object.__setattr__(self, "perturbation", METHODS[self.method].perturbation)
+        for name in ("strength", "weight_decay", "eps", "noise_eps"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
@@ -98,54 +122,35 @@ class Method:
         criterion: (settings, training data) -> module computing the loss from (model, images, labels) and leaving
             `StepStatistics` of it in ``last`` (with warnings) and ``peek()`` (without).
         weight_decay: Used where the settings name none.
+        perturbation: The method's own, in place of the settings'.
+        penalized: Whether the strength plays a part.
     """
 
     summary: str
     criterion: Callable[[Settings, ImageSet], nn.Module]
     weight_decay: float = 0.0
-
-
-class CrossEntropy(nn.Module):
-    """Plain training: the mean cross-entropy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: StepStatistics | None = None
-
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of ``model(images)``, a scalar."""
-        outputs = model(images)
-        loss = cross_entropy_per_sample(outputs, labels).sum() / max(1, len(labels))
-        value = loss.detach()
-        self._last = StepStatistics(
-            loss=value,
-            cross_entropy=value,
-            penalty=None,
-            strength=0.0,
-            outputs=outputs.detach(),
-            gradient_norm=None,
-            nonfinite_penalties=torch.zeros((), dtype=torch.int64),
-        )
-        return loss
-
-    def peek(self) -> StepStatistics:
-        """What the last call computed.
-
-        Raises:
-            RuntimeError: if there was no call yet.
-        """
-        if self._last is None:
-            raise RuntimeError("peek: the criterion has not been called yet")
-        return self._last
-
-    @property
-    def last(self) -> StepStatistics:
-        """The same; there is nothing to warn of."""
-        return self.peek()
+    perturbation: str | None = None
+    penalized: bool = False
 
 
 def _plain(settings: Settings, data: ImageSet) -> nn.Module:
     return CrossEntropy()
+
+
+def _fgsm(settings: Settings, data: ImageSet) -> nn.Module:
+    return with_fgsm(_largest(settings), true_labels=settings.attack_labels == "true")
+
+
+def _pgd(settings: Settings, data: ImageSet) -> nn.Module:
+    return with_pgd(_largest(settings), settings.attack_steps)
+
+
+def _largest(settings: Settings) -> float:
+    return (_LARGEST_EPS[settings.architecture] if settings.eps is None else settings.eps) / 255
+
+
+def _noise(settings: Settings, data: ImageSet) -> nn.Module:
+    return with_noise(settings.noise_eps, _exponential(settings, data))
 
 
 def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
@@ -153,25 +158,35 @@ def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
 
 
 def _structured(settings: Settings, data: ImageSet) -> nn.Module:
-    channels, height, width = data.images.shape[1:]
-    size, variance = (height, width), data.pixel_variance()
     if settings.perturbation == EXPONENTIAL:
-        fixed = CovarianceFunction.exponential(channels, size, settings.decay_length, target_variance=variance)
-        return _penalized(settings, fixed)
-    running = CovarianceFunction(
-        channels,
-        size,
-        decay=settings.update_rate,
-        binning=settings.binning,
-        target_variance=variance,
-        psd=settings.psd,
-    )
+        return _penalized(settings, _exponential(settings, data))
+    channels, height, width = data.images.shape[1:]
+    variance = data.pixel_variance()
+    running: Covariance
+    if settings.covariance == "full":
+        running = FullCovariance(channels, (height, width), decay=settings.update_rate, target_variance=variance)
+    else:
+        running = CovarianceFunction(
+            channels,
+            (height, width),
+            decay=settings.update_rate,
+            binning=settings.binning,
+            target_variance=variance,
+            psd=settings.psd,
+        )
     return _penalized(
         settings,
         running,
         perturbation=settings.perturbation,
         update_every=settings.update_every,
         mean_correction=settings.mean_correction,
+    )
+
+
+def _exponential(settings: Settings, data: ImageSet) -> CovarianceFunction:
+    channels, height, width = data.images.shape[1:]
+    return CovarianceFunction.exponential(
+        channels, (height, width), settings.decay_length, target_variance=data.pixel_variance()
     )
 
 
@@ -190,9 +205,18 @@ def _penalized(settings: Settings, covariance: Covariance, **options: Any) -> SG
 METHODS: dict[str, Method] = {
     "clean": Method("cross-entropy alone", _plain),
     "wdecay": Method("cross-entropy with weight decay", _plain, weight_decay=5e-4),
-    "gn": Method("gradient-norm penalty: SGR with an identity covariance", _gradient_norm),
-    "sgr": Method("structured gradient regularization", _structured),
+    "pgd": Method("adversarial training with PGD: half of each batch perturbed", _pgd),
+    "fgsm": Method("adversarial training with FGSM: half of each batch perturbed", _fgsm),
+    "gn": Method("gradient-norm penalty: SGR with an identity covariance", _gradient_norm, penalized=True),
+    "sgr": Method("structured gradient regularization, covariance by --perturbation", _structured, penalized=True),
+    "sgr_grad": Method("SGR, covariance of loss gradients", _structured, perturbation="gradient", penalized=True),
+    "sgr_sign": Method("SGR, covariance of their signs", _structured, perturbation="sign", penalized=True),
+    "sgr_exp": Method("SGR, exponential covariance", _structured, perturbation=EXPONENTIAL, penalized=True),
+    "fgsm_sgr": Method("SGR, covariance of FGSM perturbations", _structured, perturbation="fgsm", penalized=True),
+    "pgd_sgr": Method("SGR, covariance of PGD perturbations", _structured, perturbation="pgd", penalized=True),
+    "lrc": Method("half of each batch under noise with an exponential covariance", _noise),
 }
+"""The paper's methods (section 4.1), by its own names, and ``"sgr"`` for all other variants."""
 
 
 def build_criterion(settings: Settings, data: ImageSet) -> nn.Module:

@@ -1,0 +1,57 @@
+"""``sgr reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sgr_kernels.commands import common
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.run import EXPERIMENTS, reproduce, show
+from sgr_kernels.reproduce.scales import SCALES
+from sgr_kernels.training.models import architecture_for
+
+_NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add = parser.add_argument
+    add("experiment", choices=(*EXPERIMENTS, "all"), help="what to reproduce; the strengths are searched for first")
+    add("--dataset", choices=tuple(SCALES), default="mnist", help="whose networks and columns of the paper")
+    add(
+        "--scale",
+        choices=("smoke", "cpu", "full"),
+        default="smoke",
+        help="smoke: about a minute, says nothing; cpu: two cores, an hour; full: as the paper, on a GPU",
+    )
+    common.add_data(parser)
+    add("--data-name", metavar="NAME", help="of the data on the pages; none: the data set's")
+    add("--out", metavar="DIR", default="reproduction", help="networks, measurements and, in results/, the pages")
+    add("--pages-only", action="store_true", help="make the pages anew from the results in --out; nothing is measured")
+    common.add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reproduce, resuming what an earlier run left in ``--out``."""
+    out = Path(arguments.out)
+    if arguments.pages_only:
+        show(out / "results")
+    else:
+        data = common.load_for(arguments.data)
+        found = architecture_for(data.train.images.shape[1:])
+        if found != arguments.dataset:
+            raise ValueError(f"--dataset {arguments.dataset}, but --data {arguments.data} holds images for {found}")
+        lab = Lab(
+            arguments.dataset,
+            SCALES[arguments.dataset][arguments.scale],
+            data,
+            out,
+            device=common.device(arguments.device),
+            say=lambda line: print(line, flush=True),
+        )
+        name = arguments.data_name or _NAMES[arguments.dataset]
+        chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
+        reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
+    print(f"written: {out / 'results' / 'README.md'}")
+    return 0

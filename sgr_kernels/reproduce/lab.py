@@ -1,0 +1,217 @@
+"""The workshop of a reproduction: trains each network once, measures each thing once, and remembers both on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sgr_kernels.evaluation.suite import PIXEL_LEVELS
+from sgr_kernels.reproduce.scales import Scale
+from sgr_kernels.training.batches import Batches
+from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.datasets import DataSet
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, load_model
+from sgr_kernels.training.methods import METHODS, Settings
+from sgr_kernels.training.models import CarliniWagner
+from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
+
+T = TypeVar("T")
+
+# Methods that share the strength found for another: variants of one penalty (section 4.1).
+_SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network.
+
+    Attributes:
+        name: For people and folders.
+        settings: Of its training.
+        model: In evaluation mode, on the lab's device.
+        test_accuracy: On the whole test set.
+    """
+
+    name: str
+    settings: Settings
+    model: CarliniWagner
+    test_accuracy: float
+
+
+class Lab:
+    """Everything an experiment needs.
+
+    Args:
+        dataset: ``"mnist"`` or ``"cifar10"``: the architecture and the paper's columns.
+        scale: How much of everything.
+        data: Training and test images.
+        out: Folder of networks and measurements; made if need be. What is there already is not done again.
+        device: Where to compute.
+        say: Told what is being done.
+        progress: Whether progress bars are shown; None: where standard error is a terminal.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        scale: Scale,
+        data: DataSet,
+        out: Path,
+        *,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = print,
+        progress: bool | None = None,
+    ) -> None:
+        self.dataset, self.scale, self.out = dataset, scale, out
+        self.device, self.say, self.progress = torch.device(device), say, progress
+        self.whole = data
+        self.data = DataSet(data.train.first(scale.train_images), data.test)
+        self._digests = [part.digest() for part in data]
+
+    def settings(self, method: str, seed: int = 0, attack: Attack | None = None, **changes: Any) -> Settings:
+        """Settings of a method at this scale; a penalty's strength is searched for if none is given.
+
+        Args:
+            method: A method's name.
+            seed: Of the training.
+            attack: Whose curve decides the strength; None: noise for the exponential covariance, else PGD.
+            **changes: Other settings.
+        """
+        base = Settings(
+            self.dataset,
+            method=method,
+            decay_length=self.scale.decay_length,
+            update_every=self.scale.update_every if method in ("fgsm_sgr", "pgd_sgr") else 1,
+            batch_size=self.scale.batch_size,
+            flip=self.dataset == "cifar10",
+            strength=0.0,
+            seed=seed,
+        )
+        if METHODS[method].penalized and "strength" not in changes:
+            changes["strength"] = self.strength(_SEARCHED.get(method, method), attack)
+        return replace(base, **changes)
+
+    def network(self, settings: Settings, name: str = "", *, data: DataSet | None = None, epochs: int = 0) -> Network:
+        """The network that these settings give, trained now or before.
+
+        Args:
+            settings: Of the training.
+            name: Its name; ``""``: that of the method.
+            data: To train and test on; None: the lab's.
+            epochs: Of the training; 0: the scale's.
+        """
+        data, epochs = data or self.data, epochs or self.scale.epochs
+        name = name or settings.method
+        key = _digest([asdict(settings), epochs, data.train.digest(), data.test.digest()])
+        folder = self.out / "networks" / f"{settings.method}-seed{settings.seed}-{key}"
+        model, state = load_model(folder) if (folder / CHECKPOINT_FILE).is_file() else (None, None)
+        if model is None or state is None or state["position"]["epoch"] < epochs:
+            trainer = Trainer(settings, data, device=self.device)
+            if model is not None:
+                trainer.resume(folder)
+            strength = f", strength {settings.strength:g}" if settings.strength else ""
+            self.say(f"training {name} (seed {settings.seed}{strength}): {epochs} epochs, {len(data.train):,} images")
+            trainer.run(epochs, out=folder, progress=self.progress)
+            model, state = load_model(folder)
+            seconds = sum(record["seconds"] for record in state["history"])
+            self.say(f"  {seconds:.0f} s, test accuracy {100 * state['history'][-1]['test_accuracy']:.1f} %")
+        return Network(name, settings, model.to(self.device), state["history"][-1]["test_accuracy"])
+
+    def method(self, method: str, seed: int = 0, attack: Attack | None = None, **changes: Any) -> Network:
+        """The network of a method at this scale (`settings`)."""
+        return self.network(self.settings(method, seed, attack, **changes), method)
+
+    def networks(self, methods: Sequence[str], attacks: Mapping[str, Attack] | None = None) -> list[Network]:
+        """All seeds of several methods; ``attacks`` names those that decide a strength, where not the usual one."""
+        chosen = attacks or {}
+        return [self.method(m, seed, chosen.get(m)) for m in methods for seed in self.scale.seeds_of(m)]
+
+    def twin(self, method: str) -> Network | None:
+        """A separately trained network of a method, if this scale has one."""
+        return self.method(method, 1) if self.scale.has_twin(method) else None
+
+    def strength(self, method: str, attack: Attack | None = None) -> float:
+        """The strength found for a penalty."""
+        return self.search(method, attack).strength
+
+    def search(self, method: str, attack: Attack | None = None) -> Search:
+        """The search for a penalty's strength under an attack, made now or before."""
+        plan, scale = self.scale.search, self.scale
+        chosen: Attack = attack or ("noise" if method == "sgr_exp" else "pgd")
+        data = held_out(self.whole, plan.train_images or scale.train_images, plan.validation_images)
+        eps = [level / PIXEL_LEVELS for level in plan.eps] if chosen == "pgd" else list(plan.noise_eps)
+
+        def train(settings: Settings) -> CarliniWagner:
+            return self.network(settings, f"trial of {settings.method}", data=data, epochs=plan.epochs or 0).model
+
+        def area(model: torch.nn.Module) -> float:
+            return attack_area(
+                model,
+                data.test.first(plan.attack_images),
+                chosen,
+                eps,
+                steps=scale.pgd_steps,
+                decay_length=scale.decay_length,
+                draws=plan.draws,
+                device=self.device,
+            )
+
+        def run() -> dict[str, Any]:
+            self.say(f"searching {method}'s strength under {chosen}")
+            settings = self.settings(method, strength=0.0)
+            found = strength_search(settings, plan.strengths, data.test, train, area, attack=chosen, device=self.device)
+            return found.to_dict()
+
+        kept = self.cached("search", f"{method}-{chosen}", [self.settings(method, strength=0.0)], run)
+        return Search(**{**kept, "trials": [Trial(**trial) for trial in kept["trials"]]})
+
+    def cached(
+        self, experiment: str, name: str, networks: Sequence[Network | Settings], measure: Callable[[], Any]
+    ) -> Any:
+        """What ``measure`` returns, from disk if it was measured before with the same scale, data and networks.
+
+        Args:
+            experiment: Folder of the measurement.
+            name: Its name there.
+            networks: What it depends on.
+            measure: Gives something ready for JSON.
+        """
+        settings = [asdict(n if isinstance(n, Settings) else n.settings) for n in networks]
+        key = _digest([asdict(self.scale), self._digests, settings])
+        path = self.out / "measurements" / experiment / f"{name}-{key}.json"
+        if not path.is_file():
+            content = json.dumps(measure())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content.encode())
+        return json.loads(path.read_text())
+
+    def bar(self, items: Sequence[T], description: str) -> Iterable[T]:
+        """The items behind a progress bar."""
+        hidden = None if self.progress is None else not self.progress
+        return tqdm(items, desc=description, disable=hidden, leave=False)
+
+    def batches(self, count: int) -> Batches:
+        """The first test images, in batches that suit the device."""
+        return Batches(self.data.test.first(count), 100 if self.device.type == "cpu" else 1000, device=self.device)
+
+    def pixels(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first test images in [0, 1], and their labels."""
+        test = self.data.test.first(count)
+        return test.images.to(self.device).float() / PIXEL_LEVELS, test.labels.to(self.device)
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.data.test.images.shape[1:]
+        return channels, height, width
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,155 @@
+"""From a lab to a folder of results: JSON first, then pages and pictures made from nothing but the JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sgr_kernels._version import __version__
+from sgr_kernels.report.page import Page
+from sgr_kernels.reproduce import claims, covariance, leaking, lrc, search, smoothness, table1, transfer
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.training.checkpoint import write_atomically
+
+EXPERIMENTS: dict[str, ModuleType] = {
+    "table1": table1,
+    "transfer": transfer,
+    "lrc": lrc,
+    "covariance": covariance,
+    "smoothness": smoothness,
+    "leaking": leaking,
+}
+_ALL = {"search": search, **EXPERIMENTS}
+
+
+def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
+    """Measure, write results and pages; everything already in the lab's folder is used again.
+
+    Args:
+        lab: Where to work.
+        experiments: Names in ``EXPERIMENTS``.
+        title: Of the pages: data set and scale.
+    """
+    about = {
+        "dataset": lab.dataset,
+        "title": title,
+        "train_images": len(lab.data.train),
+        "test_images": len(lab.data.test),
+        "scale": asdict(lab.scale),
+        "sgr_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda" else "CPU",
+    }
+    folder = lab.out / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("search", *experiments):
+        lab.say(f"{name}: {_ALL[name].TITLE.lower()}")
+        results = {**about, **_ALL[name].measure(lab)}
+        write_atomically(folder / f"{name}.json", (json.dumps(results) + "\n").encode())
+        _ALL[name].show(results, folder)
+        summarize(folder)
+
+
+def show(folder: Path) -> None:
+    """Make all pages and pictures anew from the results in a folder.
+
+    Raises:
+        FileNotFoundError: if there are no results.
+    """
+    results = load(folder)
+    if not results:
+        raise FileNotFoundError(f"no results in {folder}")
+    for name, found in results.items():
+        _ALL[name].show(found, folder)
+    summarize(folder)
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder, by experiment."""
+    return {name: json.loads(path.read_text()) for name in _ALL if (path := folder / f"{name}.json").is_file()}
+
+
+def summarize(folder: Path) -> None:
+    """Write README.md: each of the paper's claims and what became of it."""
+    results = load(folder)
+    about = next(iter(results.values()))
+    verdicts = claims.judge(results)
+    page = Page(f"The paper's claims: {about['title']}")
+    page.text(_setting(about))
+    page.text(
+        f"Of {len(verdicts)} claims measured: "
+        + (", ".join(f"{count} {verdict}" for verdict, count in _counted(verdicts)) or "none")
+        + f". {claims.RULE} Differences are paired image by image, in points of accuracy; ± is half a 95 % interval."
+    )
+    page.table(
+        ["claim", "found", "verdict", "details"],
+        [[v.claim, v.finding, f"**{v.verdict}**", f"[{v.experiment}]({v.experiment}.md)"] for v in verdicts],
+    )
+    page.heading("Pages")
+    page.text("\n".join(f"- [{_ALL[name].TITLE}]({name}.md), numbers in `{name}.json`" for name in results))
+    page.heading("What this scale leaves out")
+    page.text("\n".join(f"- {line}" for line in missing(about, results)))
+    page.write(folder / "README.md")
+
+
+def missing(about: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """What the paper has and these results have not."""
+    scale = about["scale"]
+    lines = [f"{module.TITLE}: not run." for name, module in _ALL.items() if name not in results]
+    if scale["epochs"] < 50:
+        lines.append(
+            f"Trainings of {scale['epochs']} epochs on {about['train_images']:,} images; the paper: 50 on all."
+        )
+    if scale["attack_images"] < about["test_images"]:
+        lines.append(
+            f"Gradient attacks on {scale['attack_images']:,} test images, DeepFool on {scale['deepfool_images']:,}, "
+            f"noise on {scale['noise_images']:,}; the paper: all."
+        )
+    if scale["draws"] < 100:
+        lines.append(f"The worst of {scale['draws']} draws of noise; the paper: of 100.")
+    absent = [m for m in ("wdecay", "pgd", "fgsm", "sgr_grad", "fgsm_sgr", "pgd_sgr") if m not in scale["methods"]]
+    if absent:
+        lines.append(f"Methods not trained: {', '.join(absent)}.")
+    single = [m for m in scale["methods"] if m not in scale["repeated"] or scale["seeds"] == 1]
+    if single:
+        lines.append(
+            f"One seed only, so that their intervals miss the variation between trainings: {', '.join(single)}."
+        )
+    twinless = [m for m in single if m not in scale["twins"]]
+    if twinless:
+        lines.append(f"No twin for self-transfer: {', '.join(twinless)}.")
+    if scale["update_every"] > 1:
+        lines.append(f"Covariances of FGSM and PGD perturbations are updated every {scale['update_every']} steps.")
+    for key, what in (
+        ("full_covariance", "SGR with the full covariance matrix"),
+        ("mean_correction_network", "a network trained with Eq. 12"),
+        ("leaking_network", "a network trained on leaking labels"),
+    ):
+        if not scale[key]:
+            lines.append(f"Not trained: {what}.")
+    return lines or ["Nothing that we know of."]
+
+
+def _counted(verdicts: Sequence[claims.Verdict]) -> list[tuple[str, int]]:
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    return [(name, counts[name]) for name in (claims.YES, claims.NO, claims.OPEN) if counts[name]]
+
+
+def _setting(about: dict[str, Any]) -> str:
+    scale = about["scale"]
+    several = scale["seeds"] > 1 and scale["repeated"]
+    repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, " if several else ""
+    return (
+        f"{about['title']}: Carlini-Wagner networks, {scale['epochs']} epochs on {about['train_images']:,} images, "
+        f"Adam 1e-3, batches of {scale['batch_size']}; {repeated}one seed of the others. "
+        f"sgr_kernels {about['sgr_kernels']}, torch {about['torch']}, {about['device']}."
+    )

@@ -1,0 +1,156 @@
+"""Softmax along the line from a clean to a perturbed image: how steeply does a network change its mind?"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels.attacks import pgd
+from sgr_kernels.evaluation.suite import PIXEL_LEVELS
+from sgr_kernels.report import plots
+from sgr_kernels.report.page import Page
+from sgr_kernels.report.plots import Line, Panel
+from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.stats import Z95
+
+TITLE = "Smoothness"
+SHOWN = ("clean", "gn", "sgr_sign", "pgd")
+REACH = 2.0
+EXAMPLES = 3
+
+
+def measure(lab: Lab) -> dict[str, Any]:
+    """Lines for the networks that the figure shows, all over the same images."""
+    networks = {name: lab.method(name) for name in SHOWN if name in lab.scale.methods}
+    eps = min(lab.scale.single_eps)
+    found = {}
+    for name in lab.bar(list(networks), "softmax along lines"):
+        network = networks[name]
+        found[name] = lab.cached("smoothness", name, [network], partial(along_lines, lab, network, eps))
+    _, labels = lab.pixels(lab.scale.line_images)
+    return {
+        "images": lab.scale.line_images,
+        "eps": eps,
+        "pgd_steps": lab.scale.pgd_steps,
+        "classes": list(lab.data.test.classes),
+        "labels": labels.tolist(),
+        "positions": positions(lab).tolist(),
+        "networks": found,
+    }
+
+
+def positions(lab: Lab) -> Tensor:
+    """Places on the line: 0 the clean image, 1 the perturbed one."""
+    return torch.linspace(0, REACH, lab.scale.line_points, dtype=torch.float64)
+
+
+def along_lines(lab: Lab, network: Network, eps: float) -> dict[str, Any]:
+    """Of each image the probability of its first answer along the line, and all probabilities for the first images."""
+    images, _ = lab.pixels(lab.scale.line_images)
+    perturbed = pgd(network.model, images, eps=eps / PIXEL_LEVELS, steps=lab.scale.pgd_steps)
+    probabilities = softmax_along(network.model, images, perturbed, positions(lab))
+    answer = probabilities[0].argmax(1)
+    own = probabilities[:, torch.arange(len(images)), answer]
+    return {
+        "own": own.round(decimals=4).T.tolist(),
+        "answers_at_end": (probabilities[_place_of_one(positions(lab))].argmax(1) != answer).tolist(),
+        "examples": probabilities[:, :40].round(decimals=4).transpose(0, 1).tolist(),
+    }
+
+
+@torch.no_grad()
+def softmax_along(model: nn.Module, images: Tensor, perturbed: Tensor, places: Tensor) -> Tensor:
+    """(places, images, classes): probabilities at ``x + t (x' - x)``, not clipped to the pixels' range."""
+    step = perturbed - images
+    rows = []
+    for place in places.tolist():
+        parts = (images + place * step).split(100)
+        rows.append(torch.cat([model(part) for part in parts]).double().softmax(1).cpu())
+    return torch.stack(rows)
+
+
+def steepness(entry: dict[str, Any], places: list[float]) -> np.ndarray:
+    """Largest change of an image's probability per length of the perturbation, (images,)."""
+    own = np.asarray(entry["own"])
+    return (np.abs(np.diff(own, axis=1)) / np.diff(np.asarray(places))).max(1)
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """The page and its figures."""
+    places = results["positions"]
+    page = Page(f"{TITLE}: {results['title']}")
+    page.text(
+        f"Softmax along the line from an image through its PGD perturbation ({results['pgd_steps']} steps, eps "
+        f"{results['eps']:g}/255, made for the network itself) and as far again; the first {results['images']:,} test "
+        "images. Steepness: the largest change of the probability of the network's first answer, per length of the "
+        "perturbation. ± is half a 95 % interval from the images."
+    )
+    rows = []
+    for name, entry in results["networks"].items():
+        steep = steepness(entry, places)
+        error = Z95 * float(steep.std()) / max(1, len(steep) - 1) ** 0.5
+        kept = np.asarray(entry["own"])[:, _place_of_one(torch.tensor(places))]
+        changed = np.mean(entry["answers_at_end"])
+        rows.append([name, f"{steep.mean():.2f} ± {error:.2f}", f"{kept.mean():.2f}", f"{100 * changed:.1f} %"])
+    page.table(["network", "steepness", "probability kept", "answers changed"], rows)
+    plots.save(_mean_figure(results), folder / "smoothness-mean.png")
+    page.figure(
+        "smoothness-mean.png", "Probability of the network's first answer along the line, mean over the images."
+    )
+    examples = _examples(results)
+    if examples:
+        plots.save(_example_figure(results, examples), folder / "smoothness-lines.png")
+        page.figure(
+            "smoothness-lines.png",
+            "Probabilities of the most likely classes along the line. The images are the first whose perturbation "
+            "changes the clean network's answer; each network has perturbations of its own.",
+        )
+    page.write(folder / "smoothness.md")
+
+
+def _mean_figure(results: dict[str, Any]) -> plots.Figure:
+    lines = [
+        Line(name, results["positions"], np.asarray(entry["own"]).mean(0).tolist())
+        for name, entry in results["networks"].items()
+    ]
+    panel = Panel(
+        "From the image (0) through its perturbation (1)",
+        "length along the line [perturbations]",
+        "probability of the first answer",
+        lines,
+        mark=1.0,
+        y_range=(0, 1.02),
+        markers=False,
+    )
+    return plots.line_figure([panel])
+
+
+def _examples(results: dict[str, Any]) -> list[int]:
+    clean = results["networks"]["clean"]
+    stored = len(clean["examples"])
+    right = [np.argmax(row[0]) == label for row, label in zip(clean["examples"], results["labels"])]
+    return [k for k in range(stored) if clean["answers_at_end"][k] and right[k]][:EXAMPLES]
+
+
+def _example_figure(results: dict[str, Any], examples: list[int]) -> plots.Figure:
+    panels = []
+    for name, entry in results["networks"].items():
+        for k in examples:
+            probabilities = np.asarray(entry["examples"][k])
+            top = np.sort(np.argsort(-probabilities.max(0), kind="stable")[:3])
+            lines = [
+                Line(results["classes"][c], results["positions"], probabilities[:, c].tolist(), color=int(c) % 7)
+                for c in top
+            ]
+            title = f"{name}; image of: {results['classes'][results['labels'][k]]}"
+            panels.append(Panel(title, "length [perturbations]", "probability", lines, mark=1.0, markers=False))
+    return plots.line_figure(panels, columns=len(examples))
+
+
+def _place_of_one(places: Tensor) -> int:
+    return int((places - 1).abs().argmin())

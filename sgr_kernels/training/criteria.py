@@ -1,0 +1,118 @@
+"""Criteria without a penalty: plain cross-entropy, and cross-entropy on a mixture of clean and perturbed images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels import attacks
+from sgr_kernels.covariance import Covariance
+from sgr_kernels.loss import StepStatistics
+from sgr_kernels.per_sample import cross_entropy_per_sample
+
+Perturb = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
+
+
+class CrossEntropy(nn.Module):
+    """Plain training: the mean cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: StepStatistics | None = None
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of ``model(images)``, a scalar."""
+        outputs = model(images)
+        loss = cross_entropy_per_sample(outputs, labels).sum() / max(1, len(labels))
+        value = loss.detach()
+        self._last = StepStatistics(
+            loss=value,
+            cross_entropy=value,
+            penalty=None,
+            strength=0.0,
+            outputs=outputs.detach(),
+            gradient_norm=None,
+            nonfinite_penalties=torch.zeros((), dtype=torch.int64),
+        )
+        return loss
+
+    def peek(self) -> StepStatistics:
+        """What the last call computed.
+
+        Raises:
+            RuntimeError: if there was no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("peek: the criterion has not been called yet")
+        return self._last
+
+    @property
+    def last(self) -> StepStatistics:
+        """The same; there is nothing to warn of."""
+        return self.peek()
+
+
+class Augmented(CrossEntropy):
+    """Training on a mixture: in training mode, half of each batch is perturbed before the cross-entropy is taken.
+
+    Strength and random numbers come from one number of torch's default generator per step, whose state a checkpoint
+    holds.
+
+    Args:
+        perturb: ``(model, images, labels, eps, generator) -> perturbed images``; leaves the model as it was.
+        largest: The strength is drawn uniformly from [0, largest], one for each batch.
+    """
+
+    def __init__(self, perturb: Perturb, largest: float) -> None:
+        super().__init__()
+        self.perturb, self.largest = perturb, largest
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the mixture, a scalar."""
+        return super().forward(model, self.mixture(model, images, labels) if self.training else images, labels)
+
+    def mixture(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The images, the second half of them perturbed. Batches are in random order, so any half will do."""
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        eps = self.largest * float(torch.rand((), generator=generator))
+        clean, rest = images.split([len(images) // 2, len(images) - len(images) // 2])
+        return torch.cat([clean, self.perturb(model, rest, labels[len(clean) :], eps, generator)])
+
+
+def with_fgsm(largest: float, *, true_labels: bool = False) -> Augmented:
+    """Adversarial training with FGSM, strengths up to ``largest`` in pixel units.
+
+    Args:
+        largest: End of the strengths.
+        true_labels: Start from the labels instead of the model's own predictions: the label leaks into the sign.
+    """
+
+    def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+        return attacks.fgsm(model, images, labels if true_labels else None, eps=eps)
+
+    return Augmented(perturb, largest)
+
+
+def with_pgd(largest: float, steps: int) -> Augmented:
+    """Adversarial training with PGD from the model's own predictions, strengths up to ``largest`` in pixel units."""
+
+    def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+        return attacks.pgd(model, images, eps=eps, steps=steps, generator=generator)
+
+    return Augmented(perturb, largest)
+
+
+def with_noise(largest: float, covariance: Covariance) -> Augmented:
+    """Training with noise from N(0, Sigma), strengths up to ``largest`` in units of each image's standard deviation."""
+
+    def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+        return attacks.correlated_noise(
+            model, images, labels, covariance=home, eps=eps, draws=1, clip=False, generator=generator
+        )
+
+    criterion = Augmented(perturb, largest)
+    # A submodule, so that it moves to the device of the training.
+    criterion.covariance = home = covariance
+    return criterion
