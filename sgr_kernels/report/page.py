@@ -38,9 +38,9 @@ class Page:
         """A paragraph."""
         self._blocks.append(text)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; first column to the left, the others to the right."""
-        rule = ["---", *["---:"] * (len(header) - 1)]
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+        """A table; the first ``left`` columns to the left, the others to the right."""
+        rule = [*["---"] * left, *["---:"] * (len(header) - left)]
         lines = [header, rule, *rows]
         self._blocks.append(
             "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

@@ -316,9 +316,12 @@ def _no_leaking(results: dict[str, Any]) -> Answer:
     if not gains:
         return None
     worst = max(gains, key=lambda m: gains[m].mean)
-    # A gain must be shown to be one: its interval above zero.
-    verdict = NO if any(above(gain) == YES for gain in gains.values()) else YES
-    claim = "Regularized networks do not profit from perturbations (no label leaking; boundary: a gain above 0)"
+    verdict = OPEN
+    if any(above(gain) == YES for gain in gains.values()):
+        verdict = NO
+    elif all(gain.high < 0.01 for gain in gains.values()):
+        verdict = YES
+    claim = "Regularized networks do not profit from perturbations: no label leaking (below 1 point; above 0 is some)"
     return claim, f"largest gain under FGSM from true labels: {worst} {gains[worst].points()}", verdict
 
 

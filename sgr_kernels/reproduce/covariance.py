@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,7 @@ def second_moments(batches: list[Tensor]) -> dict[str, Any]:
         "decay_length": _finite(float(function.decay_length().diagonal().mean())),
         "second_moment": energy,
         "mean_share": unbiased / energy if energy else 0.0,
-        "matrix": {"scale": scale, "side": side, "levels": np.rint(127 * matrix / scale).astype(int).tolist()},
+        "matrix": {"scale": scale, "side": side, "size": len(matrix), "levels": _packed(matrix / scale)},
     }
 
 
@@ -140,7 +141,7 @@ def variants(lab: Lab, sgr: Network) -> dict[str, Any]:
         return {}
     return {
         name: {
-            "test_accuracy": network.test_accuracy,
+            "test_accuracy": lab.test_accuracy(network),
             "pgd": lab.cached("covariance", f"pgd-{name}", [network], partial(_under_pgd, lab, network)),
         }
         for name, network in networks.items()
@@ -229,8 +230,18 @@ def _variant_row(found: dict[str, Any], name: str) -> list[str]:
 def _matrices(found: dict[str, Any]) -> plots.Figure:
     names = {**SOURCES, DATA: "the images"}
     side = next(iter(found.values()))["matrix"]["side"]
-    matrices = [(names[name], np.asarray(entry["matrix"]["levels"]) / 127) for name, entry in found.items()]
+    matrices = [(names[name], _unpacked(entry["matrix"])) for name, entry in found.items()]
     return matrix_figure(matrices, "Second moments", f"the middle {side} x {side} pixels")
+
+
+def _packed(matrix: np.ndarray) -> str:
+    """Entries in [-1, 1], in steps of 1/127, as base64."""
+    return base64.b64encode(np.rint(127 * matrix).astype(np.int8).tobytes()).decode()
+
+
+def _unpacked(record: dict[str, Any]) -> np.ndarray:
+    levels = np.frombuffer(base64.b64decode(record["levels"]), np.int8)
+    return levels.reshape(record["size"], record["size"]) / 127
 
 
 def _length(entry: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def measure(lab: Lab) -> dict[str, Any]:
                 partial(under_noise, lab, network, noises.get(name), lab.scale.noise_eps),
             )
         rows.setdefault(method, []).append(
-            {"test_accuracy": network.test_accuracy, "strength": network.settings.strength, "curves": curves}
+            {"test_accuracy": lab.test_accuracy(network), "strength": network.settings.strength, "curves": curves}
         )
     return {
         "images": lab.scale.noise_images,

@@ -93,6 +93,7 @@ def summarize(folder: Path) -> None:
     page.table(
         ["claim", "found", "verdict", "details"],
         [[v.claim, v.finding, f"**{v.verdict}**", f"[{v.experiment}]({v.experiment}.md)"] for v in verdicts],
+        left=4,
     )
     page.heading("Pages")
     page.text("\n".join(f"- [{_ALL[name].TITLE}]({name}.md), numbers in `{name}.json`" for name in results))

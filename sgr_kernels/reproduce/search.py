@@ -19,8 +19,8 @@ def measure(lab: Lab) -> dict[str, Any]:
     """All searches."""
     plan = lab.scale.search
     return {
-        "train_images": plan.train_images,
-        "epochs": plan.epochs or lab.scale.epochs,
+        "trial_images": plan.train_images,
+        "trial_epochs": plan.epochs or lab.scale.epochs,
         "validation_images": plan.validation_images,
         "attack_images": plan.attack_images,
         "eps": list(plan.eps),
@@ -38,12 +38,13 @@ def measure(lab: Lab) -> dict[str, Any]:
 def show(results: dict[str, Any], folder: Path) -> None:
     """The page and its figure."""
     page = Page(f"{TITLE}: {results['title']}")
-    images = "all other" if results["train_images"] is None else f"{results['train_images']:,}"
+    images = "all other" if results["trial_images"] is None else f"{results['trial_images']:,}"
     page.text(
         "The strength of a penalty is the one with the largest area under the attack curve (mean accuracy over the "
         f"attack's strengths) that costs at most {100 * TOLERANCE:g} point of accuracy against plain training; where "
         "each costs more, the most accurate. GN and SGR follow the same rule. Each trial trains on "
-        f"{images} training images for {results['epochs']} epochs and is judged on {results['validation_images']:,} "
+        f"{images} training images for {results['trial_epochs']} epochs and is judged on "
+        f"{results['validation_images']:,} "
         f"training images that it has not seen ({results['attack_images']:,} of them attacked), never on test images. "
         f"PGD: eps {_list(results['eps'])} of 255; noise: decay length {results['decay_length']:g}, eps "
         f"{_list(results['noise_eps'])} standard deviations, worst of {results['draws']}. The other SGR variants "

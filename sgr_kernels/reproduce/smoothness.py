@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,17 @@ def measure(lab: Lab) -> dict[str, Any]:
         network = networks[name]
         found[name] = lab.cached("smoothness", name, [network], partial(along_lines, lab, network, eps))
     _, labels = lab.pixels(lab.scale.line_images)
+    chosen = examples(found["clean"], labels.tolist())
+    shown = {
+        name: lab.cached("smoothness", f"{name}-examples", [network], partial(lines_of, lab, network, eps, chosen))
+        for name, network in networks.items()
+    }
     return {
         "images": lab.scale.line_images,
         "eps": eps,
         "pgd_steps": lab.scale.pgd_steps,
         "classes": list(lab.data.test.classes),
-        "labels": labels.tolist(),
+        "examples": {"labels": labels[chosen].tolist(), "networks": shown},
         "positions": positions(lab).tolist(),
         "networks": found,
     }
@@ -50,17 +56,32 @@ def positions(lab: Lab) -> Tensor:
 
 
 def along_lines(lab: Lab, network: Network, eps: float) -> dict[str, Any]:
-    """Of each image the probability of its first answer along the line, and all probabilities for the first images."""
-    images, _ = lab.pixels(lab.scale.line_images)
-    perturbed = pgd(network.model, images, eps=eps / PIXEL_LEVELS, steps=lab.scale.pgd_steps)
-    probabilities = softmax_along(network.model, images, perturbed, positions(lab))
+    """Of each image the probability of its first answer along the line."""
+    probabilities = _lines(lab, network, eps)
     answer = probabilities[0].argmax(1)
-    own = probabilities[:, torch.arange(len(images)), answer]
+    own = probabilities[:, torch.arange(len(answer)), answer]
     return {
+        "answers": answer.tolist(),
         "own": own.round(decimals=4).T.tolist(),
         "answers_at_end": (probabilities[_place_of_one(positions(lab))].argmax(1) != answer).tolist(),
-        "examples": probabilities[:, :40].round(decimals=4).transpose(0, 1).tolist(),
     }
+
+
+def lines_of(lab: Lab, network: Network, eps: float, chosen: Sequence[int]) -> list[Any]:
+    """All probabilities along the lines of the chosen images, (images, places, classes)."""
+    return _lines(lab, network, eps)[:, list(chosen)].round(decimals=4).transpose(0, 1).tolist()
+
+
+def examples(clean: dict[str, Any], labels: Sequence[int]) -> list[int]:
+    """The first images that the clean network knows, and no longer when perturbed."""
+    known = [answer == label for answer, label in zip(clean["answers"], labels)]
+    return [k for k, changed in enumerate(clean["answers_at_end"]) if changed and known[k]][:EXAMPLES]
+
+
+def _lines(lab: Lab, network: Network, eps: float) -> Tensor:
+    images, _ = lab.pixels(lab.scale.line_images)
+    perturbed = pgd(network.model, images, eps=eps / PIXEL_LEVELS, steps=lab.scale.pgd_steps)
+    return softmax_along(network.model, images, perturbed, positions(lab))
 
 
 @torch.no_grad()
@@ -102,9 +123,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     page.figure(
         "smoothness-mean.png", "Probability of the network's first answer along the line, mean over the images."
     )
-    examples = _examples(results)
-    if examples:
-        plots.save(_example_figure(results, examples), folder / "smoothness-lines.png")
+    if results["examples"]["labels"]:
+        plots.save(_example_figure(results), folder / "smoothness-lines.png")
         page.figure(
             "smoothness-lines.png",
             "Probabilities of the most likely classes along the line. The images are the first whose perturbation "
@@ -130,26 +150,21 @@ def _mean_figure(results: dict[str, Any]) -> plots.Figure:
     return plots.line_figure([panel])
 
 
-def _examples(results: dict[str, Any]) -> list[int]:
-    clean = results["networks"]["clean"]
-    stored = len(clean["examples"])
-    right = [np.argmax(row[0]) == label for row, label in zip(clean["examples"], results["labels"])]
-    return [k for k in range(stored) if clean["answers_at_end"][k] and right[k]][:EXAMPLES]
-
-
-def _example_figure(results: dict[str, Any], examples: list[int]) -> plots.Figure:
-    panels = []
-    for name, entry in results["networks"].items():
-        for k in examples:
-            probabilities = np.asarray(entry["examples"][k])
+def _example_figure(results: dict[str, Any]) -> plots.Figure:
+    labels, panels = results["examples"]["labels"], []
+    for name, lines in results["examples"]["networks"].items():
+        for label, line in zip(labels, lines):
+            probabilities = np.asarray(line)
             top = np.sort(np.argsort(-probabilities.max(0), kind="stable")[:3])
-            lines = [
-                Line(results["classes"][c], results["positions"], probabilities[:, c].tolist(), color=int(c) % 7)
-                for c in top
+            shown = [
+                Line(results["classes"][c], results["positions"], probabilities[:, c].tolist(), color=k)
+                for k, c in enumerate(top)
             ]
-            title = f"{name}; image of: {results['classes'][results['labels'][k]]}"
-            panels.append(Panel(title, "length [perturbations]", "probability", lines, mark=1.0, markers=False))
-    return plots.line_figure(panels, columns=len(examples))
+            title = f"{name}; image of: {results['classes'][label]}"
+            panels.append(
+                Panel(title, "length [perturbations]", "probability", shown, mark=1.0, y_range=(0, 1.02), markers=False)
+            )
+    return plots.line_figure(panels, columns=len(labels))
 
 
 def _place_of_one(places: Tensor) -> int:

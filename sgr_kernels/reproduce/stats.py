@@ -94,10 +94,14 @@ def _per_image(curve: dict[str, Any], level: int | None) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray) -> Estimate:
-    """Of values (networks, images): the images are a sample shared by all networks, the networks another."""
+    """Of values (networks, images): the images are a sample shared by all networks, the networks another.
+
+    The error from the images is at least that of one image gone the other way: no variation among a few hundred is
+    no proof that there is none.
+    """
     seeds, images = values.shape
     per_network = values.mean(1)
-    from_images = float(values.mean(0).std()) / math.sqrt(max(1, images - 1))
+    from_images = max(float(values.mean(0).std()) / math.sqrt(max(1, images - 1)), 1 / images)
     spread = float(per_network.std(ddof=1)) if seeds > 1 else None
     from_seeds = 0.0 if spread is None else spread / math.sqrt(seeds)
     return Estimate(float(per_network.mean()), math.hypot(from_images, from_seeds), spread, seeds)

@@ -63,7 +63,7 @@ def attacked(lab: Lab, network: Network) -> dict[str, Any]:
     ]
     relative = torch.cat(norms)
     return {
-        "test_accuracy": network.test_accuracy,
+        "test_accuracy": lab.test_accuracy(network),
         "strength": network.settings.strength,
         "curves": curves,
         "deepfool": {
