@@ -107,9 +107,7 @@ def missing(about: dict[str, Any], results: dict[str, Any]) -> list[str]:
     scale = about["scale"]
     lines = [f"{module.TITLE}: not run." for name, module in _ALL.items() if name not in results]
     if scale["epochs"] < 50:
-        lines.append(
-            f"Trainings of {scale['epochs']} epochs on {about['train_images']:,} images; the paper: 50 on all."
-        )
+        lines.append(f"Trainings of {_epochs(scale)} on {about['train_images']:,} images; the paper: 50 on all.")
     if scale["attack_images"] < about["test_images"]:
         lines.append(
             f"Gradient attacks on {scale['attack_images']:,} test images, DeepFool on {scale['deepfool_images']:,}, "
@@ -145,12 +143,16 @@ def _counted(verdicts: Sequence[claims.Verdict]) -> list[tuple[str, int]]:
     return [(name, counts[name]) for name in (claims.YES, claims.NO, claims.OPEN) if counts[name]]
 
 
+def _epochs(scale: dict[str, Any]) -> str:
+    return f"{scale['epochs']} epoch{'' if scale['epochs'] == 1 else 's'}"
+
+
 def _setting(about: dict[str, Any]) -> str:
     scale = about["scale"]
     several = scale["seeds"] > 1 and scale["repeated"]
     repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, " if several else ""
     return (
-        f"{about['title']}: Carlini-Wagner networks, {scale['epochs']} epochs on {about['train_images']:,} images, "
+        f"{about['title']}: Carlini-Wagner networks, {_epochs(scale)} on {about['train_images']:,} images, "
         f"Adam 1e-3, batches of {scale['batch_size']}; {repeated}one seed of the others. "
         f"sgr_kernels {about['sgr_kernels']}, torch {about['torch']}, {about['device']}."
     )

@@ -52,6 +52,7 @@ class Scale:
         single_eps: Single strengths of transferred attacks, in 1/255.
         attack_images, deepfool_images: Test images for gradient attacks.
         pgd_steps: Of every PGD.
+        sanity_images: Test images of the sanity reports.
         decay_length: Of the exponential covariance that SGR and the noise-augmented training use.
         decay_lengths: Of the correlated noise.
         noise_eps: Its strengths, in units of each image's standard deviation; the first is the main one.
@@ -81,6 +82,7 @@ class Scale:
     attack_images: int
     deepfool_images: int
     pgd_steps: int
+    sanity_images: int
     decay_length: float
     decay_lengths: tuple[float, ...]
     noise_eps: tuple[float, ...]
@@ -121,6 +123,7 @@ _SMOKE = Scale(
     attack_images=40,
     deepfool_images=10,
     pgd_steps=5,
+    sanity_images=8,
     decay_length=16.0,
     decay_lengths=(1.0, 16.0),
     noise_eps=(0.7, 1.4),
@@ -153,6 +156,7 @@ _MNIST_CPU = Scale(
     attack_images=300,
     deepfool_images=100,
     pgd_steps=20,
+    sanity_images=128,
     decay_length=16.0,
     decay_lengths=(1.0, 4.0, 16.0),
     noise_eps=(0.3, 0.7),
@@ -182,6 +186,7 @@ _CIFAR_CPU = replace(
     attack_images=150,
     deepfool_images=60,
     pgd_steps=10,
+    sanity_images=32,
     noise_eps=(0.3,),
     noise_images=300,
     draws=20,
@@ -205,6 +210,7 @@ _MNIST_FULL = replace(
     eps=tuple(range(0, 33, 4)),
     attack_images=10_000,
     deepfool_images=10_000,
+    sanity_images=512,
     noise_eps=(0.3, 0.01, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7),
     noise_images=10_000,
     draws=100,

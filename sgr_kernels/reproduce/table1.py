@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgr_kernels.attacks import deepfool, fgsm, pgd, relative_norm, uniform_noise
 from sgr_kernels.evaluation.curves import robustness_curve, wilson_interval
+from sgr_kernels.evaluation.sanity import sanity_report
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
@@ -39,7 +40,27 @@ def measure(lab: Lab) -> dict[str, Any]:
         "test_images": len(lab.data.test),
         "pgd_steps": lab.scale.pgd_steps,
         "methods": rows,
+        "sanity_images": lab.scale.sanity_images,
+        "sanity": {name: sanity(lab, name) for name in lab.bar([m for m in SHOWN if m in rows], "sanity reports")},
     }
+
+
+def sanity(lab: Lab, method: str) -> dict[str, Any]:
+    """Can the PGD accuracies of a method's first network be believed?"""
+    network, surrogate = lab.method(method), lab.method("gn" if method == "clean" else "clean")
+
+    def measure() -> dict[str, Any]:
+        report = sanity_report(
+            network.model,
+            lab.batches(lab.scale.sanity_images),
+            eps=max(lab.scale.eps) / PIXEL_LEVELS,
+            surrogate=surrogate.model,
+            steps=lab.scale.pgd_steps,
+            max_images=lab.scale.sanity_images,
+        )
+        return report.to_dict()
+
+    return lab.cached("sanity", method, [network, surrogate], measure)
 
 
 def attacked(lab: Lab, network: Network) -> dict[str, Any]:
@@ -100,6 +121,26 @@ def show(results: dict[str, Any], folder: Path) -> None:
         "Accuracy against the strength of white-box attacks. Bars: 95 % Wilson intervals of the first network's "
         "accuracy. Methods left out here are in the table.",
     )
+    page.heading("Can these accuracies be believed?")
+    page.text(
+        f"`sanity_report` on {results['sanity_images']:,} images at the largest eps, the clean network (for it, gn) as "
+        "the surrogate. A passed check is no proof of robustness; a failed one says that PGD overstates it."
+    )
+    reports = results["sanity"]
+    checks = [check["name"] for check in next(iter(reports.values()))["checks"]]
+    marks = {True: "ok", False: "**failed**", None: "–"}
+    page.table(
+        ["check", *reports],
+        [[name, *(marks[r["checks"][k]["passed"]] for r in reports.values())] for k, name in enumerate(checks)],
+    )
+    failures = [
+        f"- {method}, {check['name']}: {check['detail']}"
+        for method, report in reports.items()
+        for check in report["checks"]
+        if check["passed"] is False
+    ]
+    if failures:
+        page.text("\n".join(failures))
     page.write(folder / "table1.md")
 
 
