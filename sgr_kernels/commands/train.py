@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from sgr_kernels.commands import common
+from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS
 from sgr_kernels.penalty import METHODS as PENALTY_METHODS
 from sgr_kernels.report.page import percent
+from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, Settings
+from sgr_kernels.training.models import CarliniWagner, architecture_for
 from sgr_kernels.training.processes import Processes, joined, local_device
+from sgr_kernels.training.search import attack_area, held_out, strength_search
 
+_SEARCH_IMAGES = 500
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
@@ -35,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["strength"],
         help="of the penalty, as a noise-to-signal ratio: the covariance is at the data's own variance",
     )
+    add(
+        "--search-strength",
+        type=common.positive,
+        nargs="+",
+        metavar="S",
+        help="try these strengths first and take the most robust under PGD that costs at most a point of accuracy, "
+        "judged on a tenth of the training images; the record is search.json in --out",
+    )
+    add("--search-epochs", type=common.whole, help="of each trial; none: as many as --epochs")
     add(
         "--perturbation",
         choices=PERTURBATIONS,
@@ -101,12 +118,12 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
     if existing and not arguments.resume:
         raise ValueError(f"{out} already holds a checkpoint: add --resume to continue it, or name another --out")
     data = common.load_for(arguments.data)
-    trainer = Trainer(
-        settings_from(arguments, common.architecture_for(data.train.images.shape[1:])),
-        data,
-        device=device,
-        processes=processes,
-    )
+    settings = settings_from(arguments, architecture_for(data.train.images.shape[1:]))
+    if arguments.search_strength:
+        if processes.size > 1:
+            raise ValueError("--search-strength: one process at a time; give the processes the --strength it finds")
+        settings = replace(settings, strength=searched_strength(arguments, settings, data, device, out))
+    trainer = Trainer(settings, data, device=device, processes=processes)
     if existing:
         trainer.resume(out)
         say(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")
@@ -126,6 +143,39 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
         return 1
     say(f"trained: {out / CHECKPOINT_FILE}")
     return 0
+
+
+def searched_strength(
+    arguments: argparse.Namespace, settings: Settings, data: DataSet, device: torch.device, out: Path
+) -> float:
+    """The strength found by trials, which an earlier run may have made; prints and records them."""
+    record = out / "search.json"
+    if record.is_file():
+        return float(json.loads(record.read_text())["strength"])
+    split = held_out(data, None, max(1, len(data.train) // 10))
+    epochs = arguments.search_epochs or arguments.epochs
+    eps = [level / PIXEL_LEVELS for level in EPS_GRIDS[settings.architecture]]
+
+    def train(trial: Settings) -> CarliniWagner:
+        folder = out / "trials" / f"{trial.method}-{trial.strength:g}"
+        trainer = Trainer(trial, split, device=device)
+        if (folder / CHECKPOINT_FILE).is_file():
+            trainer.resume(folder)
+        tqdm.write(f"trial: {trial.method}, strength {trial.strength:g}, {epochs} epochs")
+        trainer.run(epochs, out=folder)
+        return trainer.model
+
+    def area(model: nn.Module) -> float:
+        return attack_area(model, split.test.first(_SEARCH_IMAGES), "pgd", eps, device=device)
+
+    found = strength_search(settings, arguments.search_strength, split.test, train, area, device=device)
+    write_atomically(record, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    for trial in found.trials:
+        chosen = "  chosen" if trial.strength == found.strength else ""
+        tqdm.write(
+            f"strength {trial.strength:g}: accuracy {percent(trial.accuracy)}, under PGD {percent(trial.area)}{chosen}"
+        )
+    return found.strength
 
 
 def settings_from(arguments: argparse.Namespace, architecture: str) -> Settings:
