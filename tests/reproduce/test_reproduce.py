@@ -1,0 +1,284 @@
+"""A reproduction from end to end at the smallest scale: what it measures, what it writes, how it survives a kill."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sgr_kernels.cli import main
+from sgr_kernels.reproduce import claims, paper, pictures, stats, transfer
+from sgr_kernels.reproduce.covariance import second_moments
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
+from sgr_kernels.reproduce.scales import METHODS, SCALES, SearchScale
+from sgr_kernels.reproduce.smoothness import softmax_along
+from sgr_kernels.training.datasets import DataSet
+from sgr_kernels.training.datasets import load as load_data
+
+TINY = replace(
+    SCALES["mnist"]["smoke"],
+    train_images=48,
+    batch_size=16,
+    methods=("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp", "lrc"),
+    search=SearchScale((1.0,), 32, 1, 20, 10, (16.0,), (0.7,), 2),
+    eps=(0.0, 32.0),
+    attack_images=10,
+    deepfool_images=2,
+    pgd_steps=2,
+    sanity_images=4,
+    noise_images=10,
+    draws=2,
+    covariance_images=10,
+    leaking_images=10,
+    line_images=6,
+    line_points=5,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lab_in(folder, say=lambda line: None, scale=TINY):
+    train, test = load_data("mnist-sample")
+    return Lab("mnist", scale, DataSet(train.first(200), test.first(60)), folder, say=say, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A reproduction without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    reproduce(lab_in(folder), list(EXPERIMENTS), "MNIST, tiny")
+    return folder
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
+
+
+def test_a_run_interrupted_everywhere_ends_with_the_same_files(whole, tmp_path):
+    """Interrupted at every message, which is before and after each training and at the start of each experiment."""
+    stops = 0
+
+    def interrupt_soon():
+        left = 2
+
+        def say(line):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        return say
+
+    for _ in range(200):
+        try:
+            reproduce(lab_in(tmp_path, interrupt_soon()), ["table1", "lrc"], "MNIST, tiny")
+        except KeyboardInterrupt:
+            stops += 1
+        else:
+            break
+    assert stops > 10
+    expected = files(whole)
+    for name, content in files(tmp_path).items():
+        if name not in ("README.md",):
+            assert content == expected[name], name
+
+
+def test_a_run_killed_within_a_training_ends_with_the_same_numbers(whole, tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, torch; torch.set_num_threads(1)\n"
+        "from test_reproduce import lab_in, reproduce\n"
+        "reproduce(lab_in(pathlib.Path(sys.argv[2]), say=lambda line: print(line, flush=True)), ['smoothness'], 't')"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("training sgr_sign"):
+                time.sleep(0.02)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "results" / "smoothness.json").exists()
+    reproduce(lab_in(tmp_path), ["smoothness"], "MNIST, tiny")
+    assert files(tmp_path)["smoothness.json"] == files(whole)["smoothness.json"]
+
+
+def test_nothing_is_trained_or_measured_twice(whole):
+    said = []
+    before = {path: path.stat().st_mtime_ns for path in (whole / "measurements").rglob("*.json")}
+    lab = lab_in(whole, said.append)
+    for name, experiment in EXPERIMENTS.items():
+        measured = json.loads(json.dumps(experiment.measure(lab)))
+        assert measured == {key: value for key, value in load(whole / "results")[name].items() if key in measured}
+    assert not [line for line in said if "training" in line or "searching" in line]
+    assert {path: path.stat().st_mtime_ns for path in (whole / "measurements").rglob("*.json")} == before
+
+
+def test_pages_are_made_from_the_results_alone(whole, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    for path in (whole / "results").glob("*.json"):
+        (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
+    assert main(["reproduce", "all", "--out", str(tmp_path), "--pages-only"]) == 0
+    assert files(tmp_path) == files(whole)
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        show(tmp_path / "nowhere")
+
+
+def test_pages_show_every_picture_and_every_method(whole):
+    folder = whole / "results"
+    shown = set()
+    for page in folder.glob("*.md"):
+        text = page.read_text()
+        assert "nan" not in text.replace("finance", "")
+        shown |= set(re.findall(r"\]\(([\w.-]+\.png)\)", text))
+    assert shown == {path.name for path in folder.glob("*.png")}
+    for method in TINY.methods:
+        assert f"| {method} |" in (folder / "table1.md").read_text()
+    summary = (folder / "README.md").read_text()
+    assert all(f"({name}.md)" in summary for name in EXPERIMENTS)
+    assert "No twin for self-transfer" in summary
+
+
+def test_results_are_consistent_between_experiments(whole):
+    results = load(whole / "results")
+    assert set(results) == {"search", *EXPERIMENTS}
+    table, moved = results["table1"]["methods"], results["transfer"]["sources"]
+    for method in TINY.methods:
+        clean = table[method][0]["curves"]["pgd"]["accuracy"][0]
+        # Every source meets the same network, which without a perturbation answers the same.
+        assert {moved[source][method]["accuracy"][0] for source in TINY.methods} == {clean}
+        assert results["leaking"]["networks"][method]["true"]["accuracy"][0] == clean
+    assert [len(table[m]) for m in ("clean", "sgr_exp", "gn")] == [2, 2, 1]
+    assert set(results["transfer"]["twins"]) == {"clean", "sgr_exp", "gn"}
+    noise = results["lrc"]["methods"]["clean"][0]["curves"]
+    assert set(noise) == {"1", "16", "data set"}
+
+
+def test_strengths_are_grey_levels_on_pages_and_pixels_in_attacks(tmp_path):
+    """FGSM at the table's eps 32 changes pixels by 32 grey levels."""
+    lab = lab_in(tmp_path)
+    network = lab.method("clean")
+    seen = []
+    original = network.model.forward
+
+    def forward(images):
+        seen.append(images.detach().clone())
+        return original(images)
+
+    network.model.forward = forward
+    from sgr_kernels.reproduce.leaking import under_fgsm
+
+    curve = under_fgsm(lab, network)["true"]
+    images, _ = lab.pixels(TINY.leaking_images)
+    assert curve["eps"] == pytest.approx([0, 32])
+    largest = max(float((x - images).abs().max()) for x in seen if x.shape == images.shape)
+    assert largest == pytest.approx(32 / 255, abs=1e-6)
+
+
+def test_the_transfer_matrix_has_targets_in_rows_and_twins_on_its_diagonal(whole):
+    results = load(whole / "results")["transfer"]
+    names = list(results["sources"])
+    values = transfer.matrix(results, 64.0)
+    row, column = names.index("gn"), names.index("pgd")
+    curve = results["sources"]["pgd"]["gn"]
+    assert values[row, column] == curve["accuracy"][stats.at(curve, 64.0)]
+    assert np.isnan(values[column, column])
+    assert values[row, row] == results["twins"]["gn"]["accuracy"][stats.at(results["twins"]["gn"], 64.0)]
+    own = transfer.matrix(results, 64.0, white_box=True)
+    assert own[row, row] == results["sources"]["gn"]["gn"]["accuracy"][-1]
+
+
+def test_second_moments_of_known_noise():
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(400, 1, 28, 28, generator=generator)
+    found = second_moments(list(white.split(100)))
+    assert found["second_moment"] == pytest.approx(784, rel=0.02)
+    # The sample's squared mean is 1/400 of the second moment; the true one is zero.
+    assert abs(found["mean_share"]) < 4e-4
+    assert found["decay_length"] == pytest.approx(1 - 1 / np.e, abs=0.02)
+    shifted = second_moments(list((white + 0.5).split(100)))
+    assert shifted["mean_share"] == pytest.approx(0.25 / 1.25, rel=0.05)
+
+
+def test_softmax_along_a_line_of_a_linear_network():
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    images, perturbed = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    found = softmax_along(lambda x: x @ weight, images, perturbed, torch.tensor([0.0, 0.5, 1.0]))
+    expected = torch.tensor([2.0, 0.0, -2.0]).sigmoid()
+    assert torch.allclose(found[:, 0, 0].float(), expected)
+
+
+def test_images_survive_json():
+    images = torch.rand(3, 3, 5, 4)
+    assert (
+        np.abs(
+            pictures.decode(json.loads(json.dumps(pictures.encode(images)))) - images.permute(0, 2, 3, 1).numpy()
+        ).max()
+        <= 0.5 / 255 + 1e-6
+    )
+    noisy = torch.linspace(-1, 3, 16).view(1, 1, 4, 4)
+    assert pictures.decode(pictures.encode(noisy))[0, 0, 0] == 0
+    assert pictures.decode(pictures.encode(noisy))[0, 3, 3] == 1
+
+
+def test_the_papers_tables_are_whole():
+    for tables in paper.TRANSFER.values():
+        for table in tables.values():
+            assert all(len(row) == 9 and set(row) == set(table) for row in table.values())
+    assert paper.TRANSFER["mnist"][32]["clean"]["clean"] == 24.7
+    assert paper.TRANSFER["cifar10"][8]["fgsm_sgr"]["pgd_sgr"] == 43.9
+    assert paper.WHITE_BOX["mnist"]["pgd"] == (99.5, 99.5, 99.1, 99.3, 0.453)
+
+
+def test_verdicts_turn_with_the_numbers(whole):
+    """Swapping the names of two methods turns a claim that compares them around."""
+    results = load(whole / "results")
+
+    def verdict(method_scores):
+        changed = json.loads(json.dumps(results["lrc"]))
+        for method in changed["methods"]:
+            share = method_scores.get(method, 0.7)
+            right = np.arange(200) < share * 200
+            mask = np.packbits(right).tobytes().hex()
+            for run in changed["methods"][method]:
+                for curve in run["curves"].values():
+                    curve |= {"masks": [mask] * len(curve["eps"]), "images": 200}
+        found = claims.judge({"lrc": changed})
+        return next(v.verdict for v in found if v.claim.startswith("Under long-range"))
+
+    assert verdict({"sgr_exp": 0.9, "gn": 0.5}) == claims.YES
+    assert verdict({"sgr_exp": 0.5, "gn": 0.9}) == claims.NO
+    assert verdict({"sgr_exp": 0.5, "gn": 0.5}) == claims.OPEN
+    assert {v.experiment for v in claims.judge(results)} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("dataset", SCALES)
+def test_scales_agree_with_the_paper(dataset):
+    full = SCALES[dataset]["full"]
+    end = {"mnist": 32, "cifar10": 8}[dataset]
+    assert (full.epochs, full.batch_size, full.draws, full.train_images) == (50, 128, 100, None)
+    for scale in SCALES[dataset].values():
+        assert (min(scale.eps), max(scale.eps)) == (0, end)
+        assert set(scale.single_eps) == set(paper.TRANSFER[dataset])
+        assert set(scale.methods) <= set(METHODS)
+
+
+def test_the_dataset_must_fit_the_data(tmp_path, capsys):
+    assert main(["reproduce", "table1", "--dataset", "cifar10", "--out", str(tmp_path)]) == 2
+    assert "--dataset cifar10, but --data mnist-sample holds images for mnist" in capsys.readouterr().err
+    assert main(["reproduce", "table1", "--pages-only", "--out", str(tmp_path)]) == 2
+    assert "no results in" in capsys.readouterr().err
