@@ -27,6 +27,7 @@ from sgr_kernels.reproduce.lab import Lab, Network
 
 TITLE = "Covariance of perturbations"
 SOURCES = {"pgd": "PGD", "fgsm": "FGSM", "deepfool": "DeepFool"}
+CLIPPED = "pgd_clipped"
 DATA = "data"
 VARIANTS = {"full": "full matrix (Eq. 15)", "eq12": "mean correction (Eq. 12)"}
 # Middle of the image that the pictured matrices show, by channels: the paper trims them too.
@@ -37,9 +38,10 @@ def measure(lab: Lab) -> dict[str, Any]:
     """Covariances of a clean network's perturbations and of the data, and two variants of SGR."""
     clean, sgr = lab.method("clean"), lab.method("sgr_sign")
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "pgd": lambda x: pgd(clean.model, x, eps=eps(lab), steps=lab.scale.pgd_steps) - x,
-        "fgsm": lambda x: fgsm(clean.model, x, eps=eps(lab)) - x,
-        "deepfool": lambda x: deepfool(clean.model, x) - x,
+        "pgd": lambda x: pgd(clean.model, x, eps=eps(lab), steps=lab.scale.pgd_steps, bounds=None) - x,
+        "fgsm": lambda x: fgsm(clean.model, x, eps=eps(lab), bounds=None) - x,
+        "deepfool": lambda x: deepfool(clean.model, x, bounds=None) - x,
+        CLIPPED: lambda x: pgd(clean.model, x, eps=eps(lab), steps=lab.scale.pgd_steps) - x,
     }
     found = {}
     for name in lab.bar(list(functions), "covariances"):
@@ -117,13 +119,22 @@ def mean_correction(lab: Lab, network: Network) -> dict[str, Any]:
     gradient = -perturbations(model, images[half:], labels[half:], "gradient", eps=0.0, generator=generator)
     found = {}
     for source in ("sign", "pgd"):
-        xi = perturbations(model, images[:half], labels[:half], source, eps=eps(lab), generator=generator)
+        first = images[:half]
+        if source == "pgd":
+            xi = pgd(model, first, eps=eps(lab), steps=lab.scale.pgd_steps, bounds=None, generator=generator) - first
+        else:
+            xi = perturbations(model, first, labels[:half], source, eps=0.0, generator=generator)
         values = displacement_covariance(xi)
         function = CovarianceFunction.from_values(values, tuple(images.shape[2:]), target_variance=variance)
         mu = xi.mean(0) * (variance / values[:, :, 0].diagonal().mean()).sqrt()
         omega = 0.5 * float(function.quadratic_form(gradient).double().mean())
-        correction = float((gradient * mu).sum((1, 2, 3)).double().mean())
-        found[source] = {"penalty": omega, "correction": correction, "share": correction / omega if omega else 0.0}
+        corrections = (gradient * mu).sum((1, 2, 3)).double()
+        found[source] = {
+            "penalty": omega,
+            "correction": float(corrections.mean()),
+            "share": float(corrections.mean()) / omega if omega else 0.0,
+            "error": float(corrections.std(correction=0)) / max(1, len(corrections) - 1) ** 0.5 / (omega or 1.0),
+        }
     return found
 
 
@@ -160,10 +171,13 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """The page and its figures."""
     found = results["covariances"]
     names = {**{k: f"{v} perturbations" for k, v in SOURCES.items()}, DATA: "the images"}
+    names[CLIPPED] = "PGD perturbations, clipped"
     page = Page(f"{TITLE}: {results['title']}")
     page.text(
         f"Perturbations of the clean network on the first {results['images']:,} test images: PGD and FGSM at eps "
-        f"{results['eps']:g}/255, PGD with {results['pgd_steps']} steps. Second moments, not centred; the images' "
+        f"{results['eps']:g}/255, PGD with {results['pgd_steps']} steps; not clipped to the pixels' range, as SGR "
+        "estimates them (clipped, a black ground allows one sign alone, which gives them a mean). Second moments, not "
+        "centred; the images' "
         "are about their mean. The decay length is the displacement at which the covariance function has fallen to "
         "1/e of its value at zero, mean over the channels. Squared mean: squared norm of the mean perturbation over "
         "the mean squared norm, free of the bias of a finite sample (which can make it negative)."
@@ -204,7 +218,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
                     f"{network}, {source}",
                     f"{entry['penalty']:.3g}",
                     f"{entry['correction']:.2g}",
-                    f"{entry['share']:+.1%}",
+                    f"{entry['share']:+.1%} ± {stats.Z95 * entry['error']:.1%}",
                 ]
             )
     page.table(["network, perturbations", "penalty (Eq. 11)", "term of Eq. 12", "share"], rows)
@@ -228,7 +242,7 @@ def _variant_row(found: dict[str, Any], name: str) -> list[str]:
 
 
 def _matrices(found: dict[str, Any]) -> plots.Figure:
-    names = {**SOURCES, DATA: "the images"}
+    names = {**SOURCES, CLIPPED: "PGD, clipped", DATA: "the images"}
     side = next(iter(found.values()))["matrix"]["side"]
     matrices = [(names[name], _unpacked(entry["matrix"])) for name, entry in found.items()]
     return matrix_figure(matrices, "Second moments", f"the middle {side} x {side} pixels")

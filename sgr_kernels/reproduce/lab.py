@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.reproduce.scales import Scale
 from sgr_kernels.training.batches import Batches
@@ -185,7 +186,8 @@ class Lab:
     def cached(
         self, experiment: str, name: str, networks: Sequence[Network | Settings], measure: Callable[[], Any]
     ) -> Any:
-        """What ``measure`` returns, from disk if it was measured before with the same scale, data and networks.
+        """What ``measure`` returns, from disk if it was measured before with the same version, scale, data
+        and networks.
 
         Args:
             experiment: Folder of the measurement.
@@ -194,7 +196,7 @@ class Lab:
             measure: Gives something ready for JSON.
         """
         settings = [asdict(n if isinstance(n, Settings) else n.settings) for n in networks]
-        key = _digest([asdict(self.scale), self._digests, settings])
+        key = _digest([__version__, asdict(self.scale), self._digests, settings])
         path = self.out / "measurements" / experiment / f"{name}-{key}.json"
         if not path.is_file():
             content = json.dumps(measure())

@@ -152,13 +152,18 @@ def _mean_figure(results: dict[str, Any]) -> plots.Figure:
 
 def _example_figure(results: dict[str, Any]) -> plots.Figure:
     labels, panels = results["examples"]["labels"], []
+    likely: list[set[int]] = [
+        set() for _ in labels
+    ]  # by image, over all networks: a class keeps its colour down a column
+    for lines in results["examples"]["networks"].values():
+        for classes, line in zip(likely, lines):
+            classes |= {int(c) for c in np.argsort(-np.asarray(line).max(0), kind="stable")[:2]}
     for name, lines in results["examples"]["networks"].items():
-        for label, line in zip(labels, lines):
+        for label, line, classes in zip(labels, lines, likely):
             probabilities = np.asarray(line)
-            top = np.sort(np.argsort(-probabilities.max(0), kind="stable")[:3])
             shown = [
                 Line(results["classes"][c], results["positions"], probabilities[:, c].tolist(), color=k)
-                for k, c in enumerate(top)
+                for k, c in enumerate(sorted(classes))
             ]
             title = f"{name}; image of: {results['classes'][label]}"
             panels.append(
