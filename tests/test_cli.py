@@ -137,6 +137,22 @@ def test_an_interrupted_training_is_continued_to_the_same_weights(digits, tmp_pa
     assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
 
 
+def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
+    out = tmp_path / "searched"
+    command = ["train", "--data", digits, "--out", str(out), "--method", "gn", "--batch-size", "64", "--epochs", "1"]
+    command += ["--search-strength", "0.5", "2", "--device", "cpu"]
+    assert main(command) == 0
+    record = json.loads((out / "search.json").read_text())
+    assert [trial["strength"] for trial in record["trials"]] == [0.5, 2]
+    assert f"trained: {out}" in capsys.readouterr().out
+    settings = json.loads((out / "history.json").read_text())["settings"]
+    assert settings["strength"] == record["strength"] in (0.5, 2)
+    assert main([*command, "--resume"]) == 0
+    assert "trial" not in capsys.readouterr().out
+    without = ["train", "--data", digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
+    assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
+
+
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):
     options = ["--perturbation", "exponential", "--decay-length", "4", "--epochs", "1", "--batch-size", "25"]
     assert main(["train", "--data", cifar, "--out", str(tmp_path / "c"), *options]) == 0
