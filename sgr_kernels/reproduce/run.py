@@ -150,9 +150,9 @@ def _epochs(scale: dict[str, Any]) -> str:
 def _setting(about: dict[str, Any]) -> str:
     scale = about["scale"]
     several = scale["seeds"] > 1 and scale["repeated"]
-    repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, " if several else ""
+    repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, one of the others" if several else "one seed"
     return (
         f"{about['title']}: Carlini-Wagner networks, {_epochs(scale)} on {about['train_images']:,} images, "
-        f"Adam 1e-3, batches of {scale['batch_size']}; {repeated}one seed of the others. "
+        f"Adam 1e-3, batches of {scale['batch_size']}; {repeated}. "
         f"sgr_kernels {about['sgr_kernels']}, torch {about['torch']}, {about['device']}."
     )
