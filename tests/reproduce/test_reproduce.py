@@ -97,6 +97,7 @@ def test_a_run_interrupted_everywhere_ends_with_the_same_files(whole, tmp_path):
             assert content == expected[name], name
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_training_ends_with_the_same_numbers(whole, tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, torch; torch.set_num_threads(1)\n"
