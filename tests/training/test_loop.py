@@ -200,7 +200,7 @@ def test_weight_decay_is_the_methods_unless_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "magic"}, "method must be one of clean, wdecay, gn, sgr, got 'magic'"),
+        ({"method": "magic"}, "method must be one of clean, wdecay, pgd, .*, lrc, got 'magic'"),
         ({"perturbation": "noise"}, "perturbation must be one of .* got 'noise'"),
         ({"strength": -1.0}, "strength must be a finite number >= 0, got -1.0"),
         ({"strength": math.inf}, "strength must be a finite number >= 0, got inf"),
