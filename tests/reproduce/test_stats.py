@@ -39,16 +39,21 @@ def test_the_mean_of_one_network_has_the_binomial_error(noise):
     assert estimate.spread is None
 
 
-def test_errors_cover_the_truth_about_as_often_as_they_say(noise):
+@pytest.mark.parametrize(("networks", "skills"), [(3, 0.08), (3, 0.02), (8, 0.05), (1, 0.0)])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(noise, networks, skills):
     """Networks with accuracies of their own, all on the same images of varying difficulty."""
     hits = 0
-    for _ in range(300):
+    for _ in range(400):
         difficulty = noise.normal(0, 0.15, 200)
-        skill = noise.normal(0.7, 0.03, 12)
-        runs = [curve((noise.random(200) < s + difficulty)[None]) for s in skill]
+        runs = [curve((noise.random(200) < s + difficulty)[None]) for s in noise.normal(0.6, skills, networks)]
         estimate = stats.mean(runs)
-        hits += estimate.low <= 0.7 <= estimate.high
-    assert 0.88 <= hits / 300 <= 1.0
+        hits += estimate.low <= 0.6 <= estimate.high
+    assert 0.915 <= hits / 400 <= 0.995
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (3, 3.182), (5, 2.571), (30, 2.042), (math.inf, 1.96)])
+def test_quantiles_of_student(freedom, quantile):
+    assert stats.student95(freedom) == pytest.approx(quantile, rel=0.035)
 
 
 def test_differences_are_paired(noise):
