@@ -24,11 +24,12 @@ matplotlib.use("Agg")
 Cell = dict[str, Any]
 Points = dict[str, list[tuple[float, float, float, float]]]
 SLOPES = {
-    "N": {"sgr auto": (3, "N³: matrix transforms"), "dense": (4, "N⁴: dense"), "copy": (2, "N²: copy")},
+    "N": {"sgr auto": (3, "N³: one level of transforms"), "dense": (4, "N⁴: dense"), "copy": (2, "N²: copy")},
     "C": {"sgr auto": (1, "C: transforms"), "dense": (2, "C²: dense"), "copy": (1, "C: copy")},
-    "B": {"sgr auto": (1, "B"), "dense": (1, "B"), "copy": (1, "B")},
+    "B": {"sgr auto": (1, "B: transforms"), "dense": (1, "B: dense"), "copy": (1, "B: copy")},
 }
 """Growth of the cost with a scaling variable by the count of operations; of an image for N, of a batch else."""
+_GUIDES = {"sgr auto": (0, (6, 2)), "dense": (0, (2, 2)), "copy": (0, (1, 3))}
 _SIZES = {"N": "image size N (pixels)", "C": "channels C", "B": "batch B"}
 
 
@@ -103,44 +104,66 @@ def time_figure(result: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def flops(problem: Problem, provider: str) -> float:
-    """Operations of v and q: of the dense product, or of the parity-split transforms and the channel mixing."""
+def _transform(extent: int, device: str) -> float:
+    """Multiply-adds of one axis of one vector, there or back, at full range.
+
+    On a GPU a matrix product for each parity; in the C++ kernels half of that, or for large extents two levels, of the
+    length with the fewest operations (``Axis::best_length`` in csrc/cpu/axis.cpp).
+    """
+    if device == "cuda":
+        return float(extent**2)
+    lengths = [n for n in range(1, extent + 1) if extent % n == 0]
+    counts = {n: extent**2 / (2 * n) + (extent * n if n > 1 else 0) for n in lengths}
+    return counts[min(lengths, key=lambda n: counts[n] + (24 * extent if n > 1 else 0))]
+
+
+def flops(problem: Problem, provider: str, device: str) -> float:
+    """Operations of v and q: of the dense product, or of the transforms and the channel mixing."""
     if provider == "dense":
         return 2.0 * problem.batch * problem.dimension**2
-    images, pixels = problem.batch * problem.channels, problem.height * problem.width
-    return images * pixels * (6.0 * (problem.height + problem.width) + 8.0 * problem.channels)
+    columns = problem.width * _transform(problem.height, device)
+    rows = 2 * problem.height * _transform(problem.width, device)  # a cosine and a sine row for each
+    mixing = 4 * problem.channels * problem.height * problem.width
+    return 2.0 * problem.batch * problem.channels * (2 * (columns + rows) + mixing)
 
 
 def roofline_figure(result: dict[str, Any]) -> plt.Figure:
-    """Operations a second against operations a byte for v+q, under the copy's bandwidth and the best dense rate.
-
-    An FFT inside a backend does fewer operations than are counted for it, so that its point may lie above the roof.
-    """
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    """Operations a second against operations a byte for v+q, under the copy's bandwidth and the best dense rate."""
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     cells = _full_range(result, "v+q")
+    device = "cuda" if result["machine"].get("cuda") else "cpu"
     bandwidth, peak = 0.0, 0.0
     for index, name in enumerate(("sgr auto", "dense")):
-        for cell in cells:
+        for number, cell in enumerate(cells):
             rows, problem = _right(cell), Problem(**cell["problem"])
             if name not in rows:
                 continue
-            count, seconds = flops(problem, name), rows[name]["milliseconds"] / 1e3
+            count, seconds = flops(problem, name, device), rows[name]["milliseconds"] / 1e3
             moved = 2 * problem.bytes + (4 * problem.dimension**2 if name == "dense" else 0)
-            axes.plot(count / moved, count / seconds / 1e9, "os"[index], color=f"C{index}")
-            axes.annotate(str(problem), (count / moved, count / seconds / 1e9), fontsize=6)
-            peak = max(peak, count / seconds / 1e9)
+            at = (count / moved, count / seconds / 1e9)
+            axes.plot(*at, "os"[index], color=f"C{index}")
+            left = number % 2 == 0
+            axes.annotate(
+                str(problem),
+                at,
+                (-6 if left else 6, -3),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7,
+                color=f"C{index}",
+            )
+            peak = max(peak, at[1] if name == "dense" else 0)
             if "copy" in rows:
                 bandwidth = max(bandwidth, rows["copy"]["gigabytes_per_second"])
     if bandwidth and peak:
-        x = np.geomspace(1, 4096, 100)
-        axes.plot(
-            x, np.minimum(bandwidth * x, peak), color="gray", label=f"copy {bandwidth:.3g} GB/s, {peak:.3g} Gflop/s"
-        )
+        x = np.geomspace(0.25, 1024, 200)
+        roof = f"best copy, {bandwidth:.0f} GB/s, and best dense product, {peak:.0f} Gflop/s"
+        axes.plot(x, np.minimum(bandwidth * x, peak), color="gray", label=roof)
     for index, name in enumerate(("sgr auto", "dense")):
         axes.plot([], [], "os"[index], color=f"C{index}", label=name)
     axes.set(xscale="log", yscale="log", xlabel="flop a byte", ylabel="Gflop/s", title=f"v+q; {_title(result)}")
     axes.title.set_fontsize(9)
-    axes.legend()
+    axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.3)
     return figure
 
@@ -154,15 +177,18 @@ def scaling_figure(result: dict[str, Any]) -> plt.Figure:
         unit = (lambda p: p.batch) if series == "N" else (lambda p: 1)
         points = _points(cells, lambda p, variable=variable: getattr(p, variable), unit)
         _lines(axes, points, _names(result))
+        guides: list[Any] = []
         for name, (power, label) in slopes.items():
             if len(points.get(name, [])) > 1:
                 x = np.array([p[0] for p in points[name]])
                 last = points[name][-1]
-                axes.plot(x, last[1] * (x / last[0]) ** power, "--", color="gray", linewidth=0.8)
-                axes.annotate(label, (x[0], last[1] * (x[0] / last[0]) ** power), fontsize=7, color="gray")
+                y = last[1] * (x / last[0]) ** power
+                guides += axes.plot(x, y, linestyle=_GUIDES[name], color="gray", linewidth=0.9, label=label)
+        axes.add_artist(axes.legend(handles=guides, loc="upper left", fontsize=7, title="slopes", title_fontsize=7))
         axes.set(xlabel=_SIZES[series], ylabel="µs an image" if series == "N" else "µs a batch")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    known = _names(result)
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels()) if label in known}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     figure.suptitle(_title(result), fontsize=9)
     return figure
 

@@ -100,11 +100,11 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def for_readme(results: list[dict[str, Any]]) -> str:
-    """Overviews of the shapes' v+q and accumulation, one after the other, each under its machine."""
+    """Overviews of v+q and accumulation at full range, one after the other, each under its machine."""
     kept = ("v+q", "accumulation")
     parts = []
     for result in results:
-        cells = [c for c in result["cells"] if c["series"] in ("shapes", "truncated") and c["operation"] in kept]
+        cells = [c for c in result["cells"] if c["series"] == "shapes" and c["operation"] in kept]
         parts.append(f"{_machine(result)}:\n\n{overview(cells)}")
     return "\n\n".join(parts)
 
