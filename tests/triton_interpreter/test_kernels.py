@@ -127,17 +127,45 @@ def test_derivatives_of_the_fused_kernels(form):
         assert (value.double() - exact).norm() <= 2e-5 * exact.norm()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 12, 11), (1, 2, 40, 7), (1, 5, 6, 5)])
-@pytest.mark.parametrize(("precision", "limit"), [("high", 1e-2)])  # the interpreter cannot multiply bfloat16 matrices
-def test_lower_precision(shape, precision, limit):
+# By path: in registers with both parities of rows at once, with one at a time, and in passes. The limits, of v and of q
+# relative to itself, are those of a blue gradient; no precision may be as good as the one above it.
+@pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (3, 5, 6, 5)])
+@pytest.mark.parametrize(
+    ("precision", "better", "limit", "form_limit"), [("high", 5e-6, 1e-2, 5e-4), ("medium", 1e-3, 6e-2, 5e-3)]
+)
+def test_lower_precision(shape, precision, better, limit, form_limit):
     g, f = gradients(shape).float(), covariances("even", shape[1], shape[2:], smooth=True).float()
-    operator = torch.ops.sgr_kernels.triton_product
+    operators = torch.ops.sgr_kernels
     spectrum = spectrum_from_table(f, shape[2:], "even", torch.float32)
-    exact, _ = dense_product(g, f, "even")
-    error = operator(g, spectrum, precision).double() - exact
-    assert PRODUCT_TOLERANCE[torch.float32] < error.norm() / exact.norm() < limit
+    v, q = dense_product(g, f, "even")
+    assert_product_close(operators.triton_product(g, spectrum, precision), v, limit)
+    form, symmetric = operators.triton_quadratic_form(g, spectrum, True, precision)
+    exact, _ = dense_product(g, (f + f.transpose(0, 1)) / 2, "even")
+    assert_product_close(symmetric, exact, limit)
+    assert ((form - q).abs() <= form_limit * q.abs()).all()
+    sums = operators.triton_cross_spectrum(g, g, *spectrum.shape[-2:], False, precision)
+    exact_sums = operators.torch_cross_spectrum(g.double(), g.double(), *spectrum.shape[-2:], False, "highest")
+    assert (sums - exact_sums).norm() <= form_limit * exact_sums.norm()
+    error = symmetric.double() - exact
+    assert error.norm() > better * exact.norm()
     with pytest.raises(ValueError, match="precision: expected one of"):
-        operator(g, spectrum, "low")
+        operators.triton_product(g, spectrum, "low")
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_bfloat16_images(precision):
+    """Only what bfloat16 images themselves, and bfloat16 operands, cannot hold may be lost."""
+    g = gradients((3, 2, 9, 8)).bfloat16()
+    f = covariances("even", 2, (9, 8), smooth=True).float()
+    spectrum = spectrum_from_table(f, (9, 8), "even", torch.float32)
+    exact, q = dense_product(g, f, "even")
+    form, v = torch.ops.sgr_kernels.triton_quadratic_form(g, spectrum, True, precision)
+    assert v.dtype == torch.bfloat16
+    assert form.dtype == torch.float32
+    symmetric, _ = dense_product(g, (f + f.transpose(0, 1)) / 2, "even")
+    assert_product_close(v, symmetric, 8e-3 if precision == "highest" else 6e-2)
+    assert ((form - q).abs() <= (2e-6 if precision == "highest" else 5e-3) * q.abs()).all()
+    assert_product_close(torch.ops.sgr_kernels.triton_product(g, spectrum, precision), exact, 6e-2)
 
 
 @pytest.mark.parametrize("channels", range(1, 9))

@@ -11,10 +11,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgr_kernels.backends import triton_spectral
+
+# The interpreter truncates to bfloat16, and multiplies matrices of bfloat16 as the integers that it keeps them in.
+INTERPRETING = tl.constexpr(triton_spectral.interpreting())
+
+
+@triton.jit
+def rounded(x):
+    """float32 numbers rounded to bfloat16's significand, as GPUs convert them: to nearest, ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
 
 @triton.jit
 def split(x, dtype: tl.constexpr, TERMS: tl.constexpr):
     """``hi`` and ``lo`` in ``dtype``; with one term, ``hi`` alone (twice)."""
+    if INTERPRETING and dtype == tl.bfloat16:
+        x = rounded(x)
     hi = x.to(dtype)
     if TERMS == 1:
         return hi, hi
@@ -25,7 +39,9 @@ def split(x, dtype: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def dot(a, b, TERMS: tl.constexpr):
     """Matrix product of two split operands ``(hi, lo)`` over their last two axes, the small terms first."""
-    if TERMS == 1:
+    if INTERPRETING and a[0].dtype == tl.bfloat16:
+        result = tl.dot(a[0].to(tl.float32), b[0].to(tl.float32), input_precision="ieee")
+    elif TERMS == 1:
         result = tl.dot(a[0], b[0], input_precision="ieee")
     else:
         result = tl.dot(a[0], b[1], input_precision="ieee")
