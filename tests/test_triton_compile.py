@@ -34,7 +34,7 @@ class Problem:
 
     shape: tuple[int, int, int, int]
     operators: tuple[str, ...]
-    architectures: tuple[int, ...] = (80, 90)
+    architectures: tuple[int, ...] = (90,)
     reach: int | None = None
     signed: bool = False
     precision: str = "highest"
@@ -65,26 +65,26 @@ class Problem:
 
 
 BENCHMARK = ("q", "v+q", "accumulation")
+EVERYWHERE = (80, 90, 100)
 PROBLEMS = [
+    Problem((1024, 3, 32, 32), (*BENCHMARK, "v"), EVERYWHERE),
+    Problem((256, 3, 64, 64), (*BENCHMARK, "v", "cross"), EVERYWHERE),
+    Problem((64, 3, 224, 224), ("v+q", "accumulation"), EVERYWHERE),
+    Problem((128, 1, 28, 28), ("v+q", "accumulation"), EVERYWHERE, signed=True),
     Problem((128, 1, 28, 28), (*BENCHMARK, "v", "cross")),
-    Problem((1024, 3, 32, 32), (*BENCHMARK, "v"), (80, 90, 100)),
-    Problem((1024, 3, 32, 32), ("cross",), (90,)),
-    Problem((256, 3, 64, 64), BENCHMARK),
-    Problem((256, 1, 64, 64), BENCHMARK, (90, 100)),
-    Problem((64, 3, 224, 224), BENCHMARK, (80, 90, 100)),
-    Problem((8, 3, 512, 512), BENCHMARK, (90,)),
-    Problem((1024, 3, 32, 32), ("v+q", "accumulation"), (90,), reach=8),
-    Problem((256, 3, 64, 64), ("v+q", "accumulation"), (90,), reach=8),
-    Problem((256, 3, 64, 64), ("accumulation",), (90,), reach=16),
-    Problem((64, 3, 224, 224), ("v+q",), (90,), reach=16),
-    *(Problem((1024, 3, 32, 32), ("v+q", "accumulation"), (80, 90), precision=p) for p in ("high", "medium")),
-    *(Problem((256, 3, 64, 64), ("v+q",), (90,), precision=p) for p in ("high", "medium")),
-    *(Problem((64, 3, 224, 224), ("v+q",), (90,), precision=p) for p in ("high", "medium")),
-    *(Problem((128, 3, 32, 32), ("v+q",), (90,), dtype=d) for d in (torch.bfloat16, torch.float16)),
-    Problem((128, 4, 32, 32), ("v+q",), (90,)),
-    Problem((128, 1, 28, 28), ("v+q", "accumulation"), (80, 90, 100), signed=True),
-    Problem((128, 3, 32, 32), ("v+q", "accumulation"), (90,), signed=True),
-    Problem((128, 3, 32, 32), ("v+q", "accumulation"), (80, 90, 100), dtype=torch.float64),
+    Problem((1024, 3, 32, 32), ("cross",)),
+    Problem((256, 1, 64, 64), ("v+q", "accumulation")),
+    Problem((8, 3, 512, 512), ("v+q",)),
+    Problem((1024, 3, 32, 32), ("v+q", "accumulation"), reach=8),
+    Problem((256, 3, 64, 64), ("v+q", "accumulation"), reach=8),
+    Problem((64, 3, 224, 224), ("v+q",), reach=16),
+    *(Problem((1024, 3, 32, 32), ("v+q", "accumulation"), precision=p) for p in ("high", "medium")),
+    *(Problem((256, 3, 64, 64), ("v+q",), EVERYWHERE, precision=p) for p in ("high", "medium")),
+    Problem((64, 3, 224, 224), ("v+q",), precision="medium"),
+    *(Problem((128, 3, 32, 32), ("v+q",), dtype=d) for d in (torch.bfloat16, torch.float16)),
+    Problem((128, 4, 32, 32), ("v+q",)),
+    Problem((128, 3, 32, 32), ("v+q", "accumulation"), signed=True),
+    Problem((128, 3, 32, 32), ("v+q",), EVERYWHERE, dtype=torch.float64),
 ]
 CASES = [(p, a) for p in PROBLEMS for a in p.architectures]
 
@@ -93,9 +93,7 @@ CASES = [(p, a) for p in PROBLEMS for a in p.architectures]
 def test_kernels_keep_to_registers_and_use_tensor_cores(problem: Problem, architecture: int, tmp_path: Path) -> None:
     for kernel in problem.launches():
         code = machine_code(kernel, architecture, tmp_path)
-        # Short of the main settings the compiler may put two words aside over a loop.
-        allowed = 0 if problem.precision == "highest" and problem.reach is None else 8
-        assert code.local <= allowed, f"{kernel}: {code.local} bytes spilled"
+        assert code.local == 0, f"{kernel}: {code.local} bytes spilled"
         assert code.shared <= SHARED_LIMITS[architecture] << 10, kernel
         products = sum(code.opcodes[name] for name in TENSOR_CORES)
         # For 10.0, Triton multiplies float64 matrices without tensor cores.

@@ -146,14 +146,17 @@ def mix(
 
 
 @triton.jit
-def store_rows(plane, v, previous, size, parity, PARITIES: tl.constexpr, T: tl.constexpr):
-    """Merge the parities of ``v`` (2 PARITIES, T, T), columns by rows, into pixels; inverse of `row_pairs`."""
+def store_rows(plane, v, earlier, size, PARITIES: tl.constexpr, T: tl.constexpr):
+    """Merge parities (2 PARITIES, T, T), columns by rows, into pixels; inverse of `row_pairs`.
+
+    ``v`` holds all of them, or those odd along the rows' axis where ``earlier`` holds the even ones (PARITIES = 1).
+    """
     up, down = outward(size[0], 0, T)
     right, left = outward(size[1], 0, T)
     if PARITIES == 2:
         even, odd = tl.split(tl.permute(tl.reshape(v, (2, 2, T, T)), (3, 2, 1, 0)))
     else:
-        even, odd = previous, tl.permute(v, (2, 1, 0))
+        even, odd = tl.permute(earlier, (2, 1, 0)), tl.permute(v, (2, 1, 0))
     cosine, sine = tl.split(even + odd)
     store_pixels(plane, cosine + sine, up, right, size[1])
     store_pixels(plane, cosine - sine, up, left, size[1])
@@ -162,7 +165,7 @@ def store_rows(plane, v, previous, size, parity, PARITIES: tl.constexpr, T: tl.c
     store_pixels(plane, cosine - sine, down, left, size[1])
 
 
-@triton.jit(do_not_specialize=["zero"])
+@triton.jit
 def fused_kernel(
     gradient,
     spectrum,
@@ -179,7 +182,6 @@ def fused_kernel(
     rows,
     columns,
     gain,
-    zero,
     CHANNELS: tl.constexpr,
     T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -194,8 +196,8 @@ def fused_kernel(
     """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
 
     The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
-    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise the second pass would hold
-    on to the addresses of the first, for which there are no registers.
+    ``gain`` undoes their scale. The loop over parities must stay one: unrolled, the second pass would hold on to the
+    addresses of the first, for which there are no registers.
     """
     STEP: tl.constexpr = 16
     BLOCKS: tl.constexpr = COLUMNS // 16
@@ -212,11 +214,12 @@ def fused_kernel(
     every = tl.arange(0, COLUMNS)[None, None, :]
     dtype: tl.constexpr = column_basis.dtype.element_ty
     q = tl.zeros((LANES, 1, 1), tl.float32)
-    earlier = ()
-    for parity in tl.static_range(2 // PARITIES):
-        if parity > 0:
-            tl.debug_barrier()
-            size, frequencies = (height + zero, width + zero), (rows + zero, columns + zero)
+    earlier, v = (), ()
+    if WITH_PRODUCT:
+        for _ in tl.static_range(CHANNELS):
+            v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
+        earlier = v
+    for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
         to_frequency = load_split(basis, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
         u, unit, w = (), (), ()
         for c in tl.static_range(CHANNELS):
@@ -243,22 +246,18 @@ def fused_kernel(
                 w = sums
         if WITH_PRODUCT:
             to_pixels = load_split(basis, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
-            later = ()
+            pixels = ()
             for c in tl.static_range(CHANNELS):
                 tl.debug_barrier()
                 scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
                 gathered = tl.reshape(w[c] * scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
                 gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
-                v = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * inverse
-                v = tl.reshape(v, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
-                v = tl.reshape(tl.permute(v, (0, 2, 1, 3)), (2 * PARITIES, T, T))
-                plane = product + c * height * width
-                if PARITIES == 2:
-                    store_rows(plane, v, v, size, 0, 2, T)
-                elif parity == 0:
-                    later = later + (tl.permute(v, (2, 1, 0)),)
-                else:
-                    store_rows(plane, v, earlier[c], size, 1, 1, T)
-            earlier = later
+                half = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * inverse
+                half = tl.reshape(half, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
+                pixels = pixels + (tl.reshape(tl.permute(half, (0, 2, 1, 3)), (2 * PARITIES, T, T)),)
+            earlier, v = v, pixels
+    if WITH_PRODUCT:
+        for c in tl.static_range(CHANNELS):
+            store_rows(product + c * height * width, v[c], earlier[c], size, PARITIES, T)
     if WITH_FORM:
         tl.store(form + image, tl.sum(q))

@@ -16,28 +16,21 @@ from sgr_kernels.backends.triton_spectral.numerics import dot, load_split
 
 @triton.jit
 def transform(
-    images,
-    stride_c,
+    plane,
     size,
     strides,
     to_frequency,
     a,
     gain,
     parity,
-    CHANNELS: tl.constexpr,
     PARITIES: tl.constexpr,
     T: tl.constexpr,
     BLOCKS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """``Z`` of all channels of one image at 16 row frequencies, each (LANES, 16, 16)."""
-    z = ()
-    for c in tl.static_range(CHANNELS):
-        u, unit = transform_columns(
-            images + c * stride_c, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
-        )
-        z = z + (dot(u, a, TERMS) * (unit * gain),)
-    return z
+    """``Z`` of one channel at 16 row frequencies, (LANES, 16, 16)."""
+    u, unit = transform_columns(plane, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS)
+    return dot(u, a, TERMS) * (unit * gain)
 
 
 @triton.jit
@@ -91,6 +84,7 @@ def fused_gram_kernel(
     first = tl.program_id(1) * STEP
     parity = tl.program_id(2)
     size, frequencies = (height, width), (rows, columns)
+    a_strides, b_strides = (a_stride_y, a_stride_x), (b_stride_y, b_stride_x)
     lane = tl.arange(0, LANES)[:, None, None]
     t = tl.arange(0, T)
     column_offset = (lane // BLOCKS % 2 * T + t[None, None, :]) * COLUMNS
@@ -110,58 +104,40 @@ def fused_gram_kernel(
         image = tl.program_id(0).to(tl.int64) * IMAGES + i
         weight = tl.where(image < batch, gain, 0.0)
         image = tl.minimum(image, batch - 1)
-        za = transform(
-            a + image * a_stride_b,
-            a_stride_c,
-            size,
-            (a_stride_y, a_stride_x),
-            to_frequency,
-            to_row_frequency,
-            weight,
-            parity,
-            CHANNELS,
-            PARITIES,
-            T,
-            BLOCKS,
-            TERMS,
-        )
-        if SAME:
-            zb = za
-        else:
-            zb = transform(
-                b + image * b_stride_b,
-                b_stride_c,
-                size,
-                (b_stride_y, b_stride_x),
-                to_frequency,
-                to_row_frequency,
-                gain,
-                parity,
-                CHANNELS,
-                PARITIES,
-                T,
-                BLOCKS,
-                TERMS,
-            )
-        grown = ()
+        za = ()
         for c in tl.static_range(CHANNELS):
-            for d in tl.static_range(CHANNELS):
+            plane = a + image * a_stride_b + c * a_stride_c
+            z = transform(
+                plane, size, a_strides, to_frequency, to_row_frequency, weight, parity, PARITIES, T, BLOCKS, TERMS
+            )
+            za = za + (z,)
+        grown = ()
+        for d in tl.static_range(CHANNELS):
+            if SAME:
+                zb = za[d]
+            else:
+                plane = b + image * b_stride_b + d * b_stride_c
+                zb = transform(
+                    plane, size, b_strides, to_frequency, to_row_frequency, gain, parity, PARITIES, T, BLOCKS, TERMS
+                )
+            for c in tl.static_range(CHANNELS):
                 if SIGNED:
                     a_cc, a_cs, a_sc, a_ss = parities(za[c], COLUMNS, STEP)
-                    b_cc, b_cs, b_sc, b_ss = parities(zb[d], COLUMNS, STEP)
+                    b_cc, b_cs, b_sc, b_ss = parities(zb, COLUMNS, STEP)
                     grown = grown + (
-                        totals[4 * (c * CHANNELS + d)] + ((a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)),
-                        totals[4 * (c * CHANNELS + d) + 1]
+                        totals[PARTS * (d * CHANNELS + c)]
+                        + ((a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)),
+                        totals[PARTS * (d * CHANNELS + c) + 1]
                         + ((a_cc * b_sc + a_cs * b_ss) - (a_sc * b_cc + a_ss * b_cs)),
-                        totals[4 * (c * CHANNELS + d) + 2]
+                        totals[PARTS * (d * CHANNELS + c) + 2]
                         + ((a_cc * b_cs + a_sc * b_ss) - (a_cs * b_cc + a_ss * b_sc)),
-                        totals[4 * (c * CHANNELS + d) + 3]
+                        totals[PARTS * (d * CHANNELS + c) + 3]
                         + ((a_cc * b_ss + a_ss * b_cc) - (a_cs * b_sc + a_sc * b_cs)),
                     )
                 elif SAME and d < c:
-                    grown = grown + (totals[c * CHANNELS + d],)
+                    grown = grown + (totals[PARTS * (d * CHANNELS + c)],)
                 else:
-                    grown = grown + (totals[c * CHANNELS + d] + za[c] * zb[d],)
+                    grown = grown + (totals[PARTS * (d * CHANNELS + c)] + za[c] * zb,)
         totals = grown
     block = rows * columns
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + parity
@@ -171,7 +147,7 @@ def fused_gram_kernel(
             for part in tl.static_range(PARTS):
                 cell = sums + ((part * CHANNELS + c) * CHANNELS + d) * block
                 if SAME and not SIGNED and d < c:
-                    store_sums(cell, totals[d * CHANNELS + c], first, frequencies, PARITIES, COLUMNS, STEP)
+                    store_sums(cell, totals[c * CHANNELS + d], first, frequencies, PARITIES, COLUMNS, STEP)
                 else:
-                    total = totals[PARTS * (c * CHANNELS + d) + part]
+                    total = totals[PARTS * (d * CHANNELS + c) + part]
                     store_sums(cell, total, first, frequencies, PARITIES, COLUMNS, STEP)
