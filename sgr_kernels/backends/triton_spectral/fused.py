@@ -165,7 +165,7 @@ def store_rows(plane, v, earlier, size, PARITIES: tl.constexpr, T: tl.constexpr)
     store_pixels(plane, cosine - sine, down, left, size[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero"])
 def fused_kernel(
     gradient,
     spectrum,
@@ -182,6 +182,7 @@ def fused_kernel(
     rows,
     columns,
     gain,
+    zero,
     CHANNELS: tl.constexpr,
     T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -196,8 +197,8 @@ def fused_kernel(
     """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
 
     The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
-    ``gain`` undoes their scale. The loop over parities must stay one: unrolled, the second pass would hold on to the
-    addresses of the first, for which there are no registers.
+    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses
+    before the loop over parities and hold on to them, for which there are no registers.
     """
     STEP: tl.constexpr = 16
     BLOCKS: tl.constexpr = COLUMNS // 16
@@ -220,17 +221,19 @@ def fused_kernel(
             v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
         earlier = v
     for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
-        to_frequency = load_split(basis, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
+        nothing = parity * zero
+        size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
+        to_frequency = load_split(basis + nothing, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
         u, unit, w = (), (), ()
         for c in tl.static_range(CHANNELS):
             channel, inverse = transform_columns(
-                gradient + c * stride_c, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
+                gradient + c * stride_c + nothing, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
             )
             u, unit, w = u + (channel,), unit + (inverse * gain,), w + (tl.zeros((LANES, 16, T), tl.float32),)
         row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
         for first in tl.range(0, ROWS, STEP, disable_licm=True):
             offset = (row_parity * T + t[None, :, None]) * ROWS + first + step[None, None, :]
-            a = load_split(row_basis, offset, 2 * T * ROWS, TERMS)
+            a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
             z = ()
             for c in tl.static_range(CHANNELS):
                 z = z + (dot(u[c], a, TERMS) * unit[c],)
@@ -245,7 +248,7 @@ def fused_kernel(
             if WITH_PRODUCT:
                 w = sums
         if WITH_PRODUCT:
-            to_pixels = load_split(basis, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
+            to_pixels = load_split(basis + nothing, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
             pixels = ()
             for c in tl.static_range(CHANNELS):
                 tl.debug_barrier()

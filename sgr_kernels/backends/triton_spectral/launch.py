@@ -76,6 +76,7 @@ def _apply(
         *gradient.stride(),
         *frequencies,
         gain(frequencies, operands),
+        0,
         CHANNELS=channels,
         T=tile.t,
         ROWS=tile.rows,
