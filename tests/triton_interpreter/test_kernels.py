@@ -127,8 +127,8 @@ def test_derivatives_of_the_fused_kernels(form):
         assert (value.double() - exact).norm() <= 2e-5 * exact.norm()
 
 
-# By path: in registers with both parities of rows at once, with one at a time, and in passes. The limits, of v and of q,
-# are those of a blue gradient; no precision may be as good as the one above it.
+# By path: in registers with both parities of rows at once, with one at a time, and in passes. The limits are those of a
+# blue gradient; no precision may be as good as the one above it.
 @pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (3, 5, 6, 5)])
 @pytest.mark.parametrize(
     ("precision", "better", "limit", "form_limit"), [("high", 5e-6, 1e-2, 5e-4), ("medium", 1e-3, 6e-2, 5e-3)]
