@@ -67,7 +67,7 @@ class Problem:
 BENCHMARK = ("q", "v+q", "accumulation")
 EVERYWHERE = (80, 90, 100)
 # With every register of a multiprocessor in use, the compiler puts four words of v alone aside for 10.0; other orders
-# of the same work and barriers left as much or more. The kernel of v and q, which has a sum in addition, spills nothing.
+# of the same work and barriers left as much or more. The kernel of v and q, with a sum in addition, spills nothing.
 SPILLED = {(100, Problem((256, 3, 64, 64), ("v",), EVERYWHERE)): 16}
 PROBLEMS = [
     Problem((1024, 3, 32, 32), (*BENCHMARK, "v"), EVERYWHERE),
