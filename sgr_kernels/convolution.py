@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -147,20 +148,25 @@ class DifferentiableTwice(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        ordinary = all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, weight))
+        ordinary = all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in (input, weight))
         transformed = torch._C._are_functorch_transforms_active()
         if not ordinary or transformed or input.dim() != dims + 2 or isinstance(padding, str):
             return func(input, weight, bias, stride, padding, dilation, groups)
-        # The images do not come before a leaf; they may before a weight that a network computes.
-        leaves = self if weight.is_leaf and (bias is None or bias.is_leaf) else None
+        # The images do not come before a parameter; they may before a weight that a network computes, or be one.
+        leaves = self if isinstance(weight, Parameter) and (bias is None or isinstance(bias, Parameter)) else None
         device = input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            input, weight = _lowered(input, dtype), _lowered(weight, dtype)
+            bias = None if bias is None else _lowered(bias, dtype)
         geometry = _Geometry(_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims), groups)
         with torch.autocast(device, enabled=False):
             return _Convolution.apply(input, weight, bias, geometry, leaves)
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast has it: float64 stays what it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:

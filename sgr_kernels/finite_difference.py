@@ -39,20 +39,23 @@ class SpentPass:
         weights: u, (B,), powers of two.
         leaves: What the losses depend on.
         gradients: Of ``sum_b u_b l_b`` in the leaves.
+        step: Length of a finite-difference step relative to the image: the root of the pass's rounding unit.
     """
 
     gradient: Tensor
     weights: Tensor
     leaves: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
+    step: float
 
 
-def relative_step(images: Tensor) -> float:
-    """Length of a finite-difference step relative to the image: the root of the rounding unit of the pass."""
-    dtype = images.dtype
+def relative_step(losses: Tensor, images: Tensor) -> float:
+    """The root of the coarsest rounding unit between images and losses; a model may well compute in less than both."""
+    nodes = graph_nodes(losses, {get_gradient_edge(images).node})
+    dtypes = {images.dtype, *(each.dtype for node in nodes for each in node._input_metadata)}
     if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
-    return torch.finfo(dtype).eps ** 0.5
+        dtypes.add(torch.get_autocast_dtype(images.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
 
 
 def couples_samples(model: Any) -> bool:
@@ -91,19 +94,20 @@ def sample_weights(losses: Tensor, images: Tensor, coupled: bool) -> Tensor:
 
 
 @_disable_dynamo
-def spend(losses: Tensor, images: Tensor, images_are_leaves: bool, weights: Tensor) -> SpentPass:
+def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor) -> SpentPass:
     """Differentiate ``sum_b u_b l_b`` once, in the images and in all that the losses depend on.
 
     Args:
         losses: (B,).
-        images: What the gradient g is wanted in. Their own history is not entered.
-        images_are_leaves: Whether the loss is to have a gradient in the images, too.
+        images: What the gradient g is wanted in; a leaf.
+        origin: What the images are a copy of, if the loss is to have a gradient in them, too.
         weights: u, (B,).
 
     Raises:
         ValueError: If the losses do not depend on the images.
     """
     leaves = _leaves(losses, images) if losses.requires_grad else []
+    step = relative_step(losses, images) if losses.requires_grad else 0.0
     with hooks_withheld(leaves):
         scaled, *gradients = (
             torch.autograd.grad(losses, (images, *leaves), weights.to(losses.dtype), allow_unused=True)
@@ -114,13 +118,13 @@ def spend(losses: Tensor, images: Tensor, images_are_leaves: bool, weights: Tens
         raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
     gradient = scaled / weights.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
     pairs = [(leaf, value) for leaf, value in zip(leaves, gradients) if value is not None]
-    if images_are_leaves:
-        pairs.append((images, scaled))
-    return SpentPass(gradient, weights, tuple(leaf for leaf, _ in pairs), tuple(value for _, value in pairs))
+    if origin is not None:
+        pairs.append((origin, scaled))
+    return SpentPass(gradient, weights, tuple(leaf for leaf, _ in pairs), tuple(value for _, value in pairs), step)
 
 
 def _leaves(losses: Tensor, images: Tensor) -> list[Tensor]:
-    """The leaves that a graph ends in, whoever owns them; but not those before the images."""
+    """The leaves that a graph ends in, whoever owns them; but not the images."""
     nodes = graph_nodes(losses, {get_gradient_edge(images).node})
     return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
 
@@ -150,12 +154,12 @@ def hooks_withheld(leaves: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(entries)
 
 
-def scale_of_steps(images: Tensor, direction: Tensor, weights: Tensor) -> Tensor:
-    """The c of ``q_b = c u_b``: steps are about ``relative_step |x_b| / |v_b|``; zero along a zero direction."""
+def scale_of_steps(images: Tensor, direction: Tensor, weights: Tensor, step: float) -> Tensor:
+    """The c of ``q_b = c u_b``: steps are about ``step |x_b| / |v_b|``; zero along a zero direction."""
     if len(images) == 0:
         return weights.new_zeros(())
     wanted = _norms(direction) / _reach(images)
-    return _root_mean_square(wanted) / (_root_mean_square(weights) * relative_step(images))
+    return _root_mean_square(wanted) / (_root_mean_square(weights) * step)
 
 
 def moved(images: Tensor, direction: Tensor, steps: Tensor) -> Tensor:
@@ -222,7 +226,7 @@ def substitute(value: Tensor, scalar: Tensor, factor: Tensor, spent: SpentPass) 
     return _Substitute.apply(value.detach(), scalar.to(value.dtype), factor, spent.gradients, *spent.leaves)
 
 
-def difference_noise(images: Tensor, steps: Tensor, losses: Tensor) -> Tensor:
+def difference_noise(step: float, steps: Tensor, losses: Tensor) -> Tensor:
     """Rounding error to expect of the slopes, summed over the batch."""
-    rounding = relative_step(images) ** 2 * (1 + losses.detach().abs())
+    rounding = step**2 * (1 + losses.detach().abs())
     return 20 * torch.where(steps > 0, rounding / torch.where(steps > 0, steps, 1), 0).sum()

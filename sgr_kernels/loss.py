@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -78,13 +79,7 @@ class StepStatistics:
 
 
 def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) in (list, tuple):
-        return type(value)(map(_detached, value))
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return value
+    return tree_map_only(Tensor, Tensor.detach, value)
 
 
 def _blame_devices(model: Any, images: Tensor, labels: Any, error: RuntimeError) -> None:
@@ -181,7 +176,6 @@ class SGRLoss(nn.Module):
         self.nonfinite_patience = nonfinite_patience
         self.steps = 0
         """Training steps taken; the cadences count them."""
-        self._subset_generator = torch.Generator().manual_seed(0)
         self._working_method: str | None = None
         self._samples_interact = False
         self._last: StepStatistics | None = None
@@ -245,7 +239,7 @@ class SGRLoss(nn.Module):
         x = images.view_as(images) if embedded else images.detach().requires_grad_()
         method = self._resolved_method(model, x, labels) if differentiable and penalize else "double-backward"
         if method == "finite-difference":
-            return self._difference_step(model, x, labels, embedded, update)
+            return self._difference_step(model, images, labels, embedded, update)
         twice = differentiable and penalize and method == "double-backward"
         part = self._subset(images) if self.training else None
         passes = Passes(model, self._losses, labels, x.device, replays=part is not None or not twice)
@@ -279,31 +273,34 @@ class SGRLoss(nn.Module):
         penalty = value + (mean_slope - mean_slope.detach()).to(value.dtype)
         return self._total(outputs, tangent_losses if part is None else losses, gradient, penalty)
 
-    def _difference_step(self, model: Any, x: Tensor, labels: Any, embedded: bool, update: bool) -> Tensor:
+    def _difference_step(self, model: Any, images: Tensor, labels: Any, embedded: bool, update: bool) -> Tensor:
         """A step with a penalty by finite differences; see `sgr_kernels.finite_difference`."""
-        part = self._subset(x) if self.training else None
-        passes = Passes(model, self._losses, labels, x.device, replays=True)
-        first = passes.first(x)
+        part = self._subset(images) if self.training else None
+        passes = Passes(model, self._losses, labels, images.device, replays=True)
+        # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.
+        leaf = images.detach().requires_grad_()
+        first = passes.first(images if part is not None else leaf)
+        coupled = self._samples_interact or any(map(couples_samples, passes.modules))
         outputs, losses = _detached(first.outputs), first.losses
-        base, base_losses = x, losses
+        base, base_losses = images, losses
         if part is not None:
-            base = x[part] if embedded else x.detach()[part].requires_grad_()
-            passes = Passes(model, self._losses, select(labels, part), x.device, replays=True)
-            base_losses = passes.again(base).losses
-        weights = sample_weights(base_losses, base, self._samples_interact or couples_samples(model))
-        spent = spend(base_losses, base, embedded, weights)
+            base, leaf = images[part], images.detach()[part].requires_grad_()
+            passes = Passes(model, self._losses, select(labels, part), images.device, replays=True)
+            base_losses = passes.again(leaf).losses
+        weights = sample_weights(base_losses, leaf, coupled)
+        spent = spend(base_losses, leaf, base if embedded else None, weights)
         if part is None:
             losses = losses.detach()
         del first, base_losses  # and with them the graph, before the next one grows
         if update:
-            self._update(model, x, labels, spent.gradient)
+            self._update(model, images, labels, spent.gradient)
         base = base if embedded else base.detach()
         with torch.no_grad():
             penalty = self._omega(spent.gradient)
             # A penalty that is not finite leaves a step of zero, that is, a plain one.
             finite = self._count_finite(penalty)
             direction = torch.where(finite, self._direction(spent.gradient), 0)
-            scale = torch.where(finite, scale_of_steps(base, direction, weights), 0)
+            scale = torch.where(finite, scale_of_steps(base, direction, weights, spent.step), 0)
             sides = difference(scale, weights, self._weight(), with_loss=part is None)
         ahead = passes.again(moved(base, direction, sides.steps)).losses
         cross_entropy = losses.sum() / max(1, losses.shape[0])
@@ -358,7 +355,9 @@ class SGRLoss(nn.Module):
         if self.fraction == 1.0 or len(images) < 2:
             return None
         count = max(1, round(self.fraction * len(images)))
-        return torch.randperm(len(images), generator=self._subset_generator)[:count].to(images.device)
+        # By the step alone, so that a training resumed on any process and at any step goes on with the same subsets.
+        generator = torch.Generator().manual_seed(self.steps)
+        return torch.randperm(len(images), generator=generator)[:count].to(images.device)
 
     def _update(self, model: Any, images: Tensor, labels: Any, gradient: Tensor | None) -> None:
         if isinstance(self.perturbation, str) and self.perturbation in FREE:
@@ -395,8 +394,11 @@ class SGRLoss(nn.Module):
             return self._working_method
         reasons = []
         for method in METHODS if self.method == "auto" else (self.method,):
-            few = images.detach()[:4].requires_grad_()
-            passes = Passes(model, self._losses, select(labels, slice(0, 4)), images.device, True)
+            few, some = images.detach(), labels
+            with contextlib.suppress(TypeError):  # of labels that cannot be cut: then on all
+                few, some = few[:4], select(labels, slice(0, 4))
+            few = few.requires_grad_()
+            passes = Passes(model, self._losses, some, images.device, True)
             try:
                 try_method(method, passes, few)
             except PenaltyGradientError as error:
@@ -482,15 +484,12 @@ class SGRLoss(nn.Module):
         return self._last
 
     def get_extra_state(self) -> Tensor:
-        """The step counter and the subset's random stream, for ``state_dict``; uint8."""
-        steps = torch.tensor([self.steps]).view(torch.uint8)
-        return torch.cat([steps, self._subset_generator.get_state()])
+        """The step counter, for ``state_dict``; uint8."""
+        return torch.tensor([self.steps]).view(torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the step counter and the subset's random stream."""
-        state = state.cpu()
-        self.steps = int(state[:8].clone().view(torch.int64))
-        self._subset_generator.set_state(state[8:].clone())
+        """Restore the step counter."""
+        self.steps = int(state.cpu()[:8].clone().view(torch.int64))
 
     def extra_repr(self) -> str:
         """Settings."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.attention
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
@@ -28,12 +30,16 @@ from sgr_kernels.finite_difference import (
     graph_nodes,
     hooks_withheld,
     moved,
+    relative_step,
     scale_of_steps,
     spend,
 )
 from sgr_kernels.forward_rules import DifferentiableForwardMode
 
 METHODS = ("double-backward", "forward-mode", "finite-difference")
+
+_COMPILED = "_orig_mod."
+"""What ``torch.compile`` puts before the names of a model's buffers."""
 
 _REMEDIES = {
     "double-backward": 'use method="forward-mode" or "finite-difference"',
@@ -83,27 +89,40 @@ def _is_sharded(model: Any) -> bool:
 class Passes:
     """The forward passes of one step.
 
-    The first runs as a plain training step would run it. The others draw the same random numbers (dropout masks) and
-    leave no trace: neither in buffers, such as BatchNorm's running statistics, nor in the random streams.
+    The first runs as a plain training step would run it. The others start from the same random numbers (dropout masks)
+    and buffers (of spectral normalization, for one) and leave no trace in either, such as BatchNorm's statistics.
     """
 
     def __init__(
         self, model: Any, evaluate: Callable[[Any, Any], Tensor], labels: Any, device: torch.device, replays: bool
     ) -> None:
         self.model, self.evaluate, self.labels = model, evaluate, labels
+        self._replays = replays
         self._random = [torch.get_rng_state()] if replays else []
         if replays and device.type == "cuda":
             self._random.append(torch.cuda.get_rng_state(device))
+        self._buffers: dict[str, Tensor] = {}
+        if replays and isinstance(model, nn.Module):
+            named = unwrapped(model).named_buffers()
+            self._buffers = {name.removeprefix(_COMPILED): buffer.clone() for name, buffer in named}
+        self._called: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def first(self, images: Tensor) -> Pass:
         """The plain pass."""
-        outputs = self.model(images)
+        hidden = self._replays and not isinstance(self.model, nn.Module) and not torch.compiler.is_compiling()
+        with _before_modules(self._remember) if hidden else contextlib.nullcontext():
+            outputs = self.model(images)
         return Pass(outputs, self.evaluate(outputs, self.labels))
 
     def again(self, images: Tensor) -> Pass:
         """A further pass over images that may have moved."""
         outputs = self.run(images)
         return Pass(outputs, self.evaluate(outputs, self.labels))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, or what modules a callable turned out to call."""
+        return [self.model] if isinstance(self.model, nn.Module) else list(self._called)
 
     def run(self, images: Tensor, compiled: bool = True) -> Any:
         """The outputs of a further pass; ``compiled=False`` looks inside a compiled model."""
@@ -113,9 +132,60 @@ class Passes:
             if images.is_cuda:
                 torch.cuda.set_rng_state(self._random[1], images.device)
             if isinstance(model, nn.Module):
-                copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                copies = {
+                    name: self._buffers.get(name.removeprefix(_COMPILED), buffer).clone()
+                    for name, buffer in model.named_buffers()
+                }
                 return torch.func.functional_call(model, copies, (images,))
-            return model(images)
+            if torch.compiler.is_compiling():
+                return model(images)
+            with self._lent_buffers():
+                return model(images)
+
+    def _remember(self, module: nn.Module) -> None:
+        """Keep what the buffers of a module were before it was called."""
+        for part in module.modules():
+            if part not in self._called:
+                self._called[part] = {
+                    name: None if buffer is None else buffer.clone() for name, buffer in part._buffers.items()
+                }
+
+    @contextlib.contextmanager
+    def _lent_buffers(self) -> Iterator[None]:
+        """Modules inside a callable work on copies of their buffers."""
+        own: dict[nn.Module, Any] = {}
+
+        def lend(module: nn.Module) -> None:
+            self._remember(module)
+            for part in module.modules():
+                if part not in own and not isinstance(part, torch.jit.ScriptModule):
+                    own[part] = part._buffers
+                    part._buffers = {
+                        name: None if buffer is None else buffer.clone() for name, buffer in self._called[part].items()
+                    }
+
+        try:
+            with _before_modules(lend):
+                yield
+        finally:
+            for part, buffers in own.items():
+                part._buffers = buffers
+
+
+@contextlib.contextmanager
+def _before_modules(action: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Do something with each module that this thread is about to call."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, arguments: Any) -> None:
+        if threading.get_ident() == thread:
+            action(module)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def input_gradient(
@@ -224,6 +294,7 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
         )
     with differentiable_twice(method == "double-backward") as rules:
         losses = passes.again(images).losses
+    step = relative_step(losses, images) if losses.requires_grad else 0.0
     gradient = input_gradient(
         passes.model, losses, images, method == "double-backward", rules, retain=method == "double-backward"
     )
@@ -244,10 +315,10 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
     else:
         losses = passes.again(images).losses.detach()
         ones = torch.ones_like(losses, dtype=wide_dtype(losses.device))
-        sides = difference(scale_of_steps(images, direction, ones), ones, 1.0, with_loss=False)
+        sides = difference(scale_of_steps(images, direction, ones, step), ones, 1.0, with_loss=False)
         ahead = passes.again(moved(images, direction, sides.steps)).losses
         slope = len(images) * ((sides.ahead * ahead).sum() + sides.behind * losses.sum())
-        noise = float(difference_noise(images, sides.steps, losses))
+        noise = float(difference_noise(step, sides.steps, losses))
     model = passes.model
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if parameters and slope.requires_grad:
@@ -271,7 +342,7 @@ def samples_interact(passes: Passes, images: Tensor) -> bool:
     found = []
     for period in (1, 2):
         losses = passes.again(images).losses
-        found.append(spend(losses, images, False, 4.0 ** (torch.arange(len(images), device=images.device) % period)))
+        found.append(spend(losses, images, None, 4.0 ** (torch.arange(len(images), device=images.device) % period)))
     first, second = (pass_.gradient.detach() for pass_ in found)
     return bool((first - second).norm() > 1e-3 * first.norm())
 
@@ -295,6 +366,5 @@ def select(labels: Any, index: Tensor | slice) -> Any:
     if isinstance(labels, dict) and all(isinstance(item, Tensor) for item in labels.values()):
         return {key: item[index] for key, item in labels.items()}
     raise TypeError(
-        'labels: expected tensors, or a list, tuple or dict of them, for fraction < 1 and method="auto", '
-        f"got {checks.describe(labels)}"
+        f"labels: expected tensors, or a list, tuple or dict of them, for fraction < 1, got {checks.describe(labels)}"
     )

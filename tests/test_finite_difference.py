@@ -54,7 +54,9 @@ def test_the_gradient_is_that_of_its_own_formula(
     (g,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
     v = loss.covariance.product(g)
     weights = sample_weights(losses, images, coupled=False)
-    sides = difference(scale_of_steps(images, v, weights), weights, loss.strength, with_loss=True)
+    sides = difference(
+        scale_of_steps(images, v, weights, torch.finfo(dtype).eps ** 0.5), weights, loss.strength, with_loss=True
+    )
     steps = sides.steps.to(dtype)
     ahead = cross_entropy_per_sample(model(images + steps.view(-1, 1, 1, 1) * v), labels)
     # Cross-entropy is taken at the moved images, of which the formula's remainder is w (1/h - 1/w) of both.
@@ -85,9 +87,9 @@ def test_steps_are_those_of_each_sample() -> None:
     size = (1 - torch.exp(-losses)).view(-1, 1, 1, 1)  # of a cross-entropy's gradient
     direction = size * torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = sample_weights(losses, images, coupled=False)
-    steps = difference(scale_of_steps(images, direction, weights), weights, 1.0, with_loss=True).steps
-    moved = steps * direction.flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1)
     wanted = torch.finfo(torch.float64).eps ** 0.5
+    steps = difference(scale_of_steps(images, direction, weights, wanted), weights, 1.0, with_loss=True).steps
+    moved = steps * direction.flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1)
     assert bool((moved[1:] > wanted / 3).all())
     assert bool((moved[1:] < wanted * 3).all())
     assert float(moved[0]) < 20 * wanted
