@@ -33,6 +33,7 @@ from sgr_kernels.penalty import (
     differentiable_twice,
     input_gradient,
     is_compiled,
+    refuse_static_graph,
     samples_interact,
     select,
     slope_forward_mode,
@@ -204,6 +205,8 @@ class SGRLoss(nn.Module):
             raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}")
         self._stop_if_hopeless()
         differentiable = torch.is_grad_enabled()
+        if differentiable:
+            refuse_static_graph(model)
         with torch.inference_mode(False), torch.enable_grad():
             # What was made under inference mode cannot be saved for a backward.
             images, labels = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (images, labels))

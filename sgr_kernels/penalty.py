@@ -67,6 +67,19 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def refuse_static_graph(model: Any) -> None:
+    """Raise where gradients of the images alone would pass for a whole backward, after which nothing is reduced.
+
+    Raises:
+        PenaltyGradientError: If the model is DistributedDataParallel with a static graph.
+    """
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in (model, uncompiled(model))):
+        raise PenaltyGradientError(
+            "model: DistributedDataParallel(static_graph=True) takes the penalty's backward for the step's and would "
+            "not reduce the gradients; use static_graph=False"
+        )
+
+
 def uncompiled(model: Any) -> Any:
     """The module inside ``torch.compile``, which supports neither a second backward nor forward mode."""
     return getattr(unwrapped(model), "_orig_mod", unwrapped(model))

@@ -46,6 +46,19 @@ def test_step_benchmark_writes_rows_for_every_way(tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.glob("*.svg")] == ["step.svg"]
 
 
+def test_agreement_of_finite_differences_with_exact_gradients(tmp_path: Path) -> None:
+    out = tmp_path / "agreement.json"
+    options = ["--epochs", "0", "1", "--train-images", "64", "--batches", "1", "--strengths", "1"]
+    assert main(["bench", "agreement", *options, "--precisions", "float64", "float32", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["epochs"], row["precision"]) for row in rows] == [
+        (e, p) for e in (0, 1) for p in ("float64", "float32")
+    ]
+    for row in rows:
+        assert 0.5 < row["penalty_cosine"]["min"] <= row["penalty_cosine"]["mean"] <= 1
+        assert 0.9 < row["cosine"]["min"] <= 1
+
+
 @pytest.mark.parametrize("way", step.WAYS)
 def test_every_way_takes_a_step(way: str) -> None:
     training = step.Training("vit" if way == "sgr" else "carlini-wagner-mnist", way, 2, torch.device("cpu"))

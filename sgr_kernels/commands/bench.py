@@ -14,6 +14,7 @@ BENCHMARKS = {
     "crossovers": "tiny images: up to which size the dense matrix, formed, is fastest; writes auto's table",
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
+    "agreement": "finite differences' gradients beside the exact ones, on a ReLU network",
     "plot": "figures of the operators' results",
     "tables": "Markdown of the operators' results; writes the README's table",
 }

@@ -83,7 +83,6 @@ class Trainer:
         self._totals = self._no_totals()
         self._seconds = 0.0
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
-        self._seed_others()
 
     def run(
         self,
@@ -194,9 +193,9 @@ class Trainer:
         # The sums of all processes so far are kept by the first.
         self._totals = state["totals"].to(self.device) if self.processes.first else self._no_totals()
         checkpoint.restore_rng(state["rng"], self.device)
-        self._seed_others()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        self._seed_others()
         self.model.train()
         self.criterion.train()
         loss = self.criterion(self._network, images, labels)
@@ -208,9 +207,10 @@ class Trainer:
         last = self.criterion.peek()
         correct = (last.outputs.argmax(1) == labels).sum()
         count = len(labels)
-        penalty, penalized = (last.penalty.nan_to_num(), count) if last.penalty is not None else (loss.new_zeros(()), 0)
-        sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty * penalized]
-        self._totals += torch.stack([*(s.double() for s in sums), *self._totals.new_tensor([count, penalized])])
+        penalty = loss.new_full((), torch.nan) if last.penalty is None else last.penalty
+        penalized = penalty.isfinite() * count
+        sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty.nan_to_num(0, 0, 0) * penalized]
+        self._totals += torch.stack([s.double() for s in (*sums, correct.new_tensor(count), penalized)])
 
     def _finish_epoch(self) -> None:
         totals = self.processes.total(self._totals)
@@ -239,7 +239,10 @@ class Trainer:
             )
 
     def _seed_others(self) -> None:
-        """Let what is drawn at random (starts of attacks) differ between processes; the first draws as one alone."""
+        """Let what is drawn at random (starts of attacks) differ between processes; the first draws as one alone.
+
+        Only the first one's random state is in a checkpoint; that of the others follows from the position.
+        """
         if not self.processes.first:
             torch.manual_seed(hash((self.settings.seed, self.processes.rank, self.epoch, self.step)) % 2**63)
 

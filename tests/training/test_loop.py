@@ -212,3 +212,13 @@ def test_weight_decay_is_the_methods_unless_named():
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **change)
+
+
+def test_a_penalty_left_out_is_left_out_of_the_records(digits):
+    trainer = Trainer(dataclasses.replace(SETTINGS, method="gn"), digits)
+    covariance, finite = trainer.criterion.covariance, trainer.criterion.covariance.quadratic_form
+    covariance.quadratic_form = lambda g: finite(g) * (math.inf if trainer.step == 1 else 1.0)
+    trainer.run(1, progress=False)
+    (record,) = trainer.history
+    assert int(trainer.criterion.nonfinite) == 1
+    assert 0 < record["penalty"] < 1e3

@@ -116,6 +116,15 @@ def test_two_processes_train_the_network_of_one_and_either_continues_the_other(
         assert_close(folder, tmp_path / "whole", 1e-4)
 
 
+def test_resuming_on_as_many_processes_gives_the_same_bits(data: str, tmp_path: Path) -> None:
+    """Each process's attacks start at random places, and its penalized subsets are of parts of another size."""
+    common = ["--data", data, "--method", "pgd_sgr", "--fraction", "0.5"]
+    torchrun(2, *common, "--epochs", "2", "--out", str(tmp_path / "whole"))
+    for epochs in ("1", "2"):
+        torchrun(2, *common, "--epochs", epochs, "--out", str(tmp_path / "resumed"), "--resume")
+    assert torch.equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+
+
 def test_a_killed_process_ends_the_other_with_an_error(data: str, tmp_path: Path) -> None:
     with started("--data", data, "--epochs", "10000", "--checkpoint-every", "1", "--out", str(tmp_path)) as processes:
         wait_for(tmp_path / CHECKPOINT_FILE)
