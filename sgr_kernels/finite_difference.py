@@ -51,8 +51,9 @@ class SpentPass:
 
 def relative_step(losses: Tensor, images: Tensor) -> float:
     """The root of the coarsest rounding unit between images and losses; a model may well compute in less than both."""
-    nodes = graph_nodes(losses, {get_gradient_edge(images).node})
-    dtypes = {images.dtype, *(each.dtype for node in nodes for each in node._input_metadata)}
+    # Of what flows between nodes; a node may have other outputs, which nothing flows back from.
+    edges = [edge for node in graph_nodes(losses, {get_gradient_edge(images).node}) for edge in node.next_functions]
+    dtypes = {images.dtype, losses.dtype, *(node._input_metadata[index].dtype for node, index in edges if node)}
     if torch.is_autocast_enabled(images.device.type):
         dtypes.add(torch.get_autocast_dtype(images.device.type))
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5

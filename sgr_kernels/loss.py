@@ -256,7 +256,8 @@ class SGRLoss(nn.Module):
                 penalized_losses = passes.again(penalized).losses
         if is_compiled(model) and differentiable and part is None:
             # A compiled graph serves one backward; that of the first pass belongs to the training step.
-            penalized_losses = passes.again(penalized).losses
+            # Its dropout masks may be others than those of forward mode, which looks inside.
+            penalized_losses = passes.again(penalized, compiled=method != "forward-mode").losses
         spent = is_compiled(model) or method == "forward-mode"  # a compiled graph serves one backward
         gradient = input_gradient(model, penalized_losses, penalized, twice, rules, retain=not spent)
         if method == "forward-mode" and part is None:

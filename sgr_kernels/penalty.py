@@ -127,9 +127,9 @@ class Passes:
             outputs = self.model(images)
         return Pass(outputs, self.evaluate(outputs, self.labels))
 
-    def again(self, images: Tensor) -> Pass:
+    def again(self, images: Tensor, compiled: bool = True) -> Pass:
         """A further pass over images that may have moved."""
-        outputs = self.run(images)
+        outputs = self.run(images, compiled)
         return Pass(outputs, self.evaluate(outputs, self.labels))
 
     @property
@@ -306,7 +306,7 @@ def try_method(method: str, passes: Passes, images: Tensor) -> None:
             "method: fully sharded parameters are freed before the second backward; " + _REMEDIES[method]
         )
     with differentiable_twice(method == "double-backward") as rules:
-        losses = passes.again(images).losses
+        losses = passes.again(images, compiled=method != "forward-mode").losses
     step = relative_step(losses, images) if losses.requires_grad else 0.0
     gradient = input_gradient(
         passes.model, losses, images, method == "double-backward", rules, retain=method == "double-backward"
