@@ -277,6 +277,7 @@ class SGRLoss(nn.Module):
         penalty = value + (mean_slope - mean_slope.detach()).to(value.dtype)
         return self._total(outputs, tangent_losses if part is None else losses, gradient, penalty)
 
+    @_disable_dynamo(recursive=False)
     def _difference_step(self, model: Any, images: Tensor, labels: Any, embedded: bool, update: bool) -> Tensor:
         """A step with a penalty by finite differences; see `sgr_kernels.finite_difference`."""
         part = self._subset(images) if self.training else None

@@ -18,6 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.attention
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map_only
 
@@ -120,6 +121,7 @@ class Passes:
             self._buffers = {name.removeprefix(_COMPILED): buffer.clone() for name, buffer in named}
         self._called: dict[nn.Module, dict[str, Tensor | None]] = {}
 
+    @_disable_dynamo(recursive=False)
     def first(self, images: Tensor) -> Pass:
         """The plain pass."""
         hidden = self._replays and not isinstance(self.model, nn.Module) and not torch.compiler.is_compiling()
@@ -127,6 +129,7 @@ class Passes:
             outputs = self.model(images)
         return Pass(outputs, self.evaluate(outputs, self.labels))
 
+    @_disable_dynamo(recursive=False)
     def again(self, images: Tensor, compiled: bool = True) -> Pass:
         """A further pass over images that may have moved."""
         outputs = self.run(images, compiled)
@@ -137,6 +140,7 @@ class Passes:
         """The model, or what modules a callable turned out to call."""
         return [self.model] if isinstance(self.model, nn.Module) else list(self._called)
 
+    @_disable_dynamo(recursive=False)
     def run(self, images: Tensor, compiled: bool = True) -> Any:
         """The outputs of a further pass; ``compiled=False`` looks inside a compiled model."""
         model = unwrapped(self.model) if compiled else uncompiled(self.model)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -299,3 +301,30 @@ def test_an_error_inside_a_step_leaves_no_setting_behind(method: str) -> None:
             assert flags() == before
             assert [buffer.data_ptr() for buffer in model.buffers()] == own
     loss(model, images, labels).backward()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's kernels need a C++ compiler")
+@pytest.mark.parametrize("method", ["forward-mode", "finite-difference"])
+def test_a_compiled_step_repeats_its_dropout_masks(method: str) -> None:
+    """With generated kernels, which draw numbers of their own; masks that differ make differences huge."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, (images, labels) = classifier(nn.Conv2d(1, 3, 3), nn.Dropout(0.4)), batch()
+    expected, loss = difference_of_losses(model, images, labels), criterion(method)
+    torch.manual_seed(0)
+    torch.compile(lambda x, y: loss(model, x, y))(images, labels).backward()
+    ratio = float(gradients(model).norm() / expected.norm())
+    assert 0.3 < ratio < 3  # other masks than those drawn outside
+
+
+def test_a_static_graph_of_distributed_training_is_refused(tmp_path: Path) -> None:
+    """Its first backward, that for the images, would count as the step's, and nothing would be reduced."""
+    model, (images, labels) = classifier(nn.Conv2d(1, 3, 3)), batch()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        for method in METHODS:
+            with pytest.raises(PenaltyGradientError, match="use static_graph=False"):
+                criterion(method)(wrapped, images, labels)
+    finally:
+        distributed.destroy_process_group()
