@@ -87,7 +87,7 @@ def compare(trainer: Trainer, strength: float, precisions: list[str], batches: i
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over batches, as Markdown."""
     head = (
-        "| strength | epochs | penalty / cross-entropy | precision | cosine | of the penalty alone | its norm / exact |"
+        "| strength | epochs | penalty / cross-entropy | precision | cosine | of the penalty | its norm / exact |"
     )
     lines = [head, "|---" * 7 + "|"]
     for row in rows:

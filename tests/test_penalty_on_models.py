@@ -303,6 +303,7 @@ def test_an_error_inside_a_step_leaves_no_setting_behind(method: str) -> None:
     loss(model, images, labels).backward()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own look at it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's kernels need a C++ compiler")
 @pytest.mark.parametrize("method", ["forward-mode", "finite-difference"])
 def test_a_compiled_step_repeats_its_dropout_masks(method: str) -> None:
