@@ -9,7 +9,6 @@ penalty alone, that is, less those of cross-entropy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -25,7 +24,7 @@ from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
 
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16 (autocast)": torch.bfloat16}
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
 def _gradient(loss: Tensor, model: nn.Module) -> Tensor:
@@ -43,12 +42,9 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in the parameters: of the loss, and of its penalty."""
     dtype = PRECISIONS[precision]
-    own = torch.float32 if dtype == torch.bfloat16 else dtype
-    criterion = sgr.SGRLoss(covariance.to(own), strength, perturbation=None, method=method).eval()
-    model, images = model.to(own), images.to(own)
-    lowered = torch.autocast(images.device.type, dtype=dtype) if dtype != own else contextlib.nullcontext()
-    with lowered:
-        loss, plain = criterion(model, images, labels), nn.functional.cross_entropy(model(images), labels)
+    criterion = sgr.SGRLoss(covariance.to(dtype), strength, perturbation=None, method=method).eval()
+    model, images = model.to(dtype), images.to(dtype)
+    loss, plain = criterion(model, images, labels), nn.functional.cross_entropy(model(images), labels)
     whole = _gradient(loss, model)
     return whole, whole - _gradient(plain, model)
 
@@ -86,9 +82,7 @@ def compare(trainer: Trainer, strength: float, precisions: list[str], batches: i
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over batches, as Markdown."""
-    head = (
-        "| strength | epochs | penalty / cross-entropy | precision | cosine | of the penalty | its norm / exact |"
-    )
+    head = "| strength | epochs | penalty / cross-entropy | precision | cosine | of the penalty | its norm / exact |"
     lines = [head, "|---" * 7 + "|"]
     for row in rows:
         share, *others = (
