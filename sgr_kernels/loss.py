@@ -116,7 +116,8 @@ class SGRLoss(nn.Module):
         method: Way to the penalty's gradient. ``"double-backward"`` is exact and needs a model that can be
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
-            models; it is the cheapest. It frees the graph of the first pass: what a model has left of that elsewhere,
+            models; it is the cheapest, and on ReLU networks in float32 far from exact
+            (`sgr_kernels.finite_difference`). It frees the graph of the first pass: what a model has left of that elsewhere,
             such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of these that the
             model supports, and says which in the log.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
