@@ -13,11 +13,11 @@ If ``q_b = c u_b`` with u_b known after the first forward pass, the backward tha
 gradients of the second term, up to the factor ``-w c``. Then the first pass's graph is gone before the second one
 begins: the time of two clean steps, and the memory of little more than one.
 
-On smooth networks this is the exact gradient up to rounding. At the kinks of ReLU and max-pooling a step of finite length
+On smooth networks this is the exact gradient up to rounding. At kinks of ReLU and max-pooling a step of finite length
 sees curvature that the exact derivative drops. On the Carlini-Wagner network, batches of 128 digits, strength 1, the
 cosine between the parameters' gradients by differences in float32 and the exact ones is 1.00 untrained, where the
-penalty hardly counts, and 0.68 after an epoch with it (penalty's part alone: 0.04 and 0.33); in float64, whose steps are
-shorter, 1.00 and 1.00 (0.98 and 1.00). ``sgr bench agreement`` measures it (benchmarks/results/agreement-cpu.json).
+penalty hardly counts, and 0.68 after an epoch with it (the penalty's alone: 0.04 and 0.33); in float64, whose steps
+are shorter, 1.00 and 1.00 (0.98 and 1.00). ``sgr bench agreement`` measures it; see benchmarks/results/README.md.
 """
 
 from __future__ import annotations
