@@ -117,9 +117,9 @@ class SGRLoss(nn.Module):
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
             models; it is the cheapest, and on ReLU networks in float32 far from exact
-            (`sgr_kernels.finite_difference`). It frees the graph of the first pass: what a model has left of that elsewhere,
-            such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of these that the
-            model supports, and says which in the log.
+            (`sgr_kernels.finite_difference`). It frees the graph of the first pass: what a model has left of that
+            elsewhere, such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of these
+            that the model supports, and says which in the log.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
             labels, other heads.
