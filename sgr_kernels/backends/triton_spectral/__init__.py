@@ -67,7 +67,6 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _unavailable(device: torch.device) -> str | None:
     """As `_obstacle`, found out once for each device; where there is a GPU, told once."""
     if device not in _obstacles:
@@ -75,6 +74,10 @@ def _unavailable(device: torch.device) -> str | None:
         if _obstacles[device] is not None and device.type == "cuda" and torch.cuda.is_available():
             logger.warning("backend 'triton' is left out: %s", _obstacles[device])
     return _obstacles[device]
+
+
+# As torch.compiler.assume_constant_result does, which imports all of the compiler.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _can_run(request: Request) -> str | None:
