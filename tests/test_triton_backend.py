@@ -84,6 +84,57 @@ def test_an_obstacle_is_told_in_one_line_and_the_next_backend_serves(
     assert "\n" not in record.getMessage()
 
 
+def test_the_probe_is_launched_on_the_device_in_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, where another device's memory cannot be written."""
+    from sgr_kernels.backends.triton_spectral import probe
+
+    device = torch.device("meta")
+    entered: list[torch.Tensor] = []
+    launched: list[torch.Tensor] = []
+
+    class Guard:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __enter__(self) -> None:
+            entered.append(self.tensor)
+
+        def __exit__(self, *_: object) -> None:
+            entered.pop()
+
+    def launch(target: torch.Tensor) -> None:
+        assert [tensor.device for tensor in entered] == [device]
+        launched.append(target)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(probe, "_probe_kernel", {(1,): launch})
+    probe.run(device)
+    assert [target.device for target in launched] == [device]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 3000, 3000), (70000, 5, 1, 2), (1, 70, 2, 3), (1, 2, 1, 9000)])
+def test_grids_stay_within_the_limits_of_a_launch(shape: tuple[int, ...], signed: bool) -> None:
+    """2^31 - 1 programs along the first axis, 65535 along the others; `launches` asserts it."""
+    from sgr_kernels.backends.triton_spectral import launch
+    from tests.triton_launches import launches
+
+    images, (channels, *size) = torch.empty(shape, device="meta"), shape[1:]
+    spectrum = torch.empty(*([4] if signed else []), channels, channels, *size, device="meta")
+    assert launches(lambda: launch.quadratic_form(images, spectrum, True, "highest"))
+    assert launches(lambda: launch.cross_spectrum(images, images, *size, signed, "highest"))
+
+
+def test_offsets_within_an_image_have_32_bits() -> None:
+    from sgr_kernels.backends.triton_spectral.launch import _addressable
+
+    ordinary = torch.empty(2**21, 3, 28, 28, device="meta")
+    assert _addressable(ordinary) is ordinary
+    planes_apart = torch.empty(3, 2**21, 28, 28, device="meta").transpose(0, 1)
+    assert planes_apart.stride(1) < 2**31 < 2 * planes_apart.stride(1)
+    assert _addressable(planes_apart).stride(1) == 28 * 28
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RuntimeError, match="sees no CUDA device"):

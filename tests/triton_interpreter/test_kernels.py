@@ -41,6 +41,7 @@ FLOAT32 = [
     (1, (1, 90), "radial", None),
     (1, (66, 10), "even", None),
     (5, (6, 13), "even", None),
+    (5, (12, 13), "signed", None),
     (4, (7, 6), "signed", None),
     (1, (35, 12), "signed", None),
 ]

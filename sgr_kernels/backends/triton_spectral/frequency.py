@@ -23,10 +23,9 @@ def load_parities(z, offset, columns, count, mask):
 @triton.jit
 def load_spectrum(spectrum, part, c, d, f, count, mask, CHANNELS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """``Lambda[part, c, d]`` (BLOCK_C, BLOCK_F) for channels c, or that of the symmetric part of Sigma."""
-    part_of = spectrum + part * (CHANNELS * CHANNELS) * count + f
-    value = tl.load(part_of + (c * CHANNELS + d) * count, mask=mask, other=0.0)
+    value = tl.load(spectrum + ((part * CHANNELS + c) * CHANNELS + d) * count + f, mask=mask, other=0.0)
     if SYMMETRIC:
-        other = tl.load(part_of + (d * CHANNELS + c) * count, mask=mask, other=0.0)
+        other = tl.load(spectrum + ((part * CHANNELS + d) * CHANNELS + c) * count + f, mask=mask, other=0.0)
         sign: tl.constexpr = -1 if part == 1 or part == 2 else 1
         value = (value + sign * other) * 0.5
     return value
@@ -38,6 +37,7 @@ def mix_kernel(
     spectrum,
     y,
     form,
+    images,
     rows,
     columns,
     CHANNELS: tl.constexpr,
@@ -49,9 +49,12 @@ def mix_kernel(
     WITH_PRODUCT: tl.constexpr,
 ):
     """``Y_c = sum_d Lambda[c, d] Z_d`` and, a part of it for each program, ``q = sum Z . Y``."""
-    image = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    # Images and tiles share the axis of the grid that is not limited to 65535 programs; images, the spectrum's readers
+    # in common, are neighbours.
+    image = (tl.program_id(0) % images).to(tl.int64)
+    tile = tl.program_id(0) // images
+    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     count = rows * columns
     own = (image * CHANNELS + c) * (4 * count) + (f + f // columns * columns)
     mask = (c < CHANNELS) & (f < count)
@@ -77,9 +80,9 @@ def mix_kernel(
             ss += odd * z_cc - odd_rows * z_cs - odd_columns * z_sc
     if WITH_FORM:
         z_cc, z_cs, z_sc, z_ss = load_parities(z, own, columns, count, mask)
-        part = image * tl.num_programs(1) + tl.program_id(1)
+        part = image * (tl.num_programs(0) // images) + tile
         energy = tl.sum((cc * z_cc + cs * z_cs) + (sc * z_sc + ss * z_ss))
-        tl.store(form + part * tl.num_programs(2) + tl.program_id(2), energy)
+        tl.store(form + part * tl.num_programs(1) + tl.program_id(1), energy)
     if WITH_PRODUCT:
         tl.store(y + own, cc, mask=mask)
         tl.store(y + own + columns, cs, mask=mask)

@@ -32,8 +32,8 @@ def _check_spectrum(gradient: Tensor, spectrum: Tensor) -> None:
 
 
 def _addressable(images: Tensor) -> Tensor:
-    """The same images, with offsets within a plane below 2^31, as the fused kernels need."""
-    farthest = sum((images.shape[axis] - 1) * images.stride(axis) for axis in (2, 3))
+    """The same images, with offsets within an image below 2^31, as the fused kernels need."""
+    farthest = sum((images.shape[axis] - 1) * images.stride(axis) for axis in (1, 2, 3))
     return images if farthest < 2**31 else images.contiguous()
 
 

@@ -18,4 +18,6 @@ def run(device: torch.device) -> None:
     Raises:
         Exception: Whatever Triton raises where it cannot.
     """
-    _probe_kernel[(1,)](torch.empty(1, device=device))
+    target = torch.empty(1, device=device)
+    with torch.cuda.device_of(target):  # Triton launches on the current device
+        _probe_kernel[(1,)](target)

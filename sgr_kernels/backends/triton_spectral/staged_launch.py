@@ -128,11 +128,12 @@ def apply(
         z = transform.forward(gradient[start:stop])
         y = torch.empty_like(z) if with_product else z
         parts = form.new_empty((stop - start, *tiles) if with_form else 0)
-        wrap_triton(mix_kernel)[(stop - start, *tiles)](
+        wrap_triton(mix_kernel)[((stop - start) * tiles[0], tiles[1])](
             z,
             spectrum,
             y,
             parts,
+            stop - start,
             rows,
             columns,
             CHANNELS=channels,
