@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, providers, tables
-from benchmarks.operators import Cell, measure
+from benchmarks.operators import Cell, measure, write
 from benchmarks.shapes import SERIES, SERIES_OPERATIONS, Problem
 from sgr_kernels.backends import crossovers
 
@@ -28,7 +28,7 @@ OPERATORS = {
 
 
 def medians(cells: list[Cell]) -> list[dict[str, Any]]:
-    """Milliseconds by backend, a record for each cell."""
+    """Milliseconds by backend whose answer is right, a record for each cell."""
     return [
         {
             "operation": cell["operation"],
@@ -36,7 +36,7 @@ def medians(cells: list[Cell]) -> list[dict[str, Any]]:
             "milliseconds": {
                 row["provider"].removeprefix("sgr "): round(row["milliseconds"], 5)
                 for row in cell["rows"]
-                if "milliseconds" in row
+                if "milliseconds" in row and row.get("correct")
             },
         }
         for cell in cells
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{tables.cell_table(cells[-1])}", flush=True)
     table = json.loads(options.out.read_text()) if options.out.exists() else {}
     table[device.type] = entry(medians(cells), device)
-    options.out.write_text(json.dumps(table, indent=1) + "\n")
+    write(options.out, table)
     print(json.dumps(table[device.type]["dense_up_to"], indent=1))
 
 

@@ -53,18 +53,33 @@ def measure(
         series: Name under which the plots find the cell.
     """
     images, exact = _given(problem, device)
+    # Streams, events and graphs are those of the current device.
+    with torch.cuda.device_of(images):
+        rows, samples = _rows(problem, operation, chosen, images, exact, budget)
+    _compare(rows, samples, problem, operation)
+    cell: Cell = {"series": series, "problem": vars(problem), "operation": operation, "rows": list(rows.values())}
+    other = _fastest(rows, [n for n, r in rows.items() if n != "sgr auto" and r["precision"] == "highest"])
+    if other and rows.get("sgr auto", {}).get("correct"):
+        cell["auto_to_fastest"] = {"provider": other, **paired_ratio(samples["sgr auto"], samples[other])}
+    return cell
+
+
+def _rows(
+    problem: Problem, operation: str, chosen: list[Provider], images: torch.Tensor, exact: Exact, budget: float
+) -> tuple[dict[str, dict[str, Any]], Samples]:
+    """Errors, memory and times of each provider, or the reason why it has none."""
     rows: dict[str, dict[str, Any]] = {}
     timers: dict[str, Timer] = {}
     for provider in chosen:
         row = rows[provider.name] = {"provider": provider.name, "kind": provider.kind, "precision": provider.precision}
         try:
-            run = provider.build(problem, operation, device)
+            run = provider.build(problem, operation, images.device)
             outputs = run(images)
             if provider.kind != "bound":
                 row["error"] = exact.error(operation, outputs)
                 row["correct"] = provider.correct(row["error"])
             del outputs
-            if memory.supported(device):
+            if memory.supported(images.device):
                 row["peak_bytes"] = memory.peak(run, images)
             timers[provider.name] = timer(run, images)
             row["method"] = timers[provider.name].method
@@ -76,12 +91,7 @@ def measure(
     samples = interleave(timers, budget)
     for name, values in samples.items():
         rows[name] |= summary(values)
-    _compare(rows, samples, problem, operation)
-    cell: Cell = {"series": series, "problem": vars(problem), "operation": operation, "rows": list(rows.values())}
-    other = _fastest(rows, [n for n, r in rows.items() if n != "sgr auto" and r["precision"] == "highest"])
-    if other and rows.get("sgr auto", {}).get("correct"):
-        cell["auto_to_fastest"] = {"provider": other, **paired_ratio(samples["sgr auto"], samples[other])}
-    return cell
+    return rows, samples
 
 
 @functools.lru_cache(maxsize=1)
@@ -148,12 +158,12 @@ def add_peaks(result: dict[str, Any], out: Path, device: torch.device) -> None:
             index, name, peak = json.loads(line)
             row = next(r for r in result["cells"][index]["rows"] if r["provider"] == name)
             row["peak_bytes"] = peak
-            _write(out, result)
+            write(out, result)
     if process.returncode:
         print(f"peak memory: the process that measures it ended with status {process.returncode}", file=sys.stderr)
 
 
-def _write(out: Path, result: dict[str, Any]) -> None:
+def write(out: Path, result: dict[str, Any]) -> None:
     """Replace the file at once, so that an interrupt leaves the old one or the new one."""
     part = out.with_name(out.name + ".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
@@ -164,12 +174,14 @@ def resume(out: Path | None, description: dict[str, Any], fresh: bool) -> dict[s
     """What an earlier run on the same machine and commit has measured, or an empty result.
 
     Raises:
-        ValueError: If the file holds results of another machine, version or commit.
+        ValueError: If the file holds something else, or results of another machine, version or commit.
     """
     empty: dict[str, Any] = {"machine": description, "cells": []}
     if out is None or fresh or not out.exists():
         return empty
     result = json.loads(out.read_text())
+    if not {"machine", "cells"} <= result.keys():
+        raise ValueError(f"{out}: expected results of sgr bench operators; name another file, or add --fresh")
     differing = [key for key in description if result["machine"].get(key) != description[key]]
     if differing:
         key = differing[0]
@@ -229,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         cell = measure(problem, operation, chosen, device, budget, series)
         result["cells"].append(cell)
         if options.out is not None:
-            _write(options.out, result)
+            write(options.out, result)
         print(f"\n{tables.cell_table(cell)}", flush=True)
     if device.type == "cpu" and options.out is not None and Path("/proc/self/clear_refs").exists():
         add_peaks(result, options.out, device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sgr_kernels as sgr
-from benchmarks.crossovers import OPERATORS, dense_up_to
+from benchmarks.crossovers import OPERATORS, dense_up_to, medians
 from sgr_kernels import backends
 from sgr_kernels.backends import crossovers, registry
 
@@ -46,6 +46,17 @@ def test_dense_wins_up_to_the_first_loss():
     assert dense_up_to(records, "native", ("q",)) == 0
 
 
+def test_a_wrong_answer_wins_nothing(monkeypatch):
+    rows = [
+        {"provider": "sgr torch", "milliseconds": 2.0, "correct": True},
+        {"provider": "sgr reference", "milliseconds": 1.0, "correct": False},
+    ]
+    problem = {"batch": 1, "channels": 1, "height": 2, "width": 2}
+    (record,) = medians([{"operation": "q", "problem": problem, "rows": rows}])
+    assert record["milliseconds"] == {"torch": 2.0}
+    assert dense_up_to([record], "torch", ("q",)) == 0
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_tiny_images_without_kernels_are_served_by_the_dense_matrix(operator, without_compiled_kernels):
     limit = crossovers.dense_up_to("cpu", "torch", operator)
@@ -66,6 +77,20 @@ def test_above_a_size_the_dense_matrix_is_refused_with_its_memory():
     g, f = torch.ones(1, 3, 64, 64), torch.ones(3, 3, 8)
     with pytest.raises(RuntimeError, match=r"dimension 12288 would need 1\.1 GiB; the limit is 8192"):
         sgr.functional.covariance_product(g, f, backend="reference")
+
+
+def test_a_choice_made_early_holds_in_every_block_that_it_opens():
+    early = backends.use_backend("torch")
+    try:
+        for _ in range(2):
+            with early:
+                assert backends.choose("auto", request_for(4)) == "torch"
+            assert registry._choice == "auto"
+        with pytest.raises(KeyError), early:
+            raise KeyError
+        assert registry._choice == "auto"
+    finally:
+        registry._choice = "auto"
 
 
 def test_unknown_names_list_the_valid_ones():

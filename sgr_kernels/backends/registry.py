@@ -128,10 +128,13 @@ class use_backend:
     def __init__(self, name: str) -> None:
         global _choice
         _check_name(name, "name")
+        self._name = name
         self._previous, _choice = _choice, name
 
     def __enter__(self) -> None:
-        """Nothing: the choice took effect when it was made."""
+        """Make the choice again, for a block that is entered later or once more."""
+        global _choice
+        _choice = self._name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
