@@ -90,13 +90,14 @@ def _ours(backend: str) -> Callable[[Problem, str, torch.device], Run]:
         images = torch.empty(1, device=device).expand(problem.batch, problem.channels, *problem.size)
         request = functional.request(operator, images, "even")
         try:
-            chosen = backends.choose(backend, request)
+            with backends.use_backend(backend):  # also "auto", whatever SGR_BACKEND says
+                chosen = backends.choose(backend, request)
         except (ValueError, RuntimeError) as error:
             raise Unsupported(str(error)) from error
 
         def accumulation(images: Tensor) -> tuple[Tensor, ...]:
-            reach = problem.max_displacement
-            return (sgr.functional.displacement_covariance(images, max_displacement=reach, backend=backend),)
+            with backends.use_backend(backend):
+                return (sgr.functional.displacement_covariance(images, max_displacement=problem.max_displacement),)
 
         def q(images: Tensor) -> tuple[Tensor, ...]:
             with backends.use_backend(backend):

@@ -69,13 +69,16 @@ def overview(cells: list[Cell]) -> str:
         if "milliseconds" not in auto:
             continue
 
-        def times(name: str, rows: dict[str, Any] = rows, auto: dict[str, Any] = auto) -> str:
-            peer = rows.get(name, {})
+        best = auto.get("over_best_peer")
+        # Where there are paired ratios, those: a slow peer sits out rounds that count in the others' medians.
+        paired = {ratio["provider"]: ratio["ratio"] for ratio in (auto.get("over_dense"), best) if ratio}
+
+        def times(name: str, rows: dict[str, Any] = rows, paired: dict[str, float] = paired) -> str:
+            auto, peer = rows["sgr auto"], rows.get(name, {})
             if not (auto["correct"] and peer.get("correct")):
                 return "–"
-            return _significant(peer["milliseconds"] / auto["milliseconds"])
+            return _significant(paired.get(name, peer["milliseconds"] / auto["milliseconds"]))
 
-        best = auto.get("over_best_peer")
         fraction = f"{100 * auto['copy_fraction']:.0f} %" if "copy_fraction" in auto else "–"
         lines.append(
             [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import dense_covariance, dense_product
 
-from benchmarks import lazy, operators, providers, step, tables
+from benchmarks import lazy, operators, providers, step, tables, timing
 from benchmarks.peers import Unsupported
 from benchmarks.providers import Provider
 from benchmarks.shapes import OPERATIONS, Exact, Problem
@@ -186,6 +188,65 @@ def test_a_wrong_answer_gets_no_ratio_and_is_no_base_of_one() -> None:
     assert "over_dense" not in rows["sgr torch"]
     assert rows["sgr torch"]["over_best_peer"]["provider"] == "rfft2"
     assert "wrong" in tables.cell_table(cell)
+
+
+def test_auto_is_measured_as_it_is_whatever_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sgr_kernels.backends import registry
+
+    asked: list[str] = []
+    call = providers.ops.call
+    monkeypatch.setattr(registry, "_choice", "reference")
+    monkeypatch.setattr(providers.ops, "call", lambda op, name, *args: (asked.append(name), call(op, name, *args))[1])
+    monkeypatch.setattr(providers.functional, "call", lambda op, name, *args: providers.ops.call(op, name, *args))
+    problem = Problem(2, 1, 16, 16)
+    for operation in ("v+q", "accumulation"):
+        providers.named(["sgr auto"], CPU)[0].build(problem, operation, CPU)(problem.images(CPU))
+    assert len(asked) == 2
+    assert "reference" not in asked
+    assert registry._choice == "reference"
+
+
+def test_times_are_taken_on_the_images_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, events and graphs belong to the current device, which need not be the one that is measured."""
+    current: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(images: torch.Tensor) -> Iterator[None]:
+        current.append(images)
+        yield
+        current.pop()
+
+    def timer(run: providers.Run, images: torch.Tensor) -> timing.CpuTimer:
+        assert current[0] is images
+        return timing.CpuTimer(run, images)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(operators, "timer", timer)
+    cell = operators.measure(Problem(2, 1, 4, 4), "v+q", providers.named(["copy"], CPU), CPU, 0.01)
+    assert cell["rows"][0]["milliseconds"] > 0
+    assert not current
+
+
+def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    out.write_text(json.dumps({"machine": {}, "rows": []}))
+    with pytest.raises(ValueError, match=r"step\.json: expected results of sgr bench operators"):
+        operators.resume(out, {}, fresh=False)
+    assert operators.resume(out, {}, fresh=True)["cells"] == []
+
+
+def test_columns_of_the_overview_agree_where_they_say_the_same() -> None:
+    """A slow peer sits out rounds: the ratio over common rounds is not that of the medians over all."""
+    samples = {"sgr auto": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0], "dense": [6.0, 6.0, 6.0]}
+    kinds = {"sgr auto": "ours", "dense": "peer"}
+    rows = {
+        name: {"provider": name, "kind": kinds[name], "precision": "highest", "correct": True, **timing.summary(values)}
+        for name, values in samples.items()
+    }
+    problem = Problem(2, 1, 4, 4)
+    operators._compare(rows, samples, problem, "v+q")
+    text = tables.overview([{"problem": vars(problem), "operation": "v+q", "rows": list(rows.values())}])
+    assert text.splitlines()[-1] == "| (2,1,4,4) | v+q | 2e+03 | – | 6 | – | – | 6 (dense) |"
 
 
 def test_operators_benchmark_resumes_draws_and_fills_the_readme(
