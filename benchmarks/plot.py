@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks import tables
 from benchmarks.plot_step import step_figure
 from benchmarks.shapes import OPERATIONS, Problem
 
@@ -200,13 +200,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figures")
     parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
     options = parser.parse_args(arguments)
-    results = [json.loads(file.read_text()) for file in options.files]
+    results = [tables.read(file) for file in options.files]
     devices = {r["machine"]["device"] for r in results}
     if len(devices) > 1:
         raise ValueError(f"files: expected results of one machine, got {', '.join(sorted(devices))}")
     cells = [cell for result in results for cell in result.get("cells", [])]
     rows = [row for result in results for row in result.get("rows", [])]
-    merged = {"machine": results[0]["machine"], "cells": cells, "rows": rows}
+    commits = dict.fromkeys(result["machine"]["commit"] for result in results)
+    merged = {"machine": {**results[0]["machine"], "commit": ", ".join(commits)}, "cells": cells, "rows": rows}
     series = {cell["series"] for cell in merged["cells"]}
     figures = {"time": time_figure, "roofline": roofline_figure} if "shapes" in series else {}
     if series & SLOPES.keys():

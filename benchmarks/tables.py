@@ -133,17 +133,29 @@ def steps_for_readme(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(f"{_machine(result)}:\n\n{step_overview(result)}" for result in results)
 
 
+def read(file: Path) -> dict[str, Any]:
+    """A file of results.
+
+    Raises:
+        ValueError: If it holds neither the operators' results nor training steps.
+    """
+    result: dict[str, Any] = json.loads(file.read_text())
+    if "cells" not in result and not all("network" in row for row in result.get("rows", [{}])):
+        raise ValueError(f"{file}: expected results of sgr bench operators or step")
+    return result
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables of result files, or write their overviews into a README.
 
     Raises:
-        ValueError: If the README has no marks.
+        ValueError: If a file holds other results, or the README has no marks.
     """
     parser = argparse.ArgumentParser(prog="sgr bench tables", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="JSON of sgr bench operators or step")
     parser.add_argument("--readme", type=Path, help="file to write the overviews into")
     options = parser.parse_args(arguments)
-    results = [json.loads(file.read_text()) for file in options.files]
+    results = [read(file) for file in options.files]
     operators, steps = ([r for r in results if part in r] for part in ("cells", "rows"))
     if options.readme is None:
         for result in operators:

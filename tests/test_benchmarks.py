@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import dense_covariance, dense_product
 
-from benchmarks import lazy, operators, providers, step, tables, timing
+from benchmarks import lazy, operators, plot, providers, step, tables, timing
 from benchmarks.peers import Unsupported
 from benchmarks.providers import Provider
 from benchmarks.shapes import OPERATIONS, Exact, Problem
@@ -233,6 +233,30 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step\.json: expected results of sgr bench operators"):
         operators.resume(out, {}, fresh=False)
     assert operators.resume(out, {}, fresh=True)["cells"] == []
+
+
+@pytest.mark.parametrize("command", ["tables", "plot"])
+def test_tables_and_figures_of_other_results_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lazy.json"
+    file.write_text(json.dumps({"machine": {"device": "x"}, "rows": [row("clean", 0, 0.2)]}))
+    assert main(["bench", command, str(file)]) == 2
+    assert "lazy.json: expected results of sgr bench operators or step" in capsys.readouterr().err
+
+
+def test_a_figure_names_every_commit_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = operators.measure(Problem(1, 1, 4, 4), "v+q", providers.named(["copy"], CPU), CPU, 0.01, "N")
+    files = []
+    for commit in ("first", "second"):
+        files.append(tmp_path / f"{commit}.json")
+        machine = {"device": "x", "torch": "y", "commit": commit}
+        files[-1].write_text(json.dumps({"machine": machine, "cells": [cell]}))
+    drawn: list[str] = []
+    title = plot._title
+    monkeypatch.setattr(plot, "_title", lambda result: (drawn.append(title(result)), drawn[-1])[1])
+    assert main(["bench", "plot", *map(str, files), "--out", str(tmp_path)]) == 0
+    assert drawn == ["x, torch y, commit first, second"]
 
 
 def test_columns_of_the_overview_agree_where_they_say_the_same() -> None:

@@ -93,6 +93,12 @@ def test_a_choice_made_early_holds_in_every_block_that_it_opens():
         registry._choice = "auto"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_nothing_runs_on_a_device_that_is_not_there():
+    assert backends.available("cuda") == []
+    assert {"torch", "reference"} <= set(backends.available())
+
+
 def test_unknown_names_list_the_valid_ones():
     with pytest.raises(ValueError, match=r"expected one of 'auto', 'native', .*'torch', 'reference', got 'fast'"):
         backends.choose("fast", request_for(4))

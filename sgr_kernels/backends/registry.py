@@ -66,8 +66,13 @@ def _check_name(name: str, source: str) -> None:
 
 
 def available(device: torch.device | str = "cpu") -> list[str]:
-    """Names of the backends that can multiply an ordinary float32 image batch on ``device``, fastest first."""
+    """Names of the backends that can multiply an ordinary float32 image batch on ``device``, fastest first.
+
+    None can where this torch sees no CUDA device and ``device`` is one.
+    """
     request = Request("product", torch.device(device), torch.float32, 1, 1, (28, 28), "even")
+    if request.device.type == "cuda" and not torch.cuda.is_available():
+        return []
     return [b.name for b in _registered.values() if b.can_run(request) is None]
 
 
