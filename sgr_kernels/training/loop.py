@@ -266,7 +266,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
                 seen += len(labels)
     finally:
         model.train(training)
-    device = next(model.parameters()).device
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
     correct, seen = processes.total(torch.tensor([correct, seen], device=device)).tolist()
     return correct / seen
 
