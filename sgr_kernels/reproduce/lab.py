@@ -110,7 +110,8 @@ class Lab:
         """
         data, epochs = data or self.data, epochs or self.scale.epochs
         name = name or settings.method
-        key = _digest([asdict(settings), epochs, data.train.digest(), data.test.digest()])
+        # Not of the test images: trials on the same training images as the lab's give the lab's networks.
+        key = _digest([asdict(settings), epochs, data.train.digest()])
         folder = self.out / "networks" / f"{settings.method}-seed{settings.seed}-{key}"
         model, state = load_model(folder) if (folder / CHECKPOINT_FILE).is_file() else (None, None)
         if model is None or state is None or state["position"]["epoch"] < epochs:

@@ -19,7 +19,7 @@ def measure(lab: Lab) -> dict[str, Any]:
     """All searches."""
     plan = lab.scale.search
     return {
-        "trial_images": plan.train_images,
+        "trial_images": plan.train_images or lab.scale.train_images,
         "trial_epochs": plan.epochs or lab.scale.epochs,
         "validation_images": plan.validation_images,
         "attack_images": plan.attack_images,
