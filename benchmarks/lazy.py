@@ -1,4 +1,4 @@
-"""What a cheaper penalty keeps of robustness: on every 4th or 16th step, or by finite differences.
+"""What a cheaper penalty keeps of robustness: on some steps, for a part of each batch, by finite differences.
 
 ``sgr bench lazy --data DIR --out FILE`` trains networks on MNIST, without a penalty, with one on every step, and in the
 cheaper ways, each from several seeds, and attacks them with PGD and correlated noise. The file is written after every
@@ -23,13 +23,14 @@ from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet, load
 from sgr_kernels.training.loop import Trainer
-from sgr_kernels.training.methods import Settings
+from sgr_kernels.training.methods import SCHEDULES, Settings
 
 WAYS: dict[str, dict[str, Any]] = {
     "clean": {"method": "clean"},
     "every step": {"method": "sgr", "penalty_every": 1},
     "every 4th": {"method": "sgr", "penalty_every": 4, "update_every": 4},
     "every 16th": {"method": "sgr", "penalty_every": 16, "update_every": 16},
+    "a quarter of each batch": {"method": "sgr", "fraction": 0.25},
     "finite difference": {"method": "sgr", "penalty_method": "finite-difference"},
 }
 MEASURES = ("test_accuracy", "pgd_area", "noise_accuracy")
@@ -41,7 +42,13 @@ PLAN = Plan(EPS_GRIDS["mnist"], pgd_steps=20, decay_lengths=(4.0, 16.0), noise_e
 def train_and_attack(way: str, seed: int, options: argparse.Namespace, data: DataSet) -> dict[str, Any]:
     """One row: a network trained one way from one seed."""
     settings = Settings(
-        "mnist", strength=options.strength, perturbation=options.perturbation, augment=False, seed=seed, **WAYS[way]
+        "mnist",
+        strength=options.strength,
+        perturbation=options.perturbation,
+        augment=False,
+        seed=seed,
+        schedule=options.schedule,
+        **WAYS[way],
     )
     trainer = Trainer(settings, DataSet(data.train.first(options.train_images), data.test))
     trainer.run(options.epochs)
@@ -136,12 +143,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--images", type=int, default=1000, help="test images attacked")
-    parser.add_argument("--strength", type=float, default=30.0)
+    parser.add_argument("--strength", type=float, default=10.0)
     parser.add_argument("--perturbation", default="sign")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     options = parser.parse_args(arguments)
     folder = Path(options.data)
     data = load(folder / "mnist" if (folder / "mnist").is_dir() else folder)
-    names = ("train_images", "epochs", "images", "strength", "perturbation")
+    names = ("train_images", "epochs", "images", "strength", "perturbation", "schedule")
     settings = {name: getattr(options, name) for name in names}
     head = {"machine": machine.describe(torch.device("cpu")), "settings": settings}
     rows = _resumed(options.out, head)

@@ -138,7 +138,7 @@ def test_lazy_benchmark_goes_on_and_refuses_other_settings(
     assert [row["way"] for row in result["rows"]] == ["clean", "every step", "finite difference"]
     assert result["summary"]["finite difference"]["pgd_area"]["behind"]["interval95"] is None
     assert main([*command, "--strength", "1"]) == 2
-    assert "holds results of another run (strength: 30.0, now 1.0)" in capsys.readouterr().err
+    assert "holds results of another run (strength: 10.0, now 1.0)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("problem", [Problem(5, 1, 7, 6), Problem(4, 3, 8, 9), Problem(4, 2, 9, 9, 3)], ids=str)

@@ -19,7 +19,7 @@ from sgr_kernels.report.page import percent
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
-from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, Settings
+from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, SCHEDULES, Settings
 from sgr_kernels.training.models import CarliniWagner, architecture_for
 from sgr_kernels.training.processes import Processes, joined, local_device
 from sgr_kernels.training.search import attack_area, held_out, strength_search
@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise-eps", type=common.nonnegative, default=_DEFAULTS["noise_eps"], help="end of lrc's strengths")
     add("--learning-rate", type=common.positive, default=_DEFAULTS["learning_rate"], help="of Adam")
+    add("--schedule", choices=SCHEDULES, default=_DEFAULTS["schedule"], help="of the learning rate; cosine: down to 0")
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -97,7 +98,8 @@ class Trainer:
         """Train until ``epochs`` epochs are done, counted from the beginning.
 
         Args:
-            epochs: Epochs in all, those before a resumption included.
+            epochs: Epochs in all, those before a resumption included. A learning rate that falls does so over all of
+                them, so that a training goes on to the same end only with the same number.
             out: Folder for checkpoint and history; None: nothing is written.
             checkpoint_every: Steps between checkpoints within an epoch; one is written at each epoch's end as well.
             progress: Whether to show a progress bar; None: where standard error is a terminal.
@@ -121,6 +123,7 @@ class Trainer:
             clock = time.perf_counter()
             while self.epoch < epochs:
                 for images, labels in self.batches.epoch(self.epoch, self.step):
+                    self._set_learning_rate((self.epoch * steps + self.step) / (epochs * steps))
                     self._train_step(images, labels)
                     self._seconds += time.perf_counter() - clock
                     bar.update()
@@ -211,6 +214,12 @@ class Trainer:
         penalized = penalty.isfinite() * count
         sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty.nan_to_num(0, 0, 0) * penalized]
         self._totals += torch.stack([s.double() for s in (*sums, correct.new_tensor(count), penalized)])
+
+    def _set_learning_rate(self, done: float) -> None:
+        """Adam's, where a share of the training is done."""
+        factor = (1 + math.cos(math.pi * done)) / 2 if self.settings.schedule == "cosine" else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.settings.learning_rate
 
     def _finish_epoch(self) -> None:
         totals = self.processes.total(self._totals)

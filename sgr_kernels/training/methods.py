@@ -17,6 +17,7 @@ from sgr_kernels.training.datasets import ImageSet
 EXPONENTIAL = "exponential"
 PERTURBATIONS = (*FREE, *ATTACKS, EXPONENTIAL)
 COVARIANCES = ("function", "full")
+SCHEDULES = ("constant", "cosine")
 
 # Ends of the strengths of adversarial training, in grey levels: those of the paper's attacks.
 _LARGEST_EPS = {"mnist": 32.0, "cifar10": 8.0}
@@ -52,7 +53,9 @@ class Settings:
             ``"true"`` labels, which leak.
         noise_eps: ``"lrc"`` draws the strengths of its noise uniformly up to this, in units of each image's standard
             deviation.
-        learning_rate: Adam's.
+        learning_rate: Adam's, at the first step.
+        schedule: The learning rate stays ``"constant"``, as the paper's, or falls along half a ``"cosine"`` to 0 over
+            the whole training.
         batch_size: Images in a batch.
         augment: Whether images are padded and cropped at random.
         flip: Whether half of them are mirrored; only with ``augment``.
@@ -80,6 +83,7 @@ class Settings:
     attack_labels: str = "own"
     noise_eps: float = 0.7
     learning_rate: float = 1e-3
+    schedule: str = "constant"
     batch_size: int = 128
     augment: bool = True
     flip: bool = False
@@ -94,6 +98,8 @@ class Settings:
             raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, got {self.covariance!r}")
         if self.attack_labels not in ("own", "true"):
             raise ValueError(f"attack_labels must be 'own' or 'true', got {self.attack_labels!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.attack_steps < 1:
             raise ValueError(f"attack_steps must be at least 1, got {self.attack_steps}")
         if METHODS[self.method].perturbation is not None:

@@ -28,6 +28,7 @@ VARIANTS = [
     Settings("mnist", method="sgr_sign", covariance="full", batch_size=8),
     *(Settings("mnist", method="sgr", perturbation=p, batch_size=8, flip=True) for p in PERTURBATIONS),
     Settings("mnist", binning="linear", psd="none", weight_decay=1e-3, update_every=2, penalty_every=3, batch_size=8),
+    Settings("mnist", method="clean", schedule="cosine", batch_size=8),
     Settings("mnist", fraction=0.5, penalty_method="finite-difference", warmup=3, mean_correction=True, batch_size=8),
 ]
 
@@ -197,6 +198,17 @@ def test_weight_decay_is_the_methods_unless_named():
     assert weight_decay(dataclasses.replace(SETTINGS, method="sgr", weight_decay=0.1)) == 0.1
 
 
+def test_a_cosine_schedule_ends_at_no_learning_rate(digits):
+    trainer = Trainer(dataclasses.replace(SETTINGS, schedule="cosine", learning_rate=0.5, batch_size=10), digits)
+    rates = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.run(2, progress=False)
+    steps = 2 * len(trainer.batches)
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * n / steps)) for n in range(steps)])
+    assert rates[0] == 0.5
+    assert rates[-1] < 0.01
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -206,6 +218,7 @@ def test_weight_decay_is_the_methods_unless_named():
         ({"strength": math.inf}, "strength must be a finite number >= 0, got inf"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
         ({"warmup": -1}, "warmup must be a number of steps >= 0, got -1"),
+        ({"schedule": "linear"}, "schedule must be one of constant, cosine, got 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0, got 0.0"),
     ],
 )
