@@ -176,7 +176,6 @@ _MNIST_CPU = Scale(
 _CIFAR_CPU = replace(
     _MNIST_CPU,
     train_images=10_000,
-    epochs=6,
     methods=("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp", "lrc"),
     seeds=1,
     repeated=(),
