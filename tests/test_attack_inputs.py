@@ -59,6 +59,7 @@ def test_bad_images(name, images, message):
         (torch.tensor([-1, 0]), "labels: expected 0 to 3"),
         (torch.tensor([0, 1, 2]), r"labels: expected shape \(2,\), got \(3,\)"),
         (torch.tensor([0.0, 1.0]), "labels: expected integer"),
+        ([0, 1], "labels: expected a tensor of class indices, got list"),
     ],
 )
 def test_bad_labels(name, labels, message):
@@ -175,7 +176,8 @@ def test_other_bounds(name):
         ({"norm": "L1"}, "norm: expected 'Linf' or 'L2', got 'L1'"),
         ({"steps": 0}, "steps: expected a whole number >= 1"),
         ({"restarts": 1.5}, "restarts: expected a whole number"),
-        ({"step_size": -0.1}, "step_size: expected a number > 0"),
+        ({"step_size": -0.1}, "step_size: expected a finite number > 0"),
+        ({"step_size": float("inf")}, "step_size: expected a finite number > 0"),
         ({"restarts": 2, "random_start": False}, "restarts: expected 1 without random_start"),
     ],
 )

@@ -115,7 +115,8 @@ def test_relative_norm():
     ("options", "message"),
     [
         ({"convention": "art"}, "convention: expected one of"),
-        ({"overshoot": -0.1}, "overshoot: expected a number >= 0"),
+        ({"overshoot": -0.1}, "overshoot: expected a finite number >= 0"),
+        ({"overshoot": float("inf")}, "overshoot: expected a finite number >= 0"),
         ({"candidates": 1}, "candidates: expected a whole number >= 2"),
         ({"max_iterations": -1}, "max_iterations: expected a whole number >= 0"),
     ],

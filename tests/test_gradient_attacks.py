@@ -131,6 +131,19 @@ def test_projection_is_last(name, dtype):
         assert adversarial.max() <= 1
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ONE_STEP_AND_PGD)
+def test_rounding_errors_of_many_pixels_do_not_add_up(name, value):
+    """All pixels alike and moved alike: whatever rounding adds to one, it adds to 3,072."""
+    attack, norm = ONE_STEP_AND_PGD[name]
+    model = Linear(torch.tensor([[1.0], [-1.0]]).expand(2, 3072).clone(), torch.zeros(2))
+    images = torch.full((2, 3, 32, 32), value)
+    for label in (0, 1):
+        for eps in (1 / 255, 0.3, 1.0) + ((8.4,) if norm == "L2" else ()):
+            adversarial = attack(model, images, torch.full((2,), label), eps=eps)
+            assert (size(adversarial.double() - images.double(), norm) <= eps + 6e-8).all()
+
+
 @pytest.mark.parametrize("name", ONE_STEP_AND_PGD)
 def test_zero_eps_is_bit_for_bit(name):
     attack, _ = ONE_STEP_AND_PGD[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,8 +80,8 @@ def deepfool(
     """
     if convention not in _CONVENTIONS:
         raise ValueError(f"convention: expected one of {sorted(_CONVENTIONS)}, got {convention!r}")
-    if not overshoot >= 0:
-        raise ValueError(f"overshoot: expected a number >= 0, got {overshoot}")
+    if not 0 <= overshoot < math.inf:
+        raise ValueError(f"overshoot: expected a finite number >= 0, got {overshoot}")
     check_count("max_iterations", max_iterations, least=0)
     check_count("candidates", candidates, least=2)
     check_images(images, bounds)
@@ -101,7 +102,7 @@ def deepfool(
             logits = logits_of(model, leaf)
             if classes is None or ranking is None:
                 inspect_logits(logits)
-                classes = choose_labels(None if labels is None else plain(labels), logits)
+                classes = choose_labels(labels, logits)
                 ranking = _rank(logits, classes, candidates)
             unbroken = logits.argmax(1) == classes[active]
             if not bool(unbroken.all()):

@@ -135,14 +135,14 @@ def pgd(
     Raises:
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``; also an unknown norm, fewer than one step or restart, a step size that is not
-            positive, or several restarts without a random start.
+            positive and finite, or several restarts without a random start.
     """
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"step_size: expected a number > 0, got {step_size}")
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise ValueError(f"step_size: expected a finite number > 0, got {step_size}")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
     check_images(images, bounds)
@@ -151,7 +151,7 @@ def pgd(
     with preserve(model):
         images = plain(images)
         clean = clean_logits(model, images)
-        classes = choose_labels(None if labels is None else plain(labels), clean, targeted, generator)
+        classes = choose_labels(labels, clean, targeted, generator)
         starts = [_unit_start(images, norm, generator) if random_start else None for _ in range(restarts)]
         task = _Task(model, images, classes, clean, norm, targeted, early_stop, bounds)
         results = []
@@ -180,7 +180,7 @@ def _one_step(
         leaf = differentiable(plain(images))
         logits = logits_of(model, leaf)
         inspect_logits(logits)
-        classes = choose_labels(None if labels is None else plain(labels), logits, targeted, generator)
+        classes = choose_labels(labels, logits, targeted, generator)
         gradient = input_gradient(logit_loss(logits, classes), leaf)
     images = leaf.detach()
     uphill = _direction(gradient.to(working_dtype(images)), norm)
@@ -254,9 +254,12 @@ def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, steps: in
 
 
 def _project(base: Tensor, delta: Tensor, norm: Norm, eps: float, bounds: Bounds) -> Tensor:
-    """Into the ball, then into the box: the box holds the ball's centre, so its clipping cannot leave the ball."""
+    """Into the ball, then into the box: the box holds the ball's centre, so its clipping cannot leave the ball.
+
+    The perturbation itself is clipped, not the image: an image's rounding would lengthen it.
+    """
     delta = delta.clamp(-eps, eps) if norm == "Linf" else shrink_to_ball(delta, eps)
-    return delta if bounds is None else (base + delta).clamp(*bounds) - base
+    return delta if bounds is None else delta.clamp(bounds[0] - base, bounds[1] - base)
 
 
 def _direction(gradient: Tensor, norm: Norm) -> Tensor:

@@ -44,6 +44,8 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         TypeError: not integers.
         ValueError: a wrong shape, or a class out of range.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor of class indices, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected integer class indices, got {labels.dtype}")
     if labels.shape != (batch,):

@@ -189,7 +189,7 @@ class _Search:
         self.model, self.images, self.bounds = model, images, bounds
         self.chunk_size, self.early_stop = chunk_size, early_stop
         clean = clean_logits(model, images)
-        self.labels = choose_labels(None if labels is None else plain(labels), clean)
+        self.labels = choose_labels(labels, clean)
         self.clean_loss = logit_loss(clean, self.labels)
 
     def run(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.guard import Model
+from sgr_kernels.attacks.guard import Model, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
 
 
@@ -79,7 +79,7 @@ def choose_labels(
     batch, classes = logits.shape
     if labels is not None:
         check_labels(labels, batch, classes)
-        return labels.to(device=logits.device, dtype=torch.int64)
+        return plain(labels).to(device=logits.device, dtype=torch.int64)
     own = logits.detach().argmax(1)
     if not targeted:
         return own
