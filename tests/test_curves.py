@@ -11,7 +11,7 @@ from scipy.stats import norm as normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.attacks import correlated_noise, fgm, fgsm, pgd, uniform_noise
-from sgr_kernels.evaluation import RobustnessCurve, robustness_curve, transfer_curves, wilson_interval
+from sgr_kernels.evaluation import RobustnessCurve, robustness_curve, sanity_report, transfer_curves, wilson_interval
 from tests.attack_models import Linear, convolutional, exponential, linear
 
 GRID = [0.0, 0.02, 0.1, 0.3]
@@ -217,12 +217,34 @@ def test_linear_model_loses_exactly_the_images_within_reach():
 def test_bad_input(model, loader, data):
     with pytest.raises(ValueError, match="eps: expected"):
         robustness_curve(model, loader, fgsm, [])
-    with pytest.raises(ValueError, match="loader: expected at least one batch"):
+    with pytest.raises(ValueError, match="loader: expected at least one image"):
         robustness_curve(model, [], fgsm, GRID)
+    with pytest.raises(ValueError, match="loader: expected at least one image"):
+        robustness_curve(model, [(data[0][:0], data[1][:0])], fgsm, GRID)
+    for batch, kind in ((data[0], "Tensor"), ({"x": data[0]}, "dict"), ((data[0], [0]), r"\(Tensor, list\)")):
+        with pytest.raises(TypeError, match=rf"loader: expected batches .* got {kind}"):
+            robustness_curve(model, [batch], fgsm, GRID)
     with pytest.raises(ValueError, match="labels: expected 'auto'"):
         robustness_curve(model, loader, fgsm, GRID, labels="both")
     with pytest.raises(ValueError, match="labels: expected 0 to 3"):
         robustness_curve(model, [(data[0], data[1] + 4)], fgsm, GRID)
+
+
+def test_loaders_may_yield_more_and_empty_batches(model, data):
+    images, labels = data
+    plain = robustness_curve(model, [data], fgsm, GRID)
+    more = robustness_curve(model, [(images[:0], labels[:0]), (images, labels, torch.arange(44))], fgsm, GRID)
+    assert torch.equal(more.correct, plain.correct)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_loaders_do_not_move_the_global_stream(shuffle, model, data):
+    """A DataLoader draws a seed from it whenever it is gone through."""
+    loader, before = DataLoader(TensorDataset(*data), batch_size=16, shuffle=shuffle), torch.get_rng_state()
+    robustness_curve(model, loader, fgsm, GRID)
+    assert torch.equal(torch.get_rng_state(), before)
+    sanity_report(model, loader, eps=0.1, steps=1, max_images=8)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_callable_objects_are_attacks(model, loader):

@@ -135,7 +135,8 @@ def test_zero_gradients_predict_nothing():
         ({"strengths": []}, "strengths: expected positive"),
         ({"draws": 0}, "draws: expected a whole number >= 1"),
         ({"tolerance": 0.0}, "tolerance: expected a number > 0"),
-        ({"loader": []}, "loader: expected at least one batch"),
+        ({"loader": []}, "loader: expected at least one image"),
+        ({"loader": [(images_like(2) * float("nan"), torch.tensor([0, 1]))]}, "images: expected finite values"),
         ({"loader": [(images_like(2), torch.tensor([0, 9]))]}, "labels: expected 0 to 3"),
     ],
 )

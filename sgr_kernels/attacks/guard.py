@@ -30,7 +30,7 @@ def preserve(model: Model, *others: Model) -> Iterator[None]:
     """
     modules = [m for m in (model, *others) if isinstance(m, nn.Module)]
     with ExitStack() as stack:
-        stack.enter_context(_random_streams(modules))
+        stack.enter_context(random_streams(*modules))
         for module in modules:
             stack.enter_context(_module_state(module))
         stack.enter_context(torch.inference_mode(False))
@@ -38,6 +38,21 @@ def preserve(model: Model, *others: Model) -> Iterator[None]:
         for module in modules:
             module.eval()
         yield
+
+
+@contextmanager
+def random_streams(*models: Model) -> Iterator[None]:
+    """Restores the global random streams of Python, NumPy and PyTorch, also those of the models' CUDA devices."""
+    modules = [m for m in models if isinstance(m, nn.Module)]
+    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream is meant
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - same
 
 
 def model_device(model: object) -> torch.device | None:
@@ -83,16 +98,3 @@ def _module_state(model: nn.Module) -> Iterator[None]:
 def _version(tensor: Tensor) -> int | None:
     """Counts in-place writes; inference tensors keep no such count."""
     return None if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _random_streams(modules: list[nn.Module]) -> Iterator[None]:
-    tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream is meant
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002 - same

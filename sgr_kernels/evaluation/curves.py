@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
+from sgr_kernels.attacks.guard import Model, model_device, preserve, random_streams
 from sgr_kernels.attacks.inputs import check_labels, private_generator
 from sgr_kernels.attacks.levels import check_eps, traits_of
 from sgr_kernels.attacks.objective import clean_logits
+from sgr_kernels.evaluation.loaders import Loader, batches
 
 Attack = Callable[..., Tensor]
-Loader = Iterable[Sequence[Tensor]]
 LabelSource = Literal["auto", "own", "true"]
 
 
@@ -91,8 +91,8 @@ def robustness_curve(
 
     Args:
         model: maps images to logits (B, classes); left as it was.
-        loader: yields (images, labels) with images (B, C, H, W) in the attack's bounds and true labels (B,); batches
-            are moved to the model's device.
+        loader: yields (images, labels) with images (B, C, H, W) in the attack's bounds and true labels (B,), and
+            perhaps more, which is ignored; batches are moved to the model's device.
         attack: called as ``attack(model, images, labels, eps=..., generator=...)`` and returns adversarial images;
             those of ``sgr_kernels.attacks``, also inside ``functools.partial``, take all strengths at once.
         eps: strengths in the attack's units.
@@ -135,25 +135,25 @@ def transfer_curves(
     clean: dict[str, list[Tensor]] = {name: [] for name in targets}
     correct: dict[str, list[Tensor]] = {name: [] for name in targets}
     device = model_device(source)
-    for images, truth in _batches(loader, device):
-        start = None if given == "own" else truth
-        with preserve(source):
-            adversarial: Iterable[Tensor]
-            if traits:
-                adversarial = attack(source, images, start, eps=levels, generator=streams[0])
-            else:
-                runs = zip(levels, streams)
-                adversarial = [attack(source, images, start, eps=level, generator=stream) for level, stream in runs]
-        for name, target in targets.items():
-            unperturbed = _correct(target, images, truth)
-            clean[name].append(unperturbed)
-            rows = [
-                unperturbed if torch.equal(perturbed, images) else _correct(target, perturbed, truth)
-                for perturbed in adversarial
-            ]
-            correct[name].append(torch.stack(rows))
-    if not any(clean.values()):
-        raise ValueError("loader: expected at least one batch, got none")
+    # Shuffling loaders and models with random numbers draw from the global streams.
+    with random_streams(source, *targets.values()):
+        for images, truth in batches(loader, device):
+            start = None if given == "own" else truth
+            with preserve(source):
+                adversarial: Iterable[Tensor]
+                if traits:
+                    adversarial = attack(source, images, start, eps=levels, generator=streams[0])
+                else:
+                    runs = zip(levels, streams)
+                    adversarial = [attack(source, images, start, eps=level, generator=stream) for level, stream in runs]
+            for name, target in targets.items():
+                unperturbed = _correct(target, images, truth)
+                clean[name].append(unperturbed)
+                rows = [
+                    unperturbed if torch.equal(perturbed, images) else _correct(target, perturbed, truth)
+                    for perturbed in adversarial
+                ]
+                correct[name].append(torch.stack(rows))
     title = _name_of(attack)
     return {
         name: RobustnessCurve(levels, torch.cat(correct[name], dim=1), torch.cat(clean[name]), title, given)
@@ -177,11 +177,6 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def _batches(loader: Loader, device: torch.device | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in loader:
-        yield plain(images).to(device), plain(labels).to(device)
 
 
 def _correct(model: Model, images: Tensor, truth: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
-from sgr_kernels.attacks.inputs import check_count, check_labels, child_generator, private_generator
+from sgr_kernels.attacks.guard import Model, model_device, preserve
+from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, child_generator, private_generator
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
+from sgr_kernels.evaluation.loaders import Loader, batches
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -104,7 +105,7 @@ class Diagnosis:
 
 def diagnose(
     model: Model,
-    loader: Iterable[Sequence[Tensor]],
+    loader: Loader,
     covariance: SampledCovariance,
     *,
     strengths: Sequence[float] = STRENGTHS,
@@ -129,6 +130,7 @@ def diagnose(
         generator: source of the noise; None means a private one with a fixed seed.
 
     Raises:
+        TypeError: images that are not floating point, or labels that are not integers.
         ValueError: strengths that are not positive, an empty loader, labels out of range, or a model without finite
             logits and input gradients.
     """
@@ -144,8 +146,8 @@ def diagnose(
     excess: list[Tensor] = []
     device = model_device(model)
     with preserve(model):
-        for images, labels in loader:
-            images, labels = plain(images).to(device), plain(labels).to(device)
+        for images, labels in batches(loader, device):
+            check_images(images, None)
             leaf = differentiable(images)
             logits = logits_of(model, leaf)
             inspect_logits(logits)
@@ -157,8 +159,6 @@ def diagnose(
             stream = child_generator(generator, model_device(covariance) or images.device)
             pairs = [covariance.sample(len(images), generator=stream).to(images) for _ in range((draws + 1) // 2)]
             excess.append(torch.stack([_excess(model, images, labels, losses[-1], pairs, s) for s in grid], dim=1))
-    if not losses:
-        raise ValueError("loader: expected at least one batch, got none")
     measured = torch.cat(excess)
     penalty = torch.cat(penalties)
     rows = [_row(strength, measured[:, k], strength * penalty, tolerance) for k, strength in enumerate(grid)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import fgsm, pgd
-from sgr_kernels.attacks.guard import preserve
+from sgr_kernels.attacks.guard import model_device, preserve, random_streams
+from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.functional import displacement_covariance
 
 SOURCES = ("gradient", "sign", "fgsm", "pgd")
@@ -43,9 +44,7 @@ def perturbations(
     return attacks[source](model, images, eps=eps, generator=generator) - images
 
 
-def perturbation_covariance(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], source: str, *, eps: float, seed: int = 0
-) -> Tensor:
+def perturbation_covariance(model: nn.Module, loader: Loader, source: str, *, eps: float, seed: int = 0) -> Tensor:
     """Covariance function of the perturbations of all images: second moments by rounded displacement, (C, C, K).
 
     Args:
@@ -59,11 +58,10 @@ def perturbation_covariance(
         ValueError: for an unknown source or an empty loader.
     """
     generator = torch.Generator().manual_seed(seed)
-    total, count = None, 0
-    for images, labels in loader:
-        found = perturbations(model, images, labels, source, eps=eps, generator=generator)
-        part = displacement_covariance(found).double() * len(images)
-        total, count = part if total is None else total + part, count + len(images)
-    if total is None:
-        raise ValueError("loader: expected at least one batch, got none")
+    total, count = torch.zeros(()), 0
+    with random_streams(model):
+        for images, labels in batches(loader, model_device(model)):
+            found = perturbations(model, images, labels, source, eps=eps, generator=generator)
+            part = displacement_covariance(found).double() * len(images)
+            total, count = total.to(part) + part, count + len(images)
     return (total / count).float()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.gradient import pgd
-from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
+from sgr_kernels.attacks.guard import Model, model_device, preserve, random_streams
 from sgr_kernels.attacks.inputs import check_count, check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds, check_eps
 from sgr_kernels.attacks.noise import uniform_noise
@@ -52,6 +52,7 @@ from sgr_kernels.attacks.objective import (
     logits_of,
 )
 from sgr_kernels.evaluation.curves import wilson_interval
+from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.evaluation.planted import planted_examples
 
 NOISE_DRAWS = 50
@@ -112,7 +113,7 @@ class SanityReport:
 
 def sanity_report(
     model: Model,
-    loader: Iterable[Sequence[Tensor]],
+    loader: Loader,
     *,
     eps: float,
     surrogate: Model | None = None,
@@ -190,17 +191,16 @@ def sanity_report(
     return SanityReport(eps, count, float((clean.argmax(1) == labels).double().mean()), accuracy, checks)
 
 
-def _take(loader: Iterable[Sequence[Tensor]], count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+def _take(loader: Loader, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     parts: list[tuple[Tensor, Tensor]] = []
     found = 0
-    for images, labels in loader:
-        parts.append((plain(images)[: count - found], plain(labels)[: count - found]))
-        found += len(parts[-1][0])
-        if found >= count:
-            break
-    if not found:
-        raise ValueError("loader: expected at least one image, got none")
-    return torch.cat([x for x, _ in parts]).to(device), torch.cat([y for _, y in parts]).to(device)
+    with random_streams():
+        for images, labels in batches(loader, device):
+            parts.append((images[: count - found], labels[: count - found]))
+            found += len(parts[-1][0])
+            if found >= count:
+                break
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
 def _gradients(model: Model, images: Tensor, labels: Tensor, eps: float) -> list[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import correlated_noise, fgsm, pgd
+from sgr_kernels.attacks.guard import model_device
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
+from sgr_kernels.evaluation.loaders import Loader, batches
 
 PIXEL_LEVELS = 255
 
@@ -71,7 +73,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Loader,
     plan: Plan,
     *,
     on_part: Callable[[str], None] = lambda part: None,
@@ -88,7 +90,7 @@ def evaluate(
     Returns:
         One curve for each attack. All decay lengths see the same standard normal draws.
     """
-    images, _ = next(iter(loader))
+    images, _ = next(batches(loader, model_device(model)))
     channels, height, width = images.shape[1:]
 
     def curve(attack: Callable[..., Tensor], eps: Sequence[float]) -> RobustnessCurve:

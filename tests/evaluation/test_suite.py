@@ -78,5 +78,5 @@ def test_perturbation_covariance_is_the_mean_over_all_images(batches):
 def test_unknown_sources_and_empty_loaders_are_refused(batches):
     with pytest.raises(ValueError, match="source must be one of gradient, sign, fgsm, pgd, got 'noise'"):
         perturbation_covariance(MeanSign(), batches, "noise", eps=0.1)
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="at least one image"):
         perturbation_covariance(MeanSign(), [], "sign", eps=0.1)
