@@ -74,14 +74,25 @@ def test_prediction_holds_for_a_bayes_classifier_and_small_noise():
 
 
 def test_an_overconfident_classifier_is_told_apart():
-    """Twice the Bayes logits: the loss is the same function, but no longer averages to its own curvature."""
+    """Four times the Bayes logits: the loss is the same function, but no longer averages to its own curvature."""
     spread = exponential((1, 2, 2), 2.0).dense()
     model, images, labels = mixture(20_000, spread, torch.tensor([0.6, -0.2, 0.3, 0.5], dtype=torch.float64))
     model.weight.data *= 4
     result = diagnose(model, [(images, labels)], exponential((1, 2, 2), 1.0), strengths=(0.0001, 0.001), draws=16)
-    assert not any(row.holds for row in result.rows)
+    assert all(row.differs and not row.holds for row in result.rows)
     assert result.suggested_strength is None
-    assert "fails at every strength" in str(result)
+    assert "fails already at the smallest strength" in str(result)
+
+
+def test_few_images_suggest_nothing():
+    """An interval that holds both agreement and its opposite is no agreement."""
+    spread = exponential((1, 2, 2), 2.0).dense()
+    model, images, labels = mixture(60, spread, torch.tensor([0.6, -0.2, 0.3, 0.5], dtype=torch.float64))
+    result = diagnose(model, [(images, labels)], exponential((1, 2, 2), 1.0), strengths=(0.01, 0.1), draws=4)
+    assert not any(row.holds or row.differs for row in result.rows)
+    assert result.suggested_strength is None
+    assert str(result).count("  uncertain") == 2
+    assert "take more images" in str(result)
 
 
 def test_suggested_strength_is_the_end_of_an_unbroken_run():
