@@ -136,6 +136,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"the noise that `lrc` trains with have decay length {results['sgr_decay_length']:g}. Strengths: {strengths}; "
         "those of gn and sgr_exp were searched for under this attack, by the same rule; that of sgr_sign under PGD."
     )
+    if any(len(runs) > 1 for runs in found.values()):
+        page.text("Noise with the data set's covariance: the first seed alone.")
     for place, level in enumerate(eps):
         page.heading(f"eps {level:g}")
         header = ["method", "seeds", "test", *(f"decay length {length:g}" for length in lengths), DATA]

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
+from scipy.stats import ttest_ind_from_stats
 
 from sgr_kernels.evaluation.curves import RobustnessCurve
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.claims import NO, OPEN, YES, above, near, weakest
+from sgr_kernels.reproduce.claims import NO, OPEN, YES, _test_difference, above, judge, near, weakest
 
 
 def curve(correct):
@@ -51,9 +53,20 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(noise, networks, sk
     assert 0.915 <= hits / 400 <= 0.995
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (3, 3.182), (5, 2.571), (30, 2.042), (math.inf, 1.96)])
-def test_quantiles_of_student(freedom, quantile):
-    assert stats.student95(freedom) == pytest.approx(quantile, rel=0.035)
+@pytest.mark.parametrize("freedom", [1, 1.3, 2, 2.5, 3, 5.7, 30, 400, 5000, math.inf])
+def test_quantiles_of_student(freedom):
+    assert stats.student95(freedom) == pytest.approx(student.ppf(0.975, freedom), rel=1e-3)
+
+
+def test_the_largest_of_several_holds_the_truth_as_often_as_it_says(noise):
+    """Without any effect, hardly one largest of eight in twenty is called positive."""
+    wrong = 0
+    for _ in range(2000):
+        estimates = [stats.Estimate(value, 1.0, None, 1) for value in noise.normal(size=8)]
+        largest = stats.chosen(max(estimates, key=lambda e: e.mean), 8)
+        wrong += above(largest) == YES
+    assert wrong / 2000 < 0.035
+    assert stats.chosen(estimates[0], 1).half == pytest.approx(estimates[0].half, rel=1e-4)
 
 
 def test_differences_are_paired(noise):
@@ -96,3 +109,52 @@ def test_verdicts_follow_the_interval():
     assert weakest([YES, OPEN, YES]) == OPEN
     assert weakest([YES, OPEN, NO]) == NO
     assert weakest([YES, YES]) == YES
+
+
+def of_accuracy(share, images=200):
+    """A network with this accuracy at the one strength there is."""
+    return curve((np.arange(images) < share * images)[None])
+
+
+def verdict_on(start, results):
+    (found,) = [v for v in judge(results) if v.claim.startswith(start)]
+    return found
+
+
+def test_adversarial_training_leads_only_if_it_leads_every_rival():
+    """The nearest rival may be surely beaten, while one further off, of two unlike seeds, is not."""
+
+    def methods(**shares):
+        return {m: [{"test_accuracy": 0.9, "curves": {"pgd": of_accuracy(s)}} for s in v] for m, v in shares.items()}
+
+    for other, expected in (((0.7, 0.7), YES), ((0.9, 0.4), OPEN)):
+        found = {"test_images": 200, "methods": methods(pgd=(0.9, 0.9), fgsm=(0.8, 0.8), clean=other)}
+        verdict = verdict_on("Adversarial training with PGD", {"table1": found})
+        assert verdict.verdict == expected
+        assert "fgsm" in verdict.finding or "clean" in verdict.finding
+
+
+def test_gaps_of_opposite_signs_do_not_make_sgr_gn():
+    def networks(short, long):
+        gn = {"1": of_accuracy(0.5, 2000), "16": of_accuracy(0.5, 2000)}
+        sgr = {"1": of_accuracy(short, 2000), "16": of_accuracy(long, 2000)}
+        return {"limit": {"networks": {"gn": gn, "0.25": sgr}}}
+
+    def verdict(*shares):
+        results = {"methods": {}, "dataset": "mnist", **networks(*shares)}
+        return verdict_on("SGR approaches GN", {"lrc": results}).verdict
+
+    assert verdict(0.501, 0.499) == YES
+    assert verdict(0.7, 0.3) == NO
+
+
+def test_test_accuracies_of_few_seeds_are_compared_as_welch_does():
+    ours, theirs = [0.96, 0.98, 0.97], [0.99, 0.97, 0.995]
+    runs = {m: [{"test_accuracy": s} for s in v] for m, v in (("a", ours), ("b", theirs))}
+    images = 10**9  # leaves the seeds alone
+    estimate = _test_difference({"test_images": images, "methods": runs}, "a", "b")
+    welch = ttest_ind_from_stats(
+        np.mean(ours), np.std(ours, ddof=1), 3, np.mean(theirs), np.std(theirs, ddof=1), 3, equal_var=False
+    )
+    assert estimate.mean / estimate.error == pytest.approx(welch.statistic)
+    assert 2 * student.sf(abs(welch.statistic), estimate.freedom) == pytest.approx(welch.pvalue)
