@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 
 def heat_map(
@@ -42,7 +43,7 @@ def heat_map(
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
     axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label=bar_title)
+    figure.colorbar(image, ax=axes, label=f"{bar_title} [%]", format=PercentFormatter(1, symbol=""))
     return figure
 
 

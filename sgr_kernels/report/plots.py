@@ -14,9 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. With the markers, also in print.
-COLORS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = "osD^vPX"
+# Okabe and Ito's palette and a brown for their yellow, which is pale on white: told apart by colour-blind readers too.
+# With the markers, also in print.
+COLORS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4226")
+_MARKERS = "osD^vPX*"
+_LINES_INSIDE = 4  # names of more would cover the lines
 _RIGHT, _WRONG = "#00794f", "#c40000"
 _DOTS_PER_INCH = 140
 
@@ -86,11 +88,16 @@ class Tile:
 
 
 def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None = None) -> Figure:
-    """Panels side by side, or in rows of so many columns, with one legend where it serves them all."""
+    """Panels side by side, or in rows of so many columns, with one legend where it serves them all.
+
+    That of a single panel with many lines stands beside it.
+    """
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     width, height = (4.8, 4.2) if rows == 1 else (3.4, 2.9)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    beside = len(panels) == 1 and len(panels[0].lines) > _LINES_INSIDE
+    room = 0.8 + 0.075 * max(len(line.label) for line in panels[0].lines) if beside else 0.0
+    figure = Figure(figsize=(width * columns + room, height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -98,7 +105,9 @@ def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None
     for axes, panel in zip(row, panels):
         _draw_panel(axes, panel)
     handles, labels = row[0].get_legend_handles_labels()
-    if len(panels) > 1 and all(axes.get_legend_handles_labels()[1] == labels for axes in row):
+    if beside:
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    elif len(panels) > 1 and all(axes.get_legend_handles_labels()[1] == labels for axes in row):
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     else:
         for axes in row:
@@ -140,7 +149,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     for k, line in enumerate(panel.lines):
         index = (k if line.color is None else line.color) % len(COLORS)
         # Error bars at the same x would hide one another.
-        shift = 0.05 * (k - (len(panel.lines) - 1) / 2) if positions is not None else 0.0
+        shift = 0.05 * (k - (len(panel.lines) - 1) / 2) if positions is not None and line.low is not None else 0.0
         x = [positions[value] + shift for value in line.x] if positions is not None else list(line.x)
         style: dict[str, Any] = {
             "label": line.label,

@@ -197,7 +197,10 @@ def _line(name: str, x: Sequence[float], estimates: Sequence[stats.Estimate], da
 def _lengths_figure(results: dict[str, Any]) -> plots.Figure:
     found, lengths = results["methods"], results["decay_lengths"]
     panels = []
-    for place, level in list(enumerate(results["eps"]))[:3]:
+    # The main strength and the two largest: small ones break nothing.
+    shown = sorted({results["eps"][0], *sorted(results["eps"])[-2:]})
+    for level in shown:
+        place = results["eps"].index(level)
         lines = [
             _line(name, lengths, [stats.mean([r["curves"][f"{z:g}"] for r in runs], place) for z in lengths])
             for name, runs in found.items()

@@ -37,13 +37,14 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 def show(results: dict[str, Any], folder: Path) -> None:
     """The page and its figure."""
+    epochs = results["trial_epochs"]
     page = Page(f"{TITLE}: {results['title']}")
     images = "all other" if results["trial_images"] is None else f"{results['trial_images']:,}"
     page.text(
         "The strength of a penalty is the one with the largest area under the attack curve (mean accuracy over the "
         f"attack's strengths) that costs at most {100 * TOLERANCE:g} point of accuracy against plain training; where "
         "each costs more, the most accurate. GN and SGR follow the same rule. Each trial trains on "
-        f"{images} training images for {results['trial_epochs']} epochs and is judged on "
+        f"{images} training images for {epochs} epoch{'' if epochs == 1 else 's'} and is judged on "
         f"{results['validation_images']:,} "
         f"training images that it has not seen ({results['attack_images']:,} of them attacked), never on test images. "
         f"PGD: eps {_list(results['eps'])} of 255; noise: decay length {results['decay_length']:g}, eps "
@@ -72,7 +73,7 @@ def _figure(results: dict[str, Any]) -> plots.Figure:
             for title, key in (("no attack", "accuracy"), ("mean under attack", "area"))
         ]
         levels = [(search["clean_accuracy"] - TOLERANCE, "accuracy allowed")]
-        chosen = f"{name}: {search['strength']:g}"
+        chosen = f"{name}: {search['strength']:g} chosen"
         panels.append(Panel(chosen, "strength", "accuracy", lines, levels=levels, x_ticks=strengths))
     return plots.line_figure(panels, "Strength of the penalty, by method and attack", columns=2)
 

@@ -5,10 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from sgr_kernels.report.covariance import DisplacementFunction, covariance_figure
+from sgr_kernels.report.maps import heat_map
 from sgr_kernels.report.plots import COLORS, Line, Panel, Tile, image_grid, line_figure, save
 
 
@@ -36,12 +38,39 @@ def test_lines_error_bars_levels_and_marks_are_drawn_where_they_belong():
 
 
 def test_evenly_spaced_ticks_keep_their_names():
-    lines = [Line(name, [1, 2, 16], [0.1, 0.2, 0.3]) for name in "abc"]
+    y = [0.1, 0.2, 0.3]
+    (axes,) = line_figure([panel(Line("a", [1, 2, 16], y), x_ticks=[1, 2, 16])]).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2]
+    lines = [Line(name, [1, 2, 16], y, y, y) for name in "abc"]
     (axes,) = line_figure([panel(*lines, x_ticks=[1, 2, 16])]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "16"]
-    positions = np.stack([line.get_xdata() for line in axes.lines[:3]])
+    positions = np.stack([bars.lines[0].get_xdata() for bars in axes.containers])
     assert np.abs(positions - [0, 1, 2]).max() < 0.2
     assert len(np.unique(positions[:, 0])) == 3
+
+
+def test_names_of_many_lines_stand_beside_a_panel_and_all_lines_differ():
+    lines = [Line(f"SGR, decay length {k}", [0, 1], [0, k], dashed=k == 0) for k in range(8)]
+    figure = line_figure([panel(*lines)])
+    (axes,) = figure.axes
+    assert axes.get_legend() is None
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= axes.get_window_extent().x1
+    assert box.x1 <= figure.bbox.x1
+    assert len({(to_hex(line.get_color()), line.get_marker()) for line in axes.lines}) == 8
+
+
+def test_cells_and_colour_bar_of_a_heat_map_are_both_in_percent():
+    figure = heat_map(
+        np.array([[0.5, np.nan]]), ["a"], ["b", "c"], title="t", row_title="r", column_title="c", bar_title="accuracy"
+    )
+    FigureCanvasAgg(figure).draw()
+    axes, bar = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["50.0", "–"]
+    assert bar.get_ylabel() == "accuracy [%]"
+    assert bar.get_yticklabels()[-1].get_text() == "100"
 
 
 def test_grid_shows_images_with_right_and_wrong_answers(tmp_path):
