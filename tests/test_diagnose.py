@@ -12,7 +12,8 @@ from torch import nn
 
 import sgr_kernels
 from sgr_kernels import CovarianceFunction, IdentityCovariance
-from sgr_kernels.evaluation import diagnose
+from sgr_kernels.evaluation import Diagnosis, diagnose
+from sgr_kernels.evaluation.diagnose import StrengthRow
 from tests.attack_models import Linear, convolutional, exponential, images_like, linear
 
 
@@ -81,7 +82,7 @@ def test_an_overconfident_classifier_is_told_apart():
     result = diagnose(model, [(images, labels)], exponential((1, 2, 2), 1.0), strengths=(0.0001, 0.001), draws=16)
     assert all(row.differs and not row.holds for row in result.rows)
     assert result.suggested_strength is None
-    assert "fails already at the smallest strength" in str(result)
+    assert "fails at strength 0.0001" in str(result)
 
 
 def test_few_images_suggest_nothing():
@@ -93,6 +94,11 @@ def test_few_images_suggest_nothing():
     assert result.suggested_strength is None
     assert str(result).count("  uncertain") == 2
     assert "take more images" in str(result)
+
+
+def test_a_failure_beyond_an_uncertain_beginning_is_named():
+    unclear, failing = StrengthRow(0.1, 2.0, 1.0, 1.0, False, False), StrengthRow(0.3, 9.0, 1.0, 3.0, False, True)
+    assert "fails at strength 0.3" in str(Diagnosis(10, 1.0, 1.0, [unclear, failing], None))
 
 
 def test_suggested_strength_is_the_end_of_an_unbroken_run():

@@ -118,6 +118,21 @@ def test_wrong_gradients_are_caught(trained):
     assert answers["PGD is stronger than transfer"] is False
 
 
+def test_attacks_weaker_than_noise_are_caught():
+    """The gradient points away from danger, which a tenth of the ball is."""
+
+    class Reversed(nn.Module):
+        def forward(self, x):
+            x = x.detach() - (x - x.detach())
+            score = x.flatten(1).sum(1) - 2.2
+            return torch.stack([torch.zeros_like(score), score], dim=1)
+
+    grey = torch.full((64, 1, 2, 2), 0.5), torch.zeros(64, dtype=torch.int64)
+    report = sanity_report(Reversed(), [grey], eps=0.15)
+    answers = {check.name: check.passed for check in report.checks}
+    assert answers["PGD is stronger than noise"] is False
+
+
 def test_randomised_forward_is_caught(trained):
     _, answers = run(nn.Sequential(Noise(), trained))
     assert answers["the forward pass is deterministic"] is False
@@ -143,6 +158,14 @@ def test_unfinished_attacks_are_caught(trained):
         answers = {check.name: check.passed for check in report.checks}
         assert answers["more iterations gain nothing"] is enough
         assert answers["nothing survives the full range"] is None
+
+
+def test_one_image_more_is_no_gain():
+    """28 of 48 minus 27 of 48 is more than 1/48 in floating point."""
+    assert sanity._converged(28 / 48, 27 / 48, 20, 48).passed
+    assert not sanity._converged(28 / 48, 26 / 48, 20, 48).passed
+    assert sanity._converged(100 / 200, 96 / 200, 20, 200).passed
+    assert not sanity._converged(100 / 200, 95 / 200, 20, 200).passed
 
 
 def test_confident_models_are_no_false_alarm(trained):

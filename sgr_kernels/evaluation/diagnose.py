@@ -95,15 +95,16 @@ class Diagnosis:
             + ("" if r.holds else "  differs" if r.differs else "  uncertain")
             for r in self.rows
         ]
+        clear = next((r for r in self.rows if r.holds or r.differs), None)
         if self.suggested_strength is not None:
             lines.append(f"The quadratic prediction holds up to strength {self.suggested_strength:g}.")
-        elif not self.rows[0].differs:
-            lines.append("Too uncertain to tell whether the quadratic prediction holds: take more images or draws.")
-        else:
+        elif clear is not None and clear.differs:
             lines.append(
-                "The quadratic prediction fails already at the smallest strength: the model is not near a Bayes "
+                f"The quadratic prediction fails at strength {clear.strength:g}: the model is not near a Bayes "
                 "classifier of these data, or its curvature is large. Train with the penalty first, then look again."
             )
+        else:
+            lines.append("Too uncertain to tell whether the quadratic prediction holds: take more images or draws.")
         return "\n".join(lines)
 
 

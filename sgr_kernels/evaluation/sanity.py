@@ -244,7 +244,8 @@ def _no_better(name: str, rival: str, rival_accuracy: float, accuracy: float, co
 
 def _converged(accuracy: float, longer: float, steps: int, count: int) -> Check:
     detail = f"accuracy {accuracy:.1%} after {steps} iterations, {longer:.1%} after {5 * steps}"
-    return Check("more iterations gain nothing", accuracy - longer <= max(0.02, 1 / count), longer, detail)
+    gained = round((accuracy - longer) * count)
+    return Check("more iterations gain nothing", gained <= max(1, 0.02 * count), longer, detail)
 
 
 def _full_range(accuracy: float, count: int, classes: int) -> Check:
