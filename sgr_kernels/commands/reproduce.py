@@ -9,6 +9,7 @@ from sgr_kernels.commands import common
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.run import EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
+from sgr_kernels.training.datasets import SAMPLE
 from sgr_kernels.training.models import architecture_for
 
 _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=common.device(arguments.device),
             say=lambda line: print(line, flush=True),
         )
-        name = arguments.data_name or _NAMES[arguments.dataset]
+        name = arguments.data_name or ("MNIST sample" if arguments.data == SAMPLE else _NAMES[arguments.dataset])
         chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
         reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
     print(f"written: {out / 'results' / 'README.md'}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import correlated_noise, fgsm, pgd
-from sgr_kernels.attacks.guard import model_device
+from sgr_kernels.attacks.guard import model_device, random_streams
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.loaders import Loader, batches
@@ -90,7 +90,8 @@ def evaluate(
     Returns:
         One curve for each attack. All decay lengths see the same standard normal draws.
     """
-    images, _ = next(batches(loader, model_device(model)))
+    with random_streams(model):
+        images, _ = next(batches(loader, model_device(model)))
     channels, height, width = images.shape[1:]
 
     def curve(attack: Callable[..., Tensor], eps: Sequence[float]) -> RobustnessCurve:

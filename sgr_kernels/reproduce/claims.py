@@ -190,12 +190,14 @@ def _sgr_beats_gn(results: dict[str, Any]) -> Answer:
 
 
 def _margin(results: dict[str, Any]) -> Answer:
-    if results["dataset"] != "cifar10" or not _has(results, "gn", "sgr_exp"):
+    eps = paper.MAIN_NOISE_EPS
+    if results["dataset"] != "cifar10" or eps not in results["eps"] or not _has(results, "gn", "sgr_exp"):
         return None
     _, longest = _ends(results)
-    ours = _noise(results, "sgr_exp", longest)
-    gap = stats.difference(ours, _noise(results, "gn", longest), stats.at(ours[0], 0.3))
-    claim = f"... by more than {paper.MARGIN_AT_LONG_RANGE:g} points at decay length 16, eps 0.3"
+    gap = stats.difference(
+        _noise(results, "sgr_exp", longest), _noise(results, "gn", longest), results["eps"].index(eps)
+    )
+    claim = f"... by more than {paper.MARGIN_AT_LONG_RANGE:g} points at decay length {longest}, eps {eps:g}"
     return claim, gap.points(), above(gap, paper.MARGIN_AT_LONG_RANGE / 100)
 
 

@@ -153,9 +153,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
         plots.save(_eps_figure(results), folder / "lrc-eps.png")
         page.figure("lrc-eps.png", "Accuracy against the strength of the noise, for several covariances.")
     printed = paper.DATA_COVARIANCE[results["dataset"]]
-    if printed:
-        page.heading("The data set's covariance, beside the paper")
-        place = stats.at(found["clean"][0]["curves"][DATA], 0.3)
+    if printed and paper.MAIN_NOISE_EPS in eps:
+        page.heading(f"The data set's covariance at eps {paper.MAIN_NOISE_EPS:g}, beside the paper")
+        place = eps.index(paper.MAIN_NOISE_EPS)
         page.table(
             ["method", "ours", "paper"],
             [

@@ -85,7 +85,10 @@ TRANSFER: dict[str, dict[float, dict[str, dict[str, float]]]] = {
 }
 """By data set and strength; the strengths themselves are lost from the paper's text, and these are our reading."""
 
-# Correlated noise with the covariance of CIFAR-10 at eps 0.3 (section 4.3, later version).
+MAIN_NOISE_EPS = 0.3
+"""Strength of the correlated noise in the numbers below, in standard deviations of the image."""
+
+# Correlated noise with the covariance of CIFAR-10 (section 4.3, later version).
 DATA_COVARIANCE: dict[str, dict[str, float]] = {
     "mnist": {},
     "cifar10": {"sgr_exp": 65.8, "gn": 48.7, "lrc": 57.9, "clean": 46.5},

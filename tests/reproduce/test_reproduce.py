@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sgr_kernels.cli import main
-from sgr_kernels.reproduce import claims, paper, pictures, stats, transfer
+from sgr_kernels.reproduce import claims, lrc, paper, pictures, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
@@ -265,6 +265,20 @@ def test_verdicts_turn_with_the_numbers(whole):
     assert verdict({"sgr_exp": 0.5, "gn": 0.9}) == claims.NO
     assert verdict({"sgr_exp": 0.5, "gn": 0.5}) == claims.OPEN
     assert {v.experiment for v in claims.judge(results)} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("eps", [[0.7, 1.4], [0.3, 0.7]])
+def test_the_papers_numbers_under_noise_stand_beside_ours_where_the_strength_is_the_same(eps, whole, tmp_path):
+    """The smoke scale has not the paper's strength."""
+    results = load(whole / "results")["lrc"] | {"dataset": "cifar10", "eps": eps}
+    for runs in results["methods"].values():
+        for run in runs:
+            for curve in run["curves"].values():
+                curve["eps"] = eps
+    lrc.show(results, tmp_path)
+    assert ("| clean |" in (tmp_path / "lrc.md").read_text().partition("beside the paper")[2]) == (0.3 in eps)
+    margins = [v for v in claims.judge({"lrc": results}) if v.claim.startswith("... by more than 25 points")]
+    assert len(margins) == (0.3 in eps)
 
 
 @pytest.mark.parametrize("dataset", SCALES)
