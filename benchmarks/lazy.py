@@ -33,7 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "a quarter of each batch": {"method": "sgr", "fraction": 0.25},
     "finite difference": {"method": "sgr", "penalty_method": "finite-difference"},
 }
-MEASURES = ("test_accuracy", "pgd_area", "noise_accuracy")
+ROBUSTNESS = ("pgd_area", "noise_accuracy")
+MEASURES = ("test_accuracy", *ROBUSTNESS)
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantiles of Student's t by degrees of freedom."""
 PLAN = Plan(EPS_GRIDS["mnist"], pgd_steps=20, decay_lengths=(4.0, 16.0), noise_eps=(0.5,), draws=30)
@@ -75,7 +76,7 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By way and measure: the mean over seeds, and what is kept of every-step SGR's gain over clean training.
+    """By way and measure: the mean over seeds, and of robustness what is kept of every-step SGR's gain over clean.
 
     ``behind`` is every-step SGR minus this way, seed by seed; ``kept`` the share of the gain. ``keeps`` holds where the
     share is 90 % or more, or the interval of ``behind`` contains zero.
@@ -87,7 +88,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             entry = interval([row[measure] for row in rows if row["way"] == way])
             result.setdefault(way, {})[measure] = entry
             seeds = [s for (w, s) in found if w == way and {("clean", s), ("every step", s)} <= found.keys()]
-            if way in ("clean", "every step") or not seeds:
+            if measure not in ROBUSTNESS or way in ("clean", "every step") or not seeds:
                 continue
             every, clean, mine = (
                 [found[name, seed][measure] for seed in seeds] for name in ("every step", "clean", way)
@@ -101,16 +102,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(result: dict[str, dict[str, Any]]) -> str:
-    """The summary as Markdown, in percent."""
+    """The summary as Markdown, in percent: means with 95 % intervals over seeds, and what is kept of the gain."""
 
     def cell(entry: dict[str, Any]) -> str:
-        bounds = entry["interval95"]
-        text = f"{100 * entry['mean']:.1f}" + (f" ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})" if bounds else "")
-        return text + (f", keeps {entry['kept']:.0%}" if entry.get("kept") is not None else "")
+        text = _points(entry)
+        if entry.get("kept") is not None:
+            text += f"; keeps {entry['kept']:.0%}, behind by {_points(entry['behind'])}"
+        return text
 
     lines = ["| penalty | test accuracy | PGD area | correlated noise |", "|---" * 4 + "|"]
     lines += [f"| {way} | " + " | ".join(cell(entry[m]) for m in MEASURES) + " |" for way, entry in result.items()]
     return "\n".join(lines)
+
+
+def _points(entry: dict[str, Any]) -> str:
+    bounds = entry["interval95"]
+    return f"{100 * entry['mean']:.1f}" + (f" ({100 * bounds[0]:.1f} to {100 * bounds[1]:.1f})" if bounds else "")
 
 
 def _resumed(out: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:

@@ -91,6 +91,7 @@ class Lab:
             decay_length=self.scale.decay_length,
             update_every=self.scale.update_every if method in ("fgsm_sgr", "pgd_sgr") else 1,
             batch_size=self.scale.batch_size,
+            schedule=self.scale.schedule,
             flip=self.dataset == "cifar10",
             strength=0.0,
             seed=seed,

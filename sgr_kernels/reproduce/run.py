@@ -108,6 +108,8 @@ def missing(about: dict[str, Any], results: dict[str, Any]) -> list[str]:
     lines = [f"{module.TITLE}: not run." for name, module in _ALL.items() if name not in results]
     if scale["epochs"] < 50:
         lines.append(f"Trainings of {_epochs(scale)} on {about['train_images']:,} images; the paper: 50 on all.")
+    if scale.get("schedule", "constant") != "constant":
+        lines.append("A learning rate that falls to 0, for so short a training; the paper's is constant.")
     if scale["attack_images"] < about["test_images"]:
         lines.append(
             f"Gradient attacks on {scale['attack_images']:,} test images, DeepFool on {scale['deepfool_images']:,}, "
@@ -151,8 +153,9 @@ def _setting(about: dict[str, Any]) -> str:
     scale = about["scale"]
     several = scale["seeds"] > 1 and scale["repeated"]
     repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, one of the others" if several else "one seed"
+    rate = "falling along a cosine to 0" if scale.get("schedule") == "cosine" else "constant"
     return (
         f"{about['title']}: Carlini-Wagner networks, {_epochs(scale)} on {about['train_images']:,} images, "
-        f"Adam 1e-3, batches of {scale['batch_size']}; {repeated}. "
+        f"Adam 1e-3 ({rate}), batches of {scale['batch_size']}; {repeated}. "
         f"sgr_kernels {about['sgr_kernels']}, torch {about['torch']}, {about['device']}."
     )

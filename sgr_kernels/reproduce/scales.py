@@ -65,6 +65,7 @@ class Scale:
         leaking_images: Test images for label leaking.
         mean_correction_network: Whether SGR with Eq. 12 is trained too.
         line_images, line_points: Images and points in the softmax along a line.
+        schedule: Of the learning rate. The paper's is constant; a few epochs of it end at a point of chance.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Scale:
     mean_correction_network: bool
     line_images: int
     line_points: int
+    schedule: str = "constant"
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Seeds of the networks of a method that count in its averages."""
@@ -176,6 +178,7 @@ _MNIST_CPU = Scale(
 _CIFAR_CPU = replace(
     _MNIST_CPU,
     train_images=10_000,
+    epochs=3,
     methods=("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp", "lrc"),
     seeds=1,
     repeated=(),
@@ -195,6 +198,7 @@ _CIFAR_CPU = replace(
     full_covariance=False,
     leaking_images=1_000,
     line_images=60,
+    schedule="cosine",
 )
 
 _MNIST_FULL = replace(
