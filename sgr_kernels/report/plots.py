@@ -168,10 +168,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         if line.mark is not None:
             axes.axvline(line.mark, color=COLORS[index], linestyle=":", linewidth=1.2)
     for y, name in panel.levels:
-        axes.axhline(y, color="#999999", linestyle=":", linewidth=1)
-        axes.annotate(
-            name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#666666", size=8
-        )
+        axes.axhline(y, color="#777777", linestyle=":", linewidth=1.2, label=name)
     if panel.mark is not None:
         axes.axvline(panel.mark, color="#999999", linestyle=":", linewidth=1.2)
     if panel.x_ticks is not None:

@@ -178,11 +178,11 @@ _MNIST_CPU = Scale(
 _CIFAR_CPU = replace(
     _MNIST_CPU,
     train_images=10_000,
-    epochs=3,
+    epochs=8,
     methods=("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp", "lrc"),
     seeds=1,
     repeated=(),
-    search=SearchScale((1.0, 3.0, 10.0), None, None, 2_000, 200, (2.0, 4.0), (0.3,), 10),
+    search=SearchScale((0.3, 1.0, 3.0, 10.0), None, 3, 2_000, 200, (2.0, 4.0), (0.3,), 10),
     eps=(0.0, 2.0, 4.0, 6.0, 8.0),
     single_eps=(4.0, 8.0),
     attack_images=150,
