@@ -173,6 +173,7 @@ _MNIST_CPU = Scale(
     mean_correction_network=False,
     line_images=200,
     line_points=41,
+    schedule="cosine",
 )
 
 _CIFAR_CPU = replace(
@@ -198,7 +199,6 @@ _CIFAR_CPU = replace(
     full_covariance=False,
     leaking_images=1_000,
     line_images=60,
-    schedule="cosine",
 )
 
 _MNIST_FULL = replace(
@@ -224,6 +224,7 @@ _MNIST_FULL = replace(
     leaking_images=10_000,
     mean_correction_network=True,
     line_images=500,
+    schedule="constant",
 )
 
 _CIFAR_FULL = replace(
