@@ -35,6 +35,7 @@ WAYS = {
     "sgr, finite-difference": {"method": "finite-difference"},
     "sgr, every 4th step": {"penalty_every": 4},
     "sgr, every 16th step": {"penalty_every": 16},
+    "sgr, a quarter of each batch": {"fraction": 0.25},
     "pgd-7": {"pgd": 7},
     "pgd-10": {"pgd": 10},
 }
