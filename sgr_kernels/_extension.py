@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from types import ModuleType
 from typing import TypedDict
 
 import torch
 
+from sgr_kernels.caller import warn_caller
 from sgr_kernels.schemas import SCHEMAS
 
 _NOT_BUILT = (
@@ -52,7 +52,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 def _report(problem: str) -> str:
     reason = f"the compiled kernels {problem}; reinstalling sgr_kernels with --no-build-isolation builds them anew"
-    warnings.warn(f"{reason}. The PyTorch backend serves meanwhile.", RuntimeWarning, stacklevel=3)
+    warn_caller(f"{reason}. The PyTorch backend serves meanwhile.", RuntimeWarning)
     return reason
 
 

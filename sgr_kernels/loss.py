@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +15,7 @@ from torch._compile import _disable_dynamo  # like torch.compiler.disable, but i
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgr_kernels import checks
+from sgr_kernels.caller import warn_caller
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.finite_difference import (
     couples_samples,
@@ -476,7 +476,7 @@ class SGRLoss(nn.Module):
                 message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
             else:
                 return last
-            warnings.warn(f"SGRLoss: the penalty is {message}", RuntimeWarning, stacklevel=2)
+            warn_caller(f"SGRLoss: the penalty is {message}", RuntimeWarning)
         return last
 
     def peek(self) -> StepStatistics:

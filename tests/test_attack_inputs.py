@@ -31,8 +31,9 @@ def test_bad_eps(name, eps):
 
 @pytest.mark.parametrize("name", ["uniform_noise", "fgsm", "pgd"])
 def test_eps_in_wrong_units_warns(name):
-    with pytest.warns(UserWarning, match="8/255"):
+    with pytest.warns(UserWarning, match="8/255") as caught:
         WITH_EPS[name](linear(), images_like(2), None, eps=8)
+    assert [warning.filename for warning in caught] == [__file__]  # the user's line, not one of the package
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -70,8 +71,9 @@ def test_bad_labels(name, labels, message):
 @pytest.mark.parametrize("name", ALL)
 def test_probabilities_for_logits_warn(name):
     model = nn.Sequential(linear(), nn.Softmax(dim=1))
-    with pytest.warns(UserWarning, match="probabilities"):
+    with pytest.warns(UserWarning, match="probabilities") as caught:
         ALL[name](model, images_like(2), None)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.parametrize("name", ["fgm", "fgsm", "pgd", "deepfool"])

@@ -186,8 +186,9 @@ def test_warnings_are_raised_when_statistics_are_read():
     covariance = running()
     criterion = SGRLoss(covariance, perturbation=lambda *_: torch.full((6, *SHAPE), torch.nan))
     criterion(model, images, labels)
-    with pytest.warns(RuntimeWarning, match="1 batches with non-finite perturbations"):
+    with pytest.warns(RuntimeWarning, match="1 batches with non-finite perturbations") as caught:
         _ = criterion.last
+    assert {warning.filename for warning in caught} == {__file__}
     negative = CovarianceFunction.from_values(-torch.eye(2)[..., None], SHAPE[1:], psd="none")
     criterion = SGRLoss(negative)
     criterion(model, images, labels)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from sgr_kernels.caller import warn_caller
 
 Eps = float | Sequence[float]
 Bounds = tuple[float, float] | None
@@ -69,10 +70,9 @@ def check_eps(eps: Eps, bounds: Bounds = None) -> list[float]:
         if not (math.isfinite(level) and level >= 0):
             raise ValueError(f"eps: expected a finite number >= 0, got {level}")
     if bounds is not None and max(levels) > (bounds[1] - bounds[0]) * (1 + 1e-6):
-        warnings.warn(
+        warn_caller(
             f"eps: {max(levels)} is more than the whole range {bounds} of the pixels; eps is in the images' own units, "
-            "for instance 8/255",
-            stacklevel=3,
+            "for instance 8/255"
         )
     return levels
 

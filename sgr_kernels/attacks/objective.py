@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sgr_kernels.attacks.guard import Model, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
+from sgr_kernels.caller import warn_caller
 
 
 class Ascent(NamedTuple):
@@ -60,10 +60,9 @@ def inspect_logits(logits: Tensor) -> None:
         count = int((~logits.isfinite()).any(1).sum())
         raise ValueError(f"model: expected finite logits, got NaN or infinity for {count} of {len(logits)} images")
     if len(logits) and bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
+        warn_caller(
             "model: the outputs are non-negative and sum to one; expected logits, not probabilities: a softmax before "
-            "the attack hides the gradient",
-            stacklevel=4,
+            "the attack hides the gradient"
         )
 
 

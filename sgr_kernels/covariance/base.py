@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, distributed, nn
 from sgr_kernels import checks
 from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.caller import warn_caller
 
 
 class Covariance(nn.Module):
@@ -180,10 +180,9 @@ class Estimate(Covariance):
         skipped = int(self.skipped)
         if skipped > self._skipped_reported:
             count, self._skipped_reported = skipped - self._skipped_reported, skipped
-            warnings.warn(
+            warn_caller(
                 f"{type(self).__name__}: {count} batches with non-finite perturbations did not enter the estimate",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def _check(self, name: str, value: Tensor) -> None:
