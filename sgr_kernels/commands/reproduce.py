@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-name", metavar="NAME", help="of the data on the pages; none: the data set's")
     add("--out", metavar="DIR", default="reproduction", help="networks, measurements and, in results/, the pages")
     add("--pages-only", action="store_true", help="make the pages anew from the results in --out; nothing is measured")
+    add("--jobs", type=common.whole, default=1, help="trainings at a time, each with its part of the threads")
     common.add_device(parser)
 
 
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             out,
             device=common.device(arguments.device),
             say=lambda line: print(line, flush=True),
+            jobs=arguments.jobs,
         )
         name = arguments.data_name or ("MNIST sample" if arguments.data == SAMPLE else _NAMES[arguments.dataset])
         chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,10 @@ def searched_strength(
     epochs = arguments.search_epochs or arguments.epochs
     eps = [level / PIXEL_LEVELS for level in EPS_GRIDS[settings.architecture]]
 
-    def train(trial: Settings) -> CarliniWagner:
+    def train(trials: Sequence[Settings]) -> list[CarliniWagner]:
+        return [train_one(trial) for trial in trials]
+
+    def train_one(trial: Settings) -> CarliniWagner:
         folder = out / "trials" / f"{trial.method}-{trial.strength:g}"
         trainer = Trainer(trial, split, device=device)
         if (folder / CHECKPOINT_FILE).is_file():

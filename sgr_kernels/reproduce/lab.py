@@ -16,10 +16,11 @@ from tqdm import tqdm
 from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.reproduce.scales import Scale
+from sgr_kernels.reproduce.trainings import Training, run_all
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, accuracy, load_model
+from sgr_kernels.training.loop import accuracy, load_model
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.models import CarliniWagner
 from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
@@ -57,6 +58,7 @@ class Lab:
         device: Where to compute.
         say: Told what is being done.
         progress: Whether progress bars are shown; None: where standard error is a terminal.
+        jobs: Trainings at a time, each in a process of its own with its part of the threads.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Lab:
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
         progress: bool | None = None,
+        jobs: int = 1,
     ) -> None:
+        self.jobs = jobs
         self.dataset, self.scale, self.out = dataset, scale, out
         self.device, self.say, self.progress = torch.device(device), say, progress
         self.whole = data
@@ -100,33 +104,36 @@ class Lab:
             changes["strength"] = self.strength(_SEARCHED.get(method, method), attack)
         return replace(base, **changes)
 
-    def network(self, settings: Settings, name: str = "", *, data: DataSet | None = None, epochs: int = 0) -> Network:
-        """The network that these settings give, trained now or before.
+    def network(self, settings: Settings, name: str = "") -> Network:
+        """The network that these settings give, trained now or before, by the method's name if none is given."""
+        return self.trained([(settings, name or settings.method)])[0]
+
+    def trained(
+        self, wanted: Sequence[tuple[Settings, str]], *, data: DataSet | None = None, epochs: int | None = None
+    ) -> list[Network]:
+        """The networks of several settings, trained now, several at a time, or before.
 
         Args:
-            settings: Of the training.
-            name: Its name; ``""``: that of the method.
+            wanted: Settings and names.
             data: To train and test on; None: the lab's.
-            epochs: Of the training; 0: the scale's.
+            epochs: Of the trainings; None: the scale's.
+
+        Raises:
+            TrainingError: If a training fails.
         """
-        data, epochs = data or self.data, epochs or self.scale.epochs
-        name = name or settings.method
+        trainings = [self._training(settings, name, data or self.data, epochs) for settings, name in wanted]
+        missing = {training.folder: training for training in trainings if not training.done()}
+        run_all(list(missing.values()), self.jobs, self.say, self.progress)
+        return [Network(t.name, t.settings, load_model(t.folder)[0].to(self.device)) for t in trainings]
+
+    def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
+        epochs = epochs or self.scale.epochs
         # Not of the test images: trials on the same training images as the lab's give the lab's networks.
         key = _digest([asdict(settings), epochs, data.train.digest()])
         folder = self.out / "networks" / f"{settings.method}-seed{settings.seed}-{key}"
-        model, state = load_model(folder) if (folder / CHECKPOINT_FILE).is_file() else (None, None)
-        if model is None or state is None or state["position"]["epoch"] < epochs:
-            # Its own accuracy after each epoch is for the log: a sample will do.
-            trainer = Trainer(settings, DataSet(data.train, data.test.first(_LOGGED)), device=self.device)
-            if model is not None:
-                trainer.resume(folder)
-            strength = f", strength {settings.strength:g}" if settings.strength else ""
-            self.say(f"training {name} (seed {settings.seed}{strength}): {epochs} epochs, {len(data.train):,} images")
-            trainer.run(epochs, out=folder, progress=self.progress)
-            model, state = load_model(folder)
-            seconds = sum(record["seconds"] for record in state["history"])
-            self.say(f"  {seconds:.0f} s, accuracy {100 * state['history'][-1]['test_accuracy']:.1f} %")
-        return Network(name, settings, model.to(self.device))
+        # Its own accuracy after each epoch is for the log: a sample will do.
+        logged = DataSet(data.train, data.test.first(_LOGGED))
+        return Training(name, settings, logged, epochs, folder, self.device)
 
     def test_accuracy(self, network: Network) -> float:
         """Of a network on all test images."""
@@ -144,11 +151,21 @@ class Lab:
     def networks(self, methods: Sequence[str], attacks: Mapping[str, Attack] | None = None) -> list[Network]:
         """All seeds of several methods; ``attacks`` names those that decide a strength, where not the usual one."""
         chosen = attacks or {}
-        return [self.method(m, seed, chosen.get(m)) for m in methods for seed in self.scale.seeds_of(m)]
+        return self.trained(
+            [(self.settings(m, seed, chosen.get(m)), m) for m in methods for seed in self.scale.seeds_of(m)]
+        )
 
-    def twin(self, method: str) -> Network | None:
-        """A separately trained network of a method, if this scale has one."""
-        return self.method(method, 1) if self.scale.has_twin(method) else None
+    def first(self, methods: Sequence[str]) -> dict[str, Network]:
+        """The first network of each method."""
+        return self._one_each(methods, seed=0)
+
+    def twins(self, methods: Sequence[str]) -> dict[str, Network]:
+        """A separately trained network of each method of which this scale has one."""
+        return self._one_each([method for method in methods if self.scale.has_twin(method)], seed=1)
+
+    def _one_each(self, methods: Sequence[str], seed: int) -> dict[str, Network]:
+        networks = self.trained([(self.settings(method, seed), method) for method in methods])
+        return dict(zip(methods, networks, strict=True))
 
     def strength(self, method: str, attack: Attack | None = None) -> float:
         """The strength found for a penalty."""
@@ -161,8 +178,9 @@ class Lab:
         data = held_out(self.whole, plan.train_images or scale.train_images, plan.validation_images)
         eps = [level / PIXEL_LEVELS for level in plan.eps] if chosen == "pgd" else list(plan.noise_eps)
 
-        def train(settings: Settings) -> CarliniWagner:
-            return self.network(settings, f"trial of {settings.method}", data=data, epochs=plan.epochs or 0).model
+        def train(tried: Sequence[Settings]) -> list[CarliniWagner]:
+            wanted = [(settings, f"trial of {settings.method}") for settings in tried]
+            return [network.model for network in self.trained(wanted, data=data, epochs=plan.epochs)]
 
         def area(model: torch.nn.Module) -> float:
             return attack_area(

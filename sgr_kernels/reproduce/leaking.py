@@ -24,7 +24,7 @@ SHOWN = (LEAKING, "fgsm", "pgd", "clean", "gn", "sgr_sign")
 
 def measure(lab: Lab) -> dict[str, Any]:
     """FGSM from the true labels and from the networks' own predictions, on every method."""
-    networks = {method: lab.method(method) for method in lab.scale.methods}
+    networks = lab.first(lab.scale.methods)
     if lab.scale.leaking_network:
         settings = lab.settings("fgsm", attack_labels="true")
         networks = {LEAKING: lab.network(settings, LEAKING), **networks}

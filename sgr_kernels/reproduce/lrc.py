@@ -86,10 +86,11 @@ def limit(lab: Lab) -> dict[str, Any]:
     """SGR with shorter and shorter covariances, at GN's strength, beside GN."""
     gn = lab.method("gn", attack="noise")
     eps = [max(lab.scale.noise_eps)]
-    networks = {"gn": gn}
+    strength, wanted = gn.settings.strength, {}
     for length in lab.scale.limit_lengths:
-        settings = lab.settings("sgr_exp", decay_length=length, strength=gn.settings.strength)
-        networks[f"{length:g}"] = lab.network(settings, f"sgr_exp, decay length {length:g}")
+        wanted[f"{length:g}"] = lab.settings("sgr_exp", decay_length=length, strength=strength)
+    shorter = lab.trained([(settings, f"sgr_exp, decay length {length}") for length, settings in wanted.items()])
+    networks = {"gn": gn, **dict(zip(wanted, shorter, strict=True))}
     found: dict[str, Any] = {}
     for name, network in networks.items():
         found[name] = {

@@ -25,21 +25,20 @@ SHOWN = ("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp")
 def measure(lab: Lab) -> dict[str, Any]:
     """Every network as a source; every first network, and none but them, as a target."""
     methods = lab.scale.methods
-    targets = {method: lab.method(method) for method in methods}
-    sources = {method: [network for network in (targets[method], lab.twin(method)) if network] for method in methods}
+    targets, twins = lab.first(methods), lab.twins(methods)
     from_source: dict[str, Any] = {}
     from_twin: dict[str, Any] = {}
     for method in lab.bar(methods, "transferred attacks"):
-        network, *twins = sources[method]
+        network = targets[method]
         name = f"{method}-seed{network.settings.seed}"
         everyone = list(targets.values())
         from_source[method] = lab.cached(
             "transfer", name, [network, *everyone], partial(transferred, lab, network, targets)
         )
-        for twin in twins:
-            own = {method: targets[method]}
+        if method in twins:
+            twin, own = twins[method], {method: network}
             from_twin[method] = lab.cached(
-                "transfer", f"{method}-twin", [twin, *own.values()], partial(transferred, lab, twin, own)
+                "transfer", f"{method}-twin", [twin, network], partial(transferred, lab, twin, own)
             )[method]
     return {
         "images": lab.scale.attack_images,

@@ -70,7 +70,7 @@ def strength_search(
     settings: Settings,
     strengths: Sequence[float],
     validation: ImageSet,
-    train: Callable[[Settings], nn.Module],
+    train: Callable[[Sequence[Settings]], Sequence[nn.Module]],
     area: Callable[[nn.Module], float],
     *,
     attack: str = "pgd",
@@ -85,7 +85,7 @@ def strength_search(
         settings: What to train; its strength is replaced.
         strengths: To try, each > 0.
         validation: Images that decide. They must not be test images, nor among those trained on.
-        train: Settings to a trained network; also asked for plain training.
+        train: Settings to trained networks, all at once; asked for plain training too.
         area: A network's mean accuracy over the attack's strengths (`attack_area`).
         attack: The attack's name, for the record.
         tolerance: Loss of accuracy allowed, relative to plain training.
@@ -100,15 +100,14 @@ def strength_search(
         raise ValueError(f"method {settings.method!r} has no strength to search for")
     batches = Batches(validation, 100, device=device)
 
-    def measured(settings: Settings) -> tuple[float, float]:
-        model = train(settings)
-        return accuracy(model, batches), area(model)
-
-    clean_accuracy, clean_area = measured(replace(settings, method="clean", strength=0.0, perturbation="sign"))
-    trials = []
-    for strength in sorted(strengths):
-        found, robust = measured(replace(settings, strength=strength))
-        trials.append(Trial(strength, found, robust, found >= clean_accuracy - tolerance))
+    plain = replace(settings, method="clean", strength=0.0, perturbation="sign")
+    ascending = sorted(strengths)
+    models = train([plain, *(replace(settings, strength=strength) for strength in ascending)])
+    (clean_accuracy, clean_area), *measured = [(accuracy(model, batches), area(model)) for model in models]
+    trials = [
+        Trial(strength, found, robust, found >= clean_accuracy - tolerance)
+        for strength, (found, robust) in zip(ascending, measured, strict=True)
+    ]
     return Search(settings.method, attack, clean_accuracy, clean_area, trials, choose(trials))
 
 

@@ -157,9 +157,9 @@ def test_the_search_trains_plainly_for_its_yardstick(digits):
 
     labels = digits.test.labels
 
-    def train(s):
-        asked.append((s.method, s.strength))
-        return Fixed(accuracies[s.strength])
+    def train(trials):
+        asked.extend((s.method, s.strength) for s in trials)
+        return [Fixed(accuracies[s.strength]) for s in trials]
 
     found = strength_search(settings, [10.0, 1.0], digits.test, train, lambda model: model.wrong / 100)
     assert asked == [("clean", 0.0), ("gn", 1.0), ("gn", 10.0)]

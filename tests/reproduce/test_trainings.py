@@ -1,0 +1,107 @@
+"""Trainings several at a time: the same networks as one after the other, whatever ends them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_reproduce import TINY, lab_in
+
+from sgr_kernels.training.loop import TrainingError
+from sgr_kernels.training.methods import Settings
+
+METHODS = ["clean", "gn", "sgr_exp", "lrc"]
+LONG = replace(TINY, epochs=100_000)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """One for each of two trainings, and one for one alone: the same sums in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parallel(folder, say=lambda line: None, scale=TINY, jobs=2):
+    lab = lab_in(folder, say, scale)
+    lab.jobs = jobs
+    return lab
+
+
+def weights(networks):
+    return {name: network.model.state_dict() for name, network in networks.items()}
+
+
+@pytest.mark.slow
+def test_two_at_a_time_are_those_of_one_after_the_other(tmp_path):
+    said = []
+    together = weights(parallel(tmp_path / "together", said.append).first(METHODS))
+    torch.set_num_threads(1)
+    for name, expected in weights(lab_in(tmp_path / "alone").first(METHODS)).items():
+        assert all(torch.equal(expected[key], value) for key, value in together[name].items()), name
+    starts = [line for line in said if line.startswith("training")]
+    ends = [line for line in said if line.startswith("trained")]
+    assert len(starts) == len(ends) >= len(METHODS)
+    assert said.index(starts[-1]) > said.index(ends[0])  # never more than two
+    assert sum(line.startswith("training trial") for line in said[: said.index(ends[0])]) == 2  # and two at once
+
+
+def test_a_training_that_fails_stops_the_others(tmp_path):
+    """Their processes too, which would go on for hours."""
+    lab = parallel(tmp_path, scale=LONG)
+    broken = Settings("mnist", method="gn", strength=1.0, learning_rate=1e30, batch_size=16)
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=r"^doomed \(seed 0, strength 1\): TrainingError: the loss is no longer"):
+        lab.trained([(broken, "doomed"), (Settings("mnist", batch_size=16), "clean")])
+    assert time.monotonic() - started < 60
+    assert not _children(os.getpid())
+
+
+def test_an_interrupt_stops_all(tmp_path):
+    def interrupt(line):
+        if line.startswith("training lrc"):
+            raise KeyboardInterrupt
+
+    settings = [(Settings("mnist", method=method, batch_size=16), method) for method in ("clean", "lrc")]
+    with pytest.raises(KeyboardInterrupt):
+        parallel(tmp_path, interrupt, LONG).trained(settings)
+    assert not _children(os.getpid())
+
+
+@pytest.mark.slow
+def test_trainings_end_when_the_reproduction_is_killed(tmp_path):
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from test_trainings import *\n"
+        "if __name__ == '__main__':\n"
+        "    settings = [(Settings('mnist', method=m, batch_size=16), m) for m in ('clean', 'lrc')]\n"
+        "    parallel(Path(sys.argv[3]), scale=LONG).trained(settings)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    here = Path(__file__).parent
+    command = [sys.executable, str(tmp_path / "script.py"), str(here), str(here.parents[1]), str(tmp_path)]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "networks").glob("*/checkpoint.safetensors"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = _children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.1)
+
+
+def _children(parent):
+    """Processes that train for a parent; not the tracker of resources, which outlives them."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
