@@ -17,6 +17,11 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def recording(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done with the tensor now: nothing may ask the device for a value then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 

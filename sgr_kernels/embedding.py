@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import wide_dtype
+from sgr_kernels import hermitian
+from sgr_kernels._constants import recording, wide_dtype
 from sgr_kernels.geometry import Size, signed_from_table
 
 
@@ -30,9 +31,12 @@ def _mirror(blocks: Tensor, size: Size) -> Tensor:
 
 
 def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of Hermitian blocks; single numbers need no solver, which on a GPU waits for the host."""
+    """Eigenvalues and vectors of Hermitian blocks; PyTorch's solver lets the host wait for a GPU."""
     if blocks.shape[-1] == 1:
         return (blocks.real if blocks.is_complex() else blocks)[..., 0], torch.ones_like(blocks)
+    if recording(blocks):
+        eigenvalues, vectors = hermitian.eigh(blocks.flatten(0, -3))
+        return eigenvalues.view(blocks.shape[:-1]), vectors.reshape(blocks.shape)
     return torch.linalg.eigh(blocks)
 
 

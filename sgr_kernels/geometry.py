@@ -74,11 +74,11 @@ def pair_counts(size: Size, shape: Size, device: torch.device) -> Tensor:
 @constant
 def _members(shape: Size, count: int, device: torch.device, lower: bool) -> Tensor:
     """Table positions of each bin, (count, longest bin), padded with the position one past the table's end."""
-    index = (lower_bin if lower else nearest_bin)(shape, device).flatten().cpu()
+    index = (lower_bin if lower else nearest_bin)(shape, torch.device("cpu")).flatten()
     order = torch.argsort(index, stable=True)
     lengths = torch.bincount(index, minlength=count)[:count]
     starts = torch.cumsum(lengths, 0) - lengths
-    slot = torch.arange(int(lengths.max()), device=index.device)
+    slot = torch.arange(int(lengths.max()))
     position = (starts[:, None] + slot).clamp(max=index.numel() - 1)
     members = torch.where(slot < lengths[:, None], order[position], index.numel())
     return members.to(device)

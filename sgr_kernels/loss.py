@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo  # like torch.compiler.disable, but i
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgr_kernels import checks
+from sgr_kernels._constants import recording
 from sgr_kernels.caller import warn_caller
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.finite_difference import (
@@ -101,6 +102,10 @@ class SGRLoss(nn.Module):
 
     In training mode the covariance learns from the batch before it is used. Of the model only that changes what a
     cross-entropy step would change: further forward passes, where a method needs them, leave no trace.
+
+    With ``"gradient"`` or ``"sign"`` a step waits for a GPU only at the first call and, to see whether penalties are
+    finite, at every ``nonfinite_patience``-th. So later steps can be recorded as a CUDA graph; each replay then has the
+    strength, the cadences and the ``fraction``'s samples of the step that was recorded.
 
     Args:
         covariance: The metric. A frozen one is used as it is.
@@ -442,6 +447,8 @@ class SGRLoss(nn.Module):
         """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
         on_cpu = self.nonfinite_in_a_row.device.type == "cpu"
         if not self.training or not (on_cpu or self.steps % self.nonfinite_patience == 0):
+            return
+        if recording(self.nonfinite_in_a_row):
             return
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row < self.nonfinite_patience:
