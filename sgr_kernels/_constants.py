@@ -17,17 +17,17 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def recording(tensor: Tensor) -> bool:
-    """Whether a CUDA graph records what is done with the tensor now: nothing may ask the device for a value then."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def recording() -> bool:
+    """Whether a CUDA graph records the calls made now: nothing may ask the device for a value then."""
+    return not tracing() and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
 
 
 def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 
     While something traces, nothing is remembered: a compiler folds constants itself, a traced or fake tensor must not
-    outlive its trace, nor a real one enter it. The tensors are built outside inference mode, so that autograd may save
-    them later.
+    outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay.
+    The tensors are built outside inference mode, so that autograd may save them later.
     """
     memory: dict[object, Tensor] = {}
 
@@ -40,6 +40,8 @@ def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
         if value is None:
             with torch.inference_mode(False), torch.no_grad():
                 value = build(*args, **kwargs)
+            if recording():
+                return value
             while len(memory) >= 64:
                 memory.pop(next(iter(memory)))
             memory[key] = value

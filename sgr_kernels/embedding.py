@@ -34,7 +34,7 @@ def _eigh(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of Hermitian blocks; PyTorch's solver lets the host wait for a GPU."""
     if blocks.shape[-1] == 1:
         return (blocks.real if blocks.is_complex() else blocks)[..., 0], torch.ones_like(blocks)
-    if recording(blocks):
+    if recording():
         eigenvalues, vectors = hermitian.eigh(blocks.flatten(0, -3))
         return eigenvalues.view(blocks.shape[:-1]), vectors.reshape(blocks.shape)
     return torch.linalg.eigh(blocks)

@@ -104,8 +104,8 @@ class SGRLoss(nn.Module):
     cross-entropy step would change: further forward passes, where a method needs them, leave no trace.
 
     With ``"gradient"`` or ``"sign"`` a step waits for a GPU only at the first call and, to see whether penalties are
-    finite, at every ``nonfinite_patience``-th. So later steps can be recorded as a CUDA graph; each replay then has the
-    strength, the cadences and the ``fraction``'s samples of the step that was recorded.
+    finite, at every ``nonfinite_patience``-th. So later steps can be recorded as a CUDA graph, if ``fraction`` is 1;
+    each replay then has the strength and the cadences of the step that was recorded.
 
     Args:
         covariance: The metric. A frozen one is used as it is.
@@ -205,7 +205,8 @@ class SGRLoss(nn.Module):
             ValueError: If the loss is not one number per sample, or does not depend on the images; if something failed
                 and the model, the images and the labels are on different devices.
             PenaltyGradientError: If the model does not support the method.
-            RuntimeError: If too many penalties in a row were not finite.
+            RuntimeError: If too many penalties in a row were not finite; if a CUDA graph records and ``fraction`` is
+                below 1.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}")
@@ -366,9 +367,12 @@ class SGRLoss(nn.Module):
         if self.fraction == 1.0 or len(images) < 2:
             return None
         count = max(1, round(self.fraction * len(images)))
+        if recording():
+            raise RuntimeError(f"fraction: a CUDA graph would repeat this step's samples for ever, got {self.fraction}")
         # By the step alone, so that a training resumed on any process and at any step goes on with the same subsets.
         generator = torch.Generator().manual_seed(self.steps)
-        return torch.randperm(len(images), generator=generator)[:count].to(images.device)
+        chosen = torch.randperm(len(images), generator=generator, pin_memory=images.is_cuda)[:count]
+        return chosen.to(images.device, non_blocking=True)
 
     def _update(self, model: Any, images: Tensor, labels: Any, gradient: Tensor | None) -> None:
         if isinstance(self.perturbation, str) and self.perturbation in FREE:
@@ -448,7 +452,7 @@ class SGRLoss(nn.Module):
         on_cpu = self.nonfinite_in_a_row.device.type == "cpu"
         if not self.training or not (on_cpu or self.steps % self.nonfinite_patience == 0):
             return
-        if recording(self.nonfinite_in_a_row):
+        if recording():
             return
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row < self.nonfinite_patience:

@@ -50,12 +50,19 @@ def test_a_step_never_waits_for_the_device(channels, options, monkeypatch):
         float(criterion.peek().loss)
 
 
+def test_a_part_of_the_batch_is_not_recorded(monkeypatch):
+    model, criterion = setting(1, "cpu", fraction=0.5)
+    monkeypatch.setattr(loss, "recording", lambda: True)
+    with pytest.raises(RuntimeError, match="fraction: a CUDA graph would repeat"):
+        criterion(model, torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
+
+
 def test_only_steps_that_record_skip_the_look_at_penalties(monkeypatch):
     model, criterion = setting(1, "cpu", nonfinite_patience=1)
     images, labels = torch.rand(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
     criterion.nonfinite_in_a_row += 1
     with monkeypatch.context() as patch:
-        patch.setattr(loss, "recording", lambda tensor: True)
+        patch.setattr(loss, "recording", lambda: True)
         criterion._stop_if_hopeless()
     with pytest.raises(RuntimeError, match="in a row"):
         criterion(model, images, labels)
@@ -77,7 +84,7 @@ def test_a_recorded_step_trains_as_an_eager_one(channels):
     def begun():
         model, criterion = setting(channels, "cuda")
         model.eval()  # without dropout: a recorded step draws other numbers
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, capturable=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)  # Adam makes much of rounding
         return model, criterion, optimizer
 
     eager, recorded = begun(), begun()
@@ -97,6 +104,6 @@ def test_a_recorded_step_trains_as_an_eager_one(channels):
         graph.replay()
     for batch in batches:
         step(*eager, batch)
-    torch.testing.assert_close(recorded[1].covariance.values, eager[1].covariance.values, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(recorded[1].covariance.values, eager[1].covariance.values, rtol=1e-3, atol=1e-9)
     for one, other in zip(recorded[0].parameters(), eager[0].parameters()):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

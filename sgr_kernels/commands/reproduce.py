@@ -10,6 +10,7 @@ from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.run import EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
 from sgr_kernels.training.datasets import SAMPLE
+from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.models import architecture_for
 
 _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -55,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         name = arguments.data_name or ("MNIST sample" if arguments.data == SAMPLE else _NAMES[arguments.dataset])
         chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
-        reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
+        try:
+            reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
+        except TrainingError as error:
+            raise ValueError(str(error)) from error
     print(f"written: {out / 'results' / 'README.md'}")
     return 0

@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -76,7 +79,8 @@ def run_all(trainings: Sequence[Training], jobs: int, say: Callable[[str], None]
     Raises:
         TrainingError: If one of them fails. Those that were running with it are stopped and can be resumed.
     """
-    if jobs == 1 or len(trainings) == 1:
+    jobs = min(jobs, len(trainings))
+    if jobs <= 1:
         for training in trainings:
             say(training.announcement())
             training.run(progress)
@@ -89,21 +93,25 @@ def run_all(trainings: Sequence[Training], jobs: int, say: Callable[[str], None]
             while left and len(running) < jobs:
                 training = left.pop(0)
                 say(training.announcement())
-                receiver, process = _start(training, threads=max(1, torch.get_num_threads() // jobs))
-                running[receiver] = training, process
+                with _interrupts_held_back():
+                    receiver, process = _start(training, threads=max(1, torch.get_num_threads() // jobs))
+                    running[receiver] = training, process
             for receiver in _ready(running):
                 training, process = running.pop(receiver)
                 try:
                     error = receiver.recv()
                 except EOFError:
-                    error = "its process was killed"
+                    error = None
                 process.join()
+                if error is None:
+                    error = f"its process ended with exit code {process.exitcode}"
                 if error:
                     raise TrainingError(f"{training}: {error}")
                 say(training.outcome())
     finally:
         for _, process in running.values():
             process.terminate()
+        for _, process in running.values():
             process.join()
 
 
@@ -111,25 +119,43 @@ def _ready(connections: Iterable[Connection]) -> list[Connection]:
     return [connection for connection in wait(list(connections)) if isinstance(connection, Connection)]
 
 
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """No Ctrl-C before the end of the block; a process started within never gets one."""
+    resource_tracker.ensure_running()  # its start would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(training: Training, threads: int) -> tuple[Connection, SpawnProcess]:
     """A process that trains, and where it says at its end what went wrong, or ``""``."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     receiver, sender = context.Pipe(duplex=False)
-    # As bytes: PyTorch would share the images through a file in memory, which containers keep small.
-    process = context.Process(target=_work, args=(pickle.dumps(training), threads, os.getpid(), sender), daemon=True)
+    # Of a slice the whole would be sent; and as bytes, because PyTorch shares tensors through a file in memory, which
+    # containers keep small.
+    images = DataSet(*(replace(p, images=p.images.clone(), labels=p.labels.clone()) for p in training.data))
+    content = pickle.dumps(replace(training, data=images))
+    process = context.Process(target=_work, args=(content, threads, os.getpid(), sender), daemon=True)
     process.start()
     sender.close()
     return receiver, process
 
 
-def _work(training: bytes, threads: int, parent: int, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, interrupted from the same keyboard, ends this process
+def _work(content: bytes, threads: int, parent: int, sender: Connection) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that no half-written file stays
     torch.set_num_threads(threads)
+    training: Training = pickle.loads(content)
     error = ""
     try:
         # A parent that was killed cannot end this process, and another one may soon train the same network.
-        pickle.loads(training).run(False, stop=lambda: os.getppid() != parent)
+        training.run(False, stop=lambda: os.getppid() != parent)
+    except TrainingError as problem:
+        error = str(problem)
     except Exception as problem:
+        traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"
     with contextlib.suppress(BrokenPipeError):
         sender.send(error)

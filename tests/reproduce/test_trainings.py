@@ -57,7 +57,7 @@ def test_a_training_that_fails_stops_the_others(tmp_path):
     lab = parallel(tmp_path, scale=LONG)
     broken = Settings("mnist", method="gn", strength=1.0, learning_rate=1e30, batch_size=16)
     started = time.monotonic()
-    with pytest.raises(TrainingError, match=r"^doomed \(seed 0, strength 1\): TrainingError: the loss is no longer"):
+    with pytest.raises(TrainingError, match=r"^doomed \(seed 0, strength 1\): the loss is no longer"):
         lab.trained([(broken, "doomed"), (Settings("mnist", batch_size=16), "clean")])
     assert time.monotonic() - started < 60
     assert not _children(os.getpid())
