@@ -28,6 +28,8 @@ from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held
 T = TypeVar("T")
 
 _LOGGED = 1000
+# Fields of a scale that say which networks there are, not how one is measured: more seeds leave what is known as it is.
+_WHICH_NETWORKS = ("methods", "seeds", "repeated", "twins")
 # Methods that share the strength found for another: variants of one penalty (section 4.1).
 _SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
 
@@ -216,7 +218,8 @@ class Lab:
             measure: Gives something ready for JSON.
         """
         settings = [asdict(n if isinstance(n, Settings) else n.settings) for n in networks]
-        key = _digest([__version__, asdict(self.scale), self._digests, settings])
+        scale = {name: value for name, value in asdict(self.scale).items() if name not in _WHICH_NETWORKS}
+        key = _digest([__version__, scale, self._digests, settings])
         path = self.out / "measurements" / experiment / f"{name}-{key}.json"
         if not path.is_file():
             content = json.dumps(measure())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,18 @@ def test_nothing_is_trained_or_measured_twice(whole):
         assert measured == {key: value for key, value in load(whole / "results")[name].items() if key in measured}
     assert not [line for line in said if "training" in line or "searching" in line]
     assert {path: path.stat().st_mtime_ns for path in (whole / "measurements").rglob("*.json")} == before
+
+
+def test_another_seed_costs_no_more_than_itself(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "more")
+    before = set((tmp_path / "more" / "measurements").rglob("*.json"))
+    said = []
+    lab = lab_in(tmp_path / "more", said.append, replace(TINY, seeds=3, repeated=("clean",)))
+    EXPERIMENTS["table1"].measure(lab)
+    assert [line.partition(":")[0] for line in said] == ["training clean (seed 2)", "trained clean (seed 2)"]
+    made = {path for path in (tmp_path / "more" / "measurements").rglob("*.json") if path not in before}
+    assert made
+    assert all("clean-seed2" in path.name for path in made)
 
 
 def test_pages_are_made_from_the_results_alone(whole, tmp_path, capsys):
