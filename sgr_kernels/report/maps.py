@@ -32,11 +32,12 @@ def heat_map(
     """
     figure = Figure(figsize=(0.62 * len(columns) + 3.2, 0.5 * len(rows) + 2.2), layout="constrained")
     axes = figure.subplots()
-    low = min(0.9, float(np.nanmin(values)))
-    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=1.0, aspect="auto")
+    high = float(np.nanmax(values))
+    low = min(high - 0.1, float(np.nanmin(values)))  # differences of a point or two shall not look large
+    image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         text = "–" if np.isnan(value) else f"{100 * value:.1f}"
-        dark = not np.isnan(value) and value < (low + 1) / 2
+        dark = not np.isnan(value) and value < (low + high) / 2
         axes.text(column, row, text, ha="center", va="center", size=8, color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), rows)

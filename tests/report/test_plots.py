@@ -64,13 +64,26 @@ def test_names_of_many_lines_stand_beside_a_panel_and_all_lines_differ():
 
 def test_cells_and_colour_bar_of_a_heat_map_are_both_in_percent():
     figure = heat_map(
-        np.array([[0.5, np.nan]]), ["a"], ["b", "c"], title="t", row_title="r", column_title="c", bar_title="accuracy"
+        np.array([[0.5, 1.0, np.nan]]),
+        ["a"],
+        ["b", "c", "d"],
+        title="t",
+        row_title="",
+        column_title="",
+        bar_title="accuracy",
     )
     FigureCanvasAgg(figure).draw()
     axes, bar = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["50.0", "–"]
+    assert [text.get_text() for text in axes.texts] == ["50.0", "100.0", "–"]
     assert bar.get_ylabel() == "accuracy [%]"
     assert bar.get_yticklabels()[-1].get_text() == "100"
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0.37, 0.5, np.nan], (0.37, 0.5)), ([0.95, 0.99], (0.89, 0.99))])
+def test_the_colours_of_a_heat_map_span_its_values_and_ten_points_at_least(values, expected):
+    names = [str(k) for k in range(len(values))]
+    figure = heat_map(np.array([values]), ["a"], names, title="", row_title="", column_title="", bar_title="")
+    assert figure.axes[0].images[0].get_clim() == pytest.approx(expected)
 
 
 def test_grid_shows_images_with_right_and_wrong_answers(tmp_path):
