@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         choices=("smoke", "cpu", "full"),
         default="smoke",
-        help="smoke: about a minute, says nothing; cpu: two cores, an hour; full: as the paper, on a GPU",
+        help="smoke: about a minute, says nothing; cpu: two cores, an hour or two; full: as the paper, on a GPU",
     )
     common.add_data(parser)
     add("--data-name", metavar="NAME", help="of the data on the pages; none: the data set's")
