@@ -201,8 +201,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, and write the rows as JSON."""
     parser = argparse.ArgumentParser(prog="sgr bench step", description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    for name, choices in (("--networks", NETWORKS), ("--ways", WAYS)):
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        parser.add_argument(
+            name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help=f"of {listed}; none: all"
+        )
     parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for resnet18 and vit")
