@@ -78,7 +78,7 @@ def _members(shape: Size, count: int, device: torch.device, lower: bool) -> Tens
     order = torch.argsort(index, stable=True)
     lengths = torch.bincount(index, minlength=count)[:count]
     starts = torch.cumsum(lengths, 0) - lengths
-    slot = torch.arange(int(lengths.max()))
+    slot = torch.arange(int(lengths.max()), device=index.device)
     position = (starts[:, None] + slot).clamp(max=index.numel() - 1)
     members = torch.where(slot < lengths[:, None], order[position], index.numel())
     return members.to(device)

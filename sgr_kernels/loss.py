@@ -370,8 +370,8 @@ class SGRLoss(nn.Module):
         if recording():
             raise RuntimeError(f"fraction: a CUDA graph would repeat this step's samples for ever, got {self.fraction}")
         # By the step alone, so that a training resumed on any process and at any step goes on with the same subsets.
-        generator = torch.Generator().manual_seed(self.steps)
-        chosen = torch.randperm(len(images), generator=generator, pin_memory=images.is_cuda)[:count]
+        generator = torch.Generator("cpu").manual_seed(self.steps)
+        chosen = torch.randperm(len(images), generator=generator, device="cpu", pin_memory=images.is_cuda)[:count]
         return chosen.to(images.device, non_blocking=True)
 
     def _update(self, model: Any, images: Tensor, labels: Any, gradient: Tensor | None) -> None:

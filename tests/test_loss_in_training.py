@@ -257,3 +257,13 @@ def test_training_lowers_the_penalty():
         weight = (model[1].weight[1] - model[1].weight[0]).detach().view(1, *SHAPE)
         smoothness[strength] = float(covariance.quadratic_form(weight) / weight.square().sum())
     assert smoothness[1.0] < 0.5 * smoothness[0.0]
+
+
+def test_the_default_device_does_not_matter():
+    images, labels = batch()
+    model, criterion = Plain(), SGRLoss(running(), fraction=0.5)
+    with torch.device("meta"):
+        loss = criterion(model, images, labels)
+        loss.backward()
+    assert loss.device.type == "cpu"
+    assert loss.isfinite()
