@@ -103,9 +103,10 @@ class SGRLoss(nn.Module):
     In training mode the covariance learns from the batch before it is used. Of the model only that changes what a
     cross-entropy step would change: further forward passes, where a method needs them, leave no trace.
 
-    With ``"gradient"`` or ``"sign"`` a step waits for a GPU only at the first call and, to see whether penalties are
-    finite, at every ``nonfinite_patience``-th. So later steps can be recorded as a CUDA graph, if ``fraction`` is 1;
-    each replay then has the strength and the cadences of the step that was recorded.
+    With ``"gradient"`` or ``"sign"`` a step asks a GPU for a value only at the first call and, to see whether penalties
+    are finite, at every ``nonfinite_patience``-th; for several channels and ``psd="clip"`` PyTorch's eigenvalue solver
+    waits at each update. While a CUDA graph records, nothing waits, so that steps after the first are meant to be
+    recorded, if ``fraction`` is 1; each replay has the strength and the cadences of the step that was recorded.
 
     Args:
         covariance: The metric. A frozen one is used as it is.

@@ -1,4 +1,4 @@
-"""A training step never waits for the device, and can be recorded as a CUDA graph."""
+"""A training step asks the device for no value, and can be recorded as a CUDA graph."""
 
 import contextlib
 
@@ -33,8 +33,10 @@ def setting(channels: int, device: str, **options):
     ids=str,
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_step_never_waits_for_the_device(channels, options, monkeypatch):
-    """On the meta device, whose tensors have no values: whatever asked for one would fail."""
+def test_a_step_asks_the_device_for_no_value(channels, options, monkeypatch):
+    """On the meta device, whose tensors have no values: whatever asked for one would fail, but not what waits inside
+    PyTorch, as its eigenvalue solver does (`test_clipping_is_the_same_while_a_graph_records`).
+    """
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know that device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(loss, "try_method", lambda *_: None)  # once, before the first step, it does look
