@@ -19,7 +19,8 @@ def tracing() -> bool:
 
 def recording() -> bool:
     """Whether a CUDA graph records the calls made now: nothing may ask the device for a value then."""
-    return not tracing() and torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing()
+    # A build with CUDA may run where there is no driver, and asking for the stream would look for one.
+    return not tracing() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
