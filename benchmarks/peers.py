@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from benchmarks.shapes import Problem, folded, periodic, power_of_two
 from benchmarks.timing import Run
-from sgr_kernels.geometry import dense_matrix, nearest_bin, radial_from_even
+from sgr_kernels.toeplitz.geometry import dense_matrix, nearest_bin, radial_from_even
 
 Product = Callable[[Tensor], Tensor]
 _DENSE_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}

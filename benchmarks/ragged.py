@@ -11,7 +11,7 @@ import sys
 import torch
 
 import sgr_kernels as sgr
-from sgr_kernels.geometry import bin_count
+from sgr_kernels.toeplitz.geometry import bin_count
 
 SHAPES = [(1, 1, 1, 1), (3, 1, 7, 5), (2, 3, 17, 31), (5, 2, 28, 28), (2, 3, 32, 32), (1, 4, 33, 63), (1, 3, 64, 64)]
 SHAPES += [(1, 5, 9, 13), (1, 1, 1, 70), (1, 1, 130, 3), (1, 3, 96, 101)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sgr_kernels as sgr
-from sgr_kernels.geometry import bin_count, radial_from_even
+from sgr_kernels.toeplitz.geometry import bin_count, radial_from_even
 
 OPERATIONS = {
     "q": "g -> q = g^T Sigma g",

@@ -22,7 +22,7 @@ constexpr char kCudaArchitectures[] = "", kCudaCompiler[] = "";
 #endif
 
 // The operators as the kernels in this binary implement them. The dispatcher checks no arguments: with other schemas
-// than sgr_kernels/schemas.py has, the binary must not be called.
+// than sgr_kernels/backends/schemas.py has, the binary must not be called.
 constexpr char kSchemas[] =
     "product(Tensor gradient, Tensor spectrum, str precision) -> Tensor\n"
     "quadratic_form(Tensor gradient, Tensor spectrum, bool with_product, str precision) -> (Tensor, Tensor)\n"

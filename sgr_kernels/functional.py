@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from sgr_kernels import checks
-from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends import Request, choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
-from sgr_kernels.geometry import Size, bin_count, even_from_radial, pair_counts, radial_from_even, reach_of_bins
 from sgr_kernels.ops import call
-from sgr_kernels.spectrum import frequency_counts, spectrum_from_table, table_from_cross_spectrum
+from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.geometry import (
+    Size,
+    bin_count,
+    even_from_radial,
+    pair_counts,
+    radial_from_even,
+    reach_of_bins,
+)
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table, table_from_cross_spectrum
 
 __all__ = ["covariance_product", "covariance_quadratic_form", "displacement_covariance"]
 

@@ -15,10 +15,9 @@ from torch._compile import _disable_dynamo  # like torch.compiler.disable, but i
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgr_kernels import checks
-from sgr_kernels._constants import recording
-from sgr_kernels.caller import warn_caller
+from sgr_kernels.checks.caller import warn_caller
 from sgr_kernels.covariance import Covariance
-from sgr_kernels.finite_difference import (
+from sgr_kernels.penalty.finite_difference import (
     couples_samples,
     difference,
     moved,
@@ -27,7 +26,7 @@ from sgr_kernels.finite_difference import (
     spend,
     substitute,
 )
-from sgr_kernels.penalty import (
+from sgr_kernels.penalty.passes import (
     METHODS,
     Passes,
     PenaltyGradientError,
@@ -41,8 +40,9 @@ from sgr_kernels.penalty import (
     try_method,
     unwrapped,
 )
-from sgr_kernels.per_sample import cross_entropy_per_sample
-from sgr_kernels.perturbations import ATTACKS, FREE, Perturbation, check_perturbation, from_gradient
+from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.perturbations import ATTACKS, FREE, Perturbation, check_perturbation, from_gradient
+from sgr_kernels.toeplitz.constants import recording
 
 logger = logging.getLogger("sgr_kernels")
 
@@ -123,9 +123,9 @@ class SGRLoss(nn.Module):
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
             models; it is the cheapest, and on ReLU networks in float32 far from exact
-            (`sgr_kernels.finite_difference`). It frees the graph of the first pass: what a model has left of that
-            elsewhere, such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of these
-            that the model supports, and says which in the log.
+            (`sgr_kernels.penalty.finite_difference`). It frees the graph of the first pass: what a model has left of
+            that elsewhere, such as an auxiliary loss, cannot be differentiated any more. ``"auto"`` takes the first of
+            these that the model supports, and says which in the log.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
             labels, other heads.
@@ -287,7 +287,7 @@ class SGRLoss(nn.Module):
 
     @_disable_dynamo(recursive=False)
     def _difference_step(self, model: Any, images: Tensor, labels: Any, embedded: bool, update: bool) -> Tensor:
-        """A step with a penalty by finite differences; see `sgr_kernels.finite_difference`."""
+        """A step with a penalty by finite differences; see `sgr_kernels.penalty.finite_difference`."""
         part = self._subset(images) if self.training else None
         passes = Passes(model, self._losses, labels, images.device, replays=True)
         # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sgr_kernels.backends import torch_spectral, triton_spectral
+from sgr_kernels.backends.schemas import NAMESPACE, SCHEMAS
 from sgr_kernels.backends.torch_spectral import compute_dtype
-from sgr_kernels.schemas import NAMESPACE, SCHEMAS
-from sgr_kernels.spectrum import symmetric_part, transpose
+from sgr_kernels.toeplitz.spectrum import symmetric_part, transpose
 
 SPECTRAL_BACKENDS = ("torch", "native", "triton")
 

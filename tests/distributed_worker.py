@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sgr_kernels as sgr
-from sgr_kernels.penalty import METHODS
+from sgr_kernels.penalty.passes import METHODS
 
 STEPS, BATCH, SIZE = 4, 12, (7, 6)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sgr_kernels as sgr
-from sgr_kernels.penalty import METHODS
+from sgr_kernels.penalty.passes import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 SIZE, CLASSES = 8, 4
@@ -345,8 +345,8 @@ def render() -> str:
         "methods agree on",
         "that. Fused attention has no second derivative: double backward runs it as its definition, and forward mode "
         "writes",
-        "attention, softmax and normalization layers out (`sgr_kernels/forward_rules.py`). On GPUs, cuDNN's recurrent "
-        "layers have",
+        "attention, softmax and normalization layers out (`sgr_kernels/penalty/layers/forward_rules.py`). On GPUs, "
+        "cuDNN's recurrent layers have",
         'no second derivative either: use `method="finite-difference"`.',
     ]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sgr_kernels import _extension
+from sgr_kernels.backends import extension
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,7 +178,7 @@ def test_broken_binary_is_reported_and_survived(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "sgr_broken.abi3.so").write_text("not a library")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(RuntimeWarning, match="failed to load under torch .* --no-build-isolation .* PyTorch backend"):
-        binary, error = _extension._load("sgr_broken")
+        binary, error = extension._load("sgr_broken")
     assert binary is None
     assert "sgr_broken" in str(error)
 
@@ -190,7 +190,7 @@ def test_binary_of_other_schemas_is_not_called(tmp_path: Path, monkeypatch: pyte
     (tmp_path / f"{name}.py").write_text(text or "def build_info(): return {'torch': '2.11.0'}")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(RuntimeWarning, match="built from another version of sgr_kernels.* --no-build-isolation"):
-        binary, error = _extension._load(name)
+        binary, error = extension._load(name)
     assert binary is None
     assert "another version" in str(error)
 
@@ -200,18 +200,18 @@ def test_whatever_a_binary_raises_is_survived(tmp_path: Path, monkeypatch: pytes
     (tmp_path / f"sgr_raises_{error}.py").write_text(f"raise {error}('no')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.warns(RuntimeWarning, match="failed to load"):
-        assert _extension._load(f"sgr_raises_{error}")[0] is None
+        assert extension._load(f"sgr_raises_{error}")[0] is None
 
 
 def test_absent_binary_is_no_error() -> None:
-    binary, error = _extension._load("sgr_kernels._absent")
+    binary, error = extension._load("sgr_kernels._absent")
     assert binary is None
     assert "no compiled kernels" in str(error)
 
 
 def test_build_info() -> None:
-    info = _extension.build_info()
-    if _extension.binary is None:
+    info = extension.build_info()
+    if extension.binary is None:
         assert info["error"]
         return
     assert info["error"] is None
@@ -220,4 +220,4 @@ def test_build_info() -> None:
     assert info["built_with"]["torch"].split(".")[0] == torch.__version__.split(".")[0]
     assert bool(info["cuda_architectures"]) == ("cuda" in info["kernels"])
     with pytest.raises(ValueError, match="'sse9'"):
-        _extension.binary.select_instruction_set("sse9")
+        extension.binary.select_instruction_set("sse9")

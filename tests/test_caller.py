@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from sgr_kernels.caller import warn_caller
+from sgr_kernels.checks.caller import warn_caller
 
 
 def inside(tmp_path, source):
@@ -27,7 +27,10 @@ def here(caught):
 
 
 def test_called_from_the_package(tmp_path):
-    deep = "from sgr_kernels.caller import warn_caller\ndef f(): g()\ndef g(): warn_caller('deep', RuntimeWarning)\n"
+    deep = (
+        "from sgr_kernels.checks.caller import warn_caller\n"
+        "def f(): g()\ndef g(): warn_caller('deep', RuntimeWarning)\n"
+    )
     made = inside(tmp_path, deep)
     with pytest.warns(RuntimeWarning, match="deep") as caught:
         functools.partial(torch.no_grad()(made.f))()
@@ -37,7 +40,7 @@ def test_called_from_the_package(tmp_path):
 def test_called_by_an_import(tmp_path):
     """`warnings.warn` does not count the frames of imports, so that a number of frames would lead past the line."""
     with pytest.warns(UserWarning, match="on import") as caught:
-        inside(tmp_path, "from sgr_kernels.caller import warn_caller\nwarn_caller('on import')\n")
+        inside(tmp_path, "from sgr_kernels.checks.caller import warn_caller\nwarn_caller('on import')\n")
     here(caught)
 
 

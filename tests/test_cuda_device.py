@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgr_kernels import _extension
+from sgr_kernels.backends import extension
 from sgr_kernels.ops import call
-from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.skipif("cuda" not in _extension.build_info()["kernels"], reason="this build has no CUDA kernels"),
+    pytest.mark.skipif("cuda" not in extension.build_info()["kernels"], reason="this build has no CUDA kernels"),
 ]
 
 OPS = torch.ops.sgr_kernels

@@ -15,7 +15,7 @@ import torch
 from scipy.signal import fftconvolve
 from torch import Tensor
 
-from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 from tests.cuda_emulator import HOPPER, STAGED_ONLY, Emulator, build, missing_compiler
 
 _REASON = missing_compiler()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgr_kernels import _extension
+from sgr_kernels.backends import extension
 
 KERNELS = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -101,9 +101,9 @@ def cuobjdump() -> str:
 @pytest.fixture(scope="module")
 def files(request: pytest.FixtureRequest) -> list[Path]:
     """What holds the machine code."""
-    info = _extension.build_info()
-    if _extension.binary is not None and set(ARCHITECTURES) <= set(info["cuda_architectures"]):
-        binary = Path(str(_extension.binary.__file__))
+    info = extension.build_info()
+    if extension.binary is not None and set(ARCHITECTURES) <= set(info["cuda_architectures"]):
+        binary = Path(str(extension.binary.__file__))
         if binary.stat().st_mtime >= max(path.stat().st_mtime for path in KERNELS.iterdir()):
             return [binary]
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

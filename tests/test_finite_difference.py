@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels import CovarianceFunction, SGRLoss
-from sgr_kernels.finite_difference import difference, sample_weights, scale_of_steps
-from sgr_kernels.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.finite_difference import difference, sample_weights, scale_of_steps
+from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 
 SIZE, CLASSES, BATCH = 8, 4, 6
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from sgr_kernels import geometry
+from sgr_kernels.toeplitz import geometry
 from tests.helpers import covariances, dense
 
 CPU = torch.device("cpu")

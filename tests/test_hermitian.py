@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgr_kernels import embedding, hermitian
+from sgr_kernels.toeplitz import embedding, hermitian
 from tests.helpers import covariances
 
 F64, C128 = torch.float64, torch.complex128

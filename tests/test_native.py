@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sgr_kernels import _extension
-from sgr_kernels.backends import native
+from sgr_kernels.backends import extension, native
 from sgr_kernels.backends.registry import Request
 
 Array = NDArray[np.float64]
 
-if _extension.binary is None:
-    pytest.skip(str(_extension.build_info()["error"]), allow_module_level=True)
+if extension.binary is None:
+    pytest.skip(str(extension.build_info()["error"]), allow_module_level=True)
 
-INSTRUCTION_SETS = _extension.build_info()["instruction_sets"]
+INSTRUCTION_SETS = extension.build_info()["instruction_sets"]
 TOLERANCE = {torch.float32: (5e-6, 1e-6), torch.float64: (1e-12, 1e-12)}  # of v, of q
 OPS = torch.ops.sgr_kernels
 
@@ -31,9 +30,9 @@ OPS = torch.ops.sgr_kernels
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run with each instruction set; afterwards with the best again."""
-    _extension.binary.select_instruction_set(request.param)
+    extension.binary.select_instruction_set(request.param)
     yield request.param
-    _extension.binary.select_instruction_set(INSTRUCTION_SETS[0])
+    extension.binary.select_instruction_set(INSTRUCTION_SETS[0])
 
 
 @pytest.fixture

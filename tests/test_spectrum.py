@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sgr_kernels import embedding, spectrum
-from sgr_kernels.geometry import dense_matrix
-from sgr_kernels.lanczos import smallest_eigenvalue
+from sgr_kernels.toeplitz import embedding, spectrum
+from sgr_kernels.toeplitz.geometry import dense_matrix
+from sgr_kernels.toeplitz.lanczos import smallest_eigenvalue
 from tests.helpers import covariances, dense, table_shape
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
 
 from sgr_kernels.backends import Request, choose, triton_spectral
-from sgr_kernels.spectrum import spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 from tests.helpers import assert_product_close, covariances, dense_product, gradients
 
 triton = pytest.importorskip("triton")

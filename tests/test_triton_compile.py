@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets its kernels in this process", allow_module_level=True)
 
 from sgr_kernels.backends.triton_spectral import launch
-from sgr_kernels.spectrum import frequency_counts
+from sgr_kernels.toeplitz.spectrum import frequency_counts
 from tests.triton_launches import Launch, launches, machine_code
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from sgr_kernels.caller import warn_caller
+from sgr_kernels.checks.caller import warn_caller
 
 Eps = float | Sequence[float]
 Bounds = tuple[float, float] | None

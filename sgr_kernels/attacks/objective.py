@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgr_kernels.attacks.guard import Model, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
-from sgr_kernels.caller import warn_caller
+from sgr_kernels.checks.caller import warn_caller
 
 
 class Ascent(NamedTuple):

@@ -1,7 +1,7 @@
 """Backends: ways to compute the operators. ``registry`` chooses, each other file is one way."""
 
-from sgr_kernels._extension import BuildInfo, build_info
 from sgr_kernels.backends import native, reference, triton_spectral
+from sgr_kernels.backends.extension import BuildInfo, build_info
 from sgr_kernels.backends.registry import Backend, Request, available, choose, names, register, use_backend
 
 __all__ = [

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from sgr_kernels._extension import build_info
+from sgr_kernels.backends.extension import build_info
 from sgr_kernels.backends.registry import Backend, Request
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

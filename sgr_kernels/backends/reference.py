@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends.registry import Backend, Request
-from sgr_kernels.geometry import Size, dense_matrix, displacement_index, signed_from_table
+from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.geometry import Size, dense_matrix, displacement_index, signed_from_table
 
 MAX_DIMENSION = 8192
 

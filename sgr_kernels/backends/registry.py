@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from sgr_kernels.backends.crossovers import dense_up_to
-from sgr_kernels.geometry import Size
+from sgr_kernels.toeplitz.geometry import Size
 
 logger = logging.getLogger("sgr_kernels")
 

@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sgr_kernels.spectrum import basis, symmetric_part
+from sgr_kernels.toeplitz.spectrum import basis, symmetric_part
 
 P = ParamSpec("P")
 T = TypeVar("T")

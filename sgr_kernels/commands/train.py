@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sgr_kernels.commands import common
 from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS
-from sgr_kernels.penalty import METHODS as PENALTY_METHODS
+from sgr_kernels.penalty.passes import METHODS as PENALTY_METHODS
 from sgr_kernels.report.page import percent
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet

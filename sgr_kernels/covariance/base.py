@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sgr_kernels import checks
-from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends.torch_spectral import compute_dtype
-from sgr_kernels.caller import warn_caller
+from sgr_kernels.checks.caller import warn_caller
+from sgr_kernels.toeplitz.constants import wide_dtype
 
 
 class Covariance(nn.Module):

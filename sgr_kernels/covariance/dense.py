@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sgr_kernels import checks
-from sgr_kernels._constants import wide_dtype
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.base import Covariance, Estimate
 from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.toeplitz.constants import wide_dtype
 
 
 def dense_root(sigma: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgr_kernels import checks, embedding, functional
-from sgr_kernels._constants import wide_dtype
+from sgr_kernels import checks, functional
 from sgr_kernels.backends import choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.base import Estimate
 from sgr_kernels.covariance.dense import dense_root, draw_dense
 from sgr_kernels.covariance.derived import Derived
-from sgr_kernels.geometry import Size, bin_count, dense_matrix, even_from_radial, reach_of_bins
-from sgr_kernels.lanczos import smallest_eigenvalue
-from sgr_kernels.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz import embedding
+from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.geometry import Size, bin_count, dense_matrix, even_from_radial, reach_of_bins
+from sgr_kernels.toeplitz.lanczos import smallest_eigenvalue
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 
 FORM_OF_BINNING = {"rounded": "radial", "linear": "radial", "even": "even", "offset": "signed"}
 

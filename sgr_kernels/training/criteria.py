@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sgr_kernels import attacks
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.loss import StepStatistics
-from sgr_kernels.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 
 Perturb = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.loss import SGRLoss, linear_warmup
-from sgr_kernels.perturbations import ATTACKS, FREE
+from sgr_kernels.penalty.perturbations import ATTACKS, FREE
 from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.datasets import ImageSet
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance, perturbations
 from sgr_kernels.evaluation.suite import Plan, evaluate, parts
-from sgr_kernels.geometry import dense_matrix, even_from_radial
+from sgr_kernels.toeplitz.geometry import dense_matrix, even_from_radial
 
 
 class MeanSign(nn.Module):

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 import sgr_kernels
 from sgr_kernels import functional as sgr
-from sgr_kernels.spectrum import spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 from tests.helpers import (
     PRODUCT_TOLERANCE,
     QUADRATIC_TOLERANCE,

@@ -11,7 +11,7 @@ from sgr_kernels.backends.triton_spectral.fused import fused_kernel
 from sgr_kernels.backends.triton_spectral.fused_gram import fused_gram_kernel
 from sgr_kernels.backends.triton_spectral.plan import Operands, Tile, gain, power_of_two, split_basis
 from sgr_kernels.checks import check_same_device, describe
-from sgr_kernels.geometry import Size
+from sgr_kernels.toeplitz.geometry import Size
 
 _PROGRAMS = 256  # cross spectra: programs that share a batch; fixed, so that sums do not depend on the GPU
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import constant
-from sgr_kernels.geometry import Size
-from sgr_kernels.spectrum import basis
+from sgr_kernels.toeplitz.constants import constant
+from sgr_kernels.toeplitz.geometry import Size
+from sgr_kernels.toeplitz.spectrum import basis
 
 # Operand type and number of terms of a float32 product: three float16 products have float32's accuracy; one has that
 # of tf32 (float16 and tf32 have significands of the same length, and the data are scaled) at twice its speed.

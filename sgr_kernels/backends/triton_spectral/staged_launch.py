@@ -9,7 +9,7 @@ from torch.library import wrap_triton
 from sgr_kernels.backends.triton_spectral.frequency import gram_kernel, mix_kernel
 from sgr_kernels.backends.triton_spectral.plan import Operands, exponent, padded, power_of_two, split_basis
 from sgr_kernels.backends.triton_spectral.staged import forward_kernel, inverse_kernel
-from sgr_kernels.geometry import Size
+from sgr_kernels.toeplitz.geometry import Size
 
 _SCRATCH_BYTES = 256 << 20
 _GRAM_IMAGES = 16  # images whose products one program adds up

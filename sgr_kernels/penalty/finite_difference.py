@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import get_gradient_edge
 
-from sgr_kernels._constants import wide_dtype
+from sgr_kernels.toeplitz.constants import wide_dtype
 
 
 @dataclass

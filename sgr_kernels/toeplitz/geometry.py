@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import constant, tracing, wide_dtype
+from sgr_kernels.toeplitz.constants import constant, tracing, wide_dtype
 
 Size = tuple[int, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels.geometry import FORMS, Size, bin_count
+from sgr_kernels.toeplitz.geometry import FORMS, Size, bin_count
 
 
 def describe(value: object) -> str:

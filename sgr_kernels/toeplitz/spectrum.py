@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from sgr_kernels._constants import constant, wide_dtype
-from sgr_kernels.geometry import Size
+from sgr_kernels.toeplitz.constants import constant, wide_dtype
+from sgr_kernels.toeplitz.geometry import Size
 
 
 def frequency_count(extent: int, reach: int) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels import hermitian
-from sgr_kernels._constants import recording, wide_dtype
-from sgr_kernels.geometry import Size, signed_from_table
+from sgr_kernels.toeplitz import hermitian
+from sgr_kernels.toeplitz.constants import recording, wide_dtype
+from sgr_kernels.toeplitz.geometry import Size, signed_from_table
 
 
 def _blocks(table: Tensor, size: Size, form: str) -> Tensor:

@@ -12,8 +12,8 @@ from typing import TypedDict
 
 import torch
 
-from sgr_kernels.caller import warn_caller
-from sgr_kernels.schemas import SCHEMAS
+from sgr_kernels.backends.schemas import SCHEMAS
+from sgr_kernels.checks.caller import warn_caller
 
 _NOT_BUILT = (
     "this installation has no compiled kernels; installing sgr_kernels from source with --no-build-isolation, "

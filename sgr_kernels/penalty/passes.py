@@ -23,9 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from sgr_kernels import checks
-from sgr_kernels._constants import wide_dtype
-from sgr_kernels.convolution import DifferentiableTwice
-from sgr_kernels.finite_difference import (
+from sgr_kernels.penalty.finite_difference import (
     difference,
     difference_noise,
     graph_nodes,
@@ -35,7 +33,9 @@ from sgr_kernels.finite_difference import (
     scale_of_steps,
     spend,
 )
-from sgr_kernels.forward_rules import DifferentiableForwardMode
+from sgr_kernels.penalty.layers.convolution import DifferentiableTwice
+from sgr_kernels.penalty.layers.forward_rules import DifferentiableForwardMode
+from sgr_kernels.toeplitz.constants import wide_dtype
 
 METHODS = ("double-backward", "forward-mode", "finite-difference")
 

@@ -1,0 +1,29 @@
+"""What arguments are expected to be, and the user's line that warnings name."""
+
+from sgr_kernels.checks.arguments import (
+    as_images,
+    check_form,
+    check_images,
+    check_in_graph,
+    check_max_displacement,
+    check_same_device,
+    check_table,
+    covariance_form,
+    describe,
+    image_size,
+)
+from sgr_kernels.checks.caller import warn_caller
+
+__all__ = [
+    "as_images",
+    "check_form",
+    "check_images",
+    "check_in_graph",
+    "check_max_displacement",
+    "check_same_device",
+    "check_table",
+    "covariance_form",
+    "describe",
+    "image_size",
+    "warn_caller",
+]
