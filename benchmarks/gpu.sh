@@ -65,8 +65,8 @@ if "$python" -c 'import pytest, hypothesis, pytest_benchmark' 2>/dev/null; then
     # The GPU cases first: they are what this machine is for.
     part gpu-tests 100 "$python" -m pytest -q -m gpu --ignore-glob='*test_triton*' "${workers[@]}"
     part tests 60 "$python" -m pytest -q -m "not gpu and not slow" --ignore-glob='*test_triton*' "${workers[@]}"
-    if compgen -G 'tests/test_triton*' >/dev/null; then
-        part triton 80 "$python" -m pytest -q tests/test_triton* "${workers[@]}"
+    if compgen -G 'tests/backends/test_triton*' >/dev/null; then
+        part triton 80 "$python" -m pytest -q tests/backends/test_triton* "${workers[@]}"
     else
         skip triton "no such tests"
     fi

@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py runs: ``python -m tests.distributed_worker SCENARIO FOLDER``."""
+"""What each process of tests/penalty/test_distributed.py runs: ``python -m tests.distributed_worker SCENARIO FOLDER``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
 *get_device_capability*) echo 9.0 ;;

@@ -26,7 +26,7 @@ def launch(scenario: str, ranks: int, folder: Path, *arguments: str) -> list[int
         subprocess.Popen(
             [sys.executable, "-m", "tests.distributed_worker", scenario, str(folder), *arguments],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"},
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             stderr=subprocess.DEVNULL if scenario == "killed" else None,
         )
         for rank in range(ranks)

@@ -1,6 +1,6 @@
 """Tests that execute the Triton kernels on the CPU; collected where TRITON_INTERPRET=1 is set, before any import.
 
-``tests/test_triton_interpreter.py`` runs this folder in a process of its own.
+``tests/backends/test_triton_interpreter.py`` runs this folder in a process of its own.
 """
 
 import os

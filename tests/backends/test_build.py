@@ -16,7 +16,7 @@ import torch
 
 from sgr_kernels.backends import extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script() -> ModuleType:

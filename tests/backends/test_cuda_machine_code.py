@@ -18,7 +18,7 @@ import torch
 
 from sgr_kernels.backends import extension
 
-KERNELS = Path(__file__).parent.parent / "csrc" / "cuda"
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90")
 INSTRUCTIONS = {"Highest": "HMMA.16816.F32 ", "High": "HMMA.1688.F32.TF32", "Medium": "HMMA.16816.F32.BF16"}
 

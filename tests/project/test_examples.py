@@ -13,7 +13,7 @@ from torch import nn
 
 import sgr_kernels as sgr
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 def load(name: str) -> Any:

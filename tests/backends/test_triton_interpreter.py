@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # The folder's own tests, and of the contracts of all backends what does not go through hundreds of cases.
 PARTS = {
-    "kernels": ["triton_interpreter"],
-    "operators": ["test_operators.py", "-k", "triton and not agree and not large_images and not longer"],
-    "registration": ["test_registration.py", "-k", "triton and (fake or (opcheck and sliced))"],
+    "kernels": ["backends/triton_interpreter"],
+    "operators": ["operators/test_operators.py", "-k", "triton and not agree and not large_images and not longer"],
+    "registration": ["operators/test_registration.py", "-k", "triton and (fake or (opcheck and sliced))"],
 }
 
 
