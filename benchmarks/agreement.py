@@ -42,7 +42,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in the parameters: of the loss, and of its penalty."""
     dtype = PRECISIONS[precision]
-    criterion = sgr.SGRLoss(covariance.to(dtype), strength, perturbation=None, method=method).eval()
+    criterion = sgr.SGRLoss(covariance.to(dtype), strength, perturbation=None, method=method, allow_kinks=True).eval()
     model, images = model.to(dtype), images.to(dtype)
     loss, plain = criterion(model, images, labels), nn.functional.cross_entropy(model(images), labels)
     whole = _gradient(loss, model)

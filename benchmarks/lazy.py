@@ -30,8 +30,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "every step": {"method": "sgr", "penalty_every": 1},
     "every 4th": {"method": "sgr", "penalty_every": 4, "update_every": 4},
     "every 16th": {"method": "sgr", "penalty_every": 16, "update_every": 16},
-    "a quarter of each batch": {"method": "sgr", "fraction": 0.25},
-    "finite difference": {"method": "sgr", "penalty_method": "finite-difference"},
+    "an eighth by importance": {"method": "sgr", "fraction": 1 / 8},
+    "a sixteenth by importance": {"method": "sgr", "fraction": 1 / 16},
+    "a quarter at random": {"method": "sgr", "fraction": 1 / 4, "sampling": "uniform"},
+    "an eighth at random": {"method": "sgr", "fraction": 1 / 8, "sampling": "uniform"},
+    "finite difference": {"method": "sgr", "penalty_method": "finite-difference", "allow_kinks": True},
 }
 ROBUSTNESS = ("pgd_area", "noise_accuracy")
 MEASURES = ("test_accuracy", *ROBUSTNESS)

@@ -6,8 +6,8 @@ from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.evaluation import diagnose
 from sgr_kernels.loss import SGRLoss, linear_warmup
-from sgr_kernels.penalty.passes import PenaltyGradientError
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.wrappers import PenaltyGradientError
 from sgr_kernels.training import models
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What each process of tests/penalty/test_distributed.py runs: ``python -m tests.distributed_worker SCENARIO FOLDER``."""
+"""What the processes of penalty/test_distributed.py run: ``python -m tests.distributed_worker SCENARIO FOLDER``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sgr_kernels as sgr
-from sgr_kernels.penalty.passes import METHODS
+from sgr_kernels.penalty.choice import METHODS
 
 STEPS, BATCH, SIZE = 4, 12, (7, 6)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sgr_kernels as sgr
-from sgr_kernels.penalty.passes import METHODS
+from sgr_kernels.penalty.choice import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 SIZE, CLASSES = 8, 4

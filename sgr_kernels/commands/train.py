@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from sgr_kernels.commands import common
 from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS
-from sgr_kernels.penalty.passes import METHODS as PENALTY_METHODS
+from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
+from sgr_kernels.penalty.sampling import SAMPLINGS
 from sgr_kernels.report.page import percent
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
@@ -76,12 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with that weight",
     )
     add("--fraction", type=common.positive, default=_DEFAULTS["fraction"], help="share of each batch that is penalized")
+    add("--sampling", choices=SAMPLINGS, default=_DEFAULTS["sampling"], help="importance: those that carry the penalty")
     add(
         "--penalty-method",
         choices=(*PENALTY_METHODS, "auto"),
         default=_DEFAULTS["penalty_method"],
-        help="way to the penalty's gradient; finite-difference is the cheapest, and approximate",
+        help="way to the penalty's gradient; finite-difference is approximate",
     )
+    add("--allow-kinks", action="store_true", help="let finite-difference be far from exact, as on ReLU networks")
     add("--warmup", type=common.natural, default=_DEFAULTS["warmup"], metavar="STEPS", help="of the strength")
     add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")

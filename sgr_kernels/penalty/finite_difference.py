@@ -17,52 +17,83 @@ On smooth networks this is the exact gradient up to rounding. At kinks of ReLU a
 sees curvature that the exact derivative drops. On the Carlini-Wagner network, batches of 128 digits, strength 1, the
 cosine between the parameters' gradients by differences in float32 and the exact ones is 1.00 untrained, where the
 penalty hardly counts, and 0.68 after an epoch with it (the penalty's alone: 0.04 and 0.33); in float64, whose steps
-are shorter, 1.00 and 1.00 (0.98 and 1.00). ``sgr bench agreement`` measures it; see benchmarks/results/README.md.
+are shorter, 1.00 and 1.00 (0.98 and 1.00). ``sgr bench agreement`` measures it; see benchmarks/results/README.md. So
+`sgr_kernels.penalty.choice` measures that cosine before the first step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.autograd.graph import get_gradient_edge
 
+from sgr_kernels.penalty.forward_mode import detached
+from sgr_kernels.penalty.gradients import SpentPass, spend, substitute
+from sgr_kernels.penalty.passes import Passes
+from sgr_kernels.penalty.way import Outcome, Task, mean
 from sgr_kernels.toeplitz.constants import wide_dtype
 
 
-@dataclass
-class SpentPass:
-    """A forward pass after its one backward, of ``sum_b u_b l_b``; the graph is freed.
+class FiniteDifference:
+    """Two plain passes; see the module.
 
     Attributes:
-        gradient: Of each sample's loss in its image.
-        weights: u, (B,), powers of two.
-        leaves: What the losses depend on.
-        gradients: Of ``sum_b u_b l_b`` in the leaves.
-        step: Length of a finite-difference step relative to the image: the root of the pass's rounding unit.
+        coupled: Whether the weight of one sample's loss changes the gradient in another's image, found by a trial.
     """
 
-    gradient: Tensor
-    weights: Tensor
-    leaves: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
-    step: float
+    name = "finite-difference"
+    exact, inside, traceable, repeats, proved = False, False, True, True, False
+    coupled = False
+
+    def obstacle(self, model: Any) -> str | None:
+        """None: plain passes always run."""
+        return None
+
+    @_disable_dynamo(recursive=False)
+    def __call__(self, task: Task) -> Outcome:
+        """A loss of which a part of the gradient is there already."""
+        # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.
+        leaf = task.images.detach().requires_grad_()
+        first = task.start(leaf)
+        coupled = self.coupled or any(map(couples_samples, task.passes.modules))
+        shares = _relative_shares(task, first.losses)
+        weights = sample_weights(first.losses, leaf, coupled, shares)
+        outputs, losses = detached(first.outputs), first.losses.detach()
+        origin = task.images if task.images.requires_grad else None
+        spent = spend(first.losses, leaf, origin, weights)
+        del first  # and with it the graph, before the next one grows
+        task.learn(spent.gradient)
+        return self._second_pass(task, spent, weights, shares, losses, outputs)
+
+    def _second_pass(
+        self, task: Task, spent: SpentPass, weights: Tensor, shares: Tensor, losses: Tensor, outputs: Any
+    ) -> Outcome:
+        base = task.images if task.images.requires_grad else task.images.detach()
+        whole = task.shares is None
+        with torch.no_grad():
+            omegas = task.metric.omegas(spent.gradient)
+            penalty = mean(shares.to(omegas.dtype) * omegas)
+            # A penalty that is not finite leaves a step of zero, that is, a plain one.
+            finite = task.count_finite(penalty)
+            direction = torch.where(finite, task.metric.direction(spent.gradient), 0)
+            scale = scale_of_steps(base, direction, weights, shares, spent.rounding**0.5)
+            sides = difference(torch.where(finite, scale, 0), weights, task.weight, shares, with_loss=whole)
+            cross_entropy = mean(losses)
+            value = task.weight * torch.where(finite, penalty, 0)
+        ahead = task.passes.again(moved(base, direction, sides.steps)).losses
+        value = cross_entropy + value if whole else value
+        loss = substitute(value, (sides.ahead * ahead).sum(), sides.behind, spent)
+        return Outcome(loss, cross_entropy, penalty, outputs, spent.gradient)
 
 
-def relative_step(losses: Tensor, images: Tensor) -> float:
-    """The root of the coarsest rounding unit between images and losses; a model may well compute in less than both."""
-    # Of what flows between nodes; a node may have other outputs, which nothing flows back from.
-    edges = [edge for node in graph_nodes(losses, {get_gradient_edge(images).node}) for edge in node.next_functions]
-    dtypes = {images.dtype, losses.dtype, *(node._input_metadata[index].dtype for node, index in edges if node)}
-    if torch.is_autocast_enabled(images.device.type):
-        dtypes.add(torch.get_autocast_dtype(images.device.type))
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
+def _relative_shares(task: Task, losses: Tensor) -> Tensor:
+    """Weight of each sample in the penalty relative to an equal one, (B,)."""
+    ones = torch.ones_like(losses.detach(), dtype=wide_dtype(losses.device))
+    return ones if task.shares is None else task.shares.to(ones.dtype) * len(ones)
 
 
 def couples_samples(model: Any) -> bool:
@@ -71,6 +102,16 @@ def couples_samples(model: Any) -> bool:
         isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
         for module in model.modules()
     )
+
+
+def samples_interact(passes: Passes, images: Tensor) -> bool:
+    """Whether the weight of one sample's loss changes the gradient in another's image, tried."""
+    found = []
+    for period in (1, 2):
+        losses = passes.again(images).losses
+        found.append(spend(losses, images, None, 4.0 ** (torch.arange(len(images), device=images.device) % period)))
+    first, second = (pass_.gradient.detach() for pass_ in found)
+    return bool((first - second).norm() > 1e-3 * first.norm())
 
 
 def _norms(values: Tensor) -> Tensor:
@@ -87,85 +128,23 @@ def _reach(images: Tensor) -> Tensor:
     return norms.maximum(0.1 * _root_mean_square(norms)).clamp(min=1e-3 * math.sqrt(images[0].numel()))
 
 
-def sample_weights(losses: Tensor, images: Tensor, coupled: bool) -> Tensor:
-    """The u_b, (B,): about proportional to what ``|v_b| / |x_b|`` will be, with mean square about 1.
+def sample_weights(losses: Tensor, images: Tensor, coupled: bool, shares: Tensor) -> Tensor:
+    """The u_b, (B,): about proportional to what ``s_b |v_b| / |x_b|`` will be, with mean square about 1.
 
     A cross-entropy's gradient is proportional to ``1 - phi_y = 1 - exp(-l)``. Powers of two cost no rounding when they
     are divided out of g. All ones where samples are coupled: with different ones g would not be that of the sum.
     """
-    wide = wide_dtype(losses.device)
     if coupled or len(losses) == 0:
-        return torch.ones_like(losses, dtype=wide)
-    weights = (-torch.expm1(-losses.detach().float())).clamp(min=1e-2) / _reach(images)
-    return torch.exp2(torch.log2(weights / _root_mean_square(weights)).round()).to(wide)
+        return torch.ones_like(shares)
+    weights = (-torch.expm1(-losses.detach().float())).clamp(min=1e-2) * shares.clamp(min=1e-2) / _reach(images)
+    return torch.exp2(torch.log2(weights / _root_mean_square(weights)).round()).to(shares.dtype)
 
 
-@_disable_dynamo
-def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor) -> SpentPass:
-    """Differentiate ``sum_b u_b l_b`` once, in the images and in all that the losses depend on.
-
-    Args:
-        losses: (B,).
-        images: What the gradient g is wanted in; a leaf.
-        origin: What the images are a copy of, if the loss is to have a gradient in them, too.
-        weights: u, (B,).
-
-    Raises:
-        ValueError: If the losses do not depend on the images.
-    """
-    leaves = _leaves(losses, images) if losses.requires_grad else []
-    step = relative_step(losses, images) if losses.requires_grad else 0.0
-    with hooks_withheld(leaves):
-        scaled, *gradients = (
-            torch.autograd.grad(losses, (images, *leaves), weights.to(losses.dtype), allow_unused=True)
-            if losses.requires_grad
-            else (None,)
-        )
-    if scaled is None:
-        raise ValueError("model: its loss has no path to the images; the penalty needs their gradient")
-    gradient = scaled / weights.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
-    pairs = [(leaf, value) for leaf, value in zip(leaves, gradients) if value is not None]
-    if origin is not None:
-        pairs.append((origin, scaled))
-    return SpentPass(gradient, weights, tuple(leaf for leaf, _ in pairs), tuple(value for _, value in pairs), step)
-
-
-def _leaves(losses: Tensor, images: Tensor) -> list[Tensor]:
-    """The leaves that a graph ends in, whoever owns them; but not the images."""
-    nodes = graph_nodes(losses, {get_gradient_edge(images).node})
-    return [node.variable for node in nodes if node.name() == "torch::autograd::AccumulateGrad"]
-
-
-def graph_nodes(value: Tensor, without: Collection[Any] = ()) -> Iterator[Any]:
-    """The nodes of the graph behind a value, each once; not beyond those left out."""
-    seen: set[Any] = {None, *without}
-    stack: list[Any] = [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend(following for following, _ in node.next_functions)
-
-
-@contextlib.contextmanager
-def hooks_withheld(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep hooks of parameters for the loss's whole gradient, from a part of it or a trial."""
-    kept = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, entries in kept:
-            hooks.update(entries)
-
-
-def scale_of_steps(images: Tensor, direction: Tensor, weights: Tensor, step: float) -> Tensor:
+def scale_of_steps(images: Tensor, direction: Tensor, weights: Tensor, shares: Tensor, step: float) -> Tensor:
     """The c of ``q_b = c u_b``: steps are about ``step |x_b| / |v_b|``; zero along a zero direction."""
     if len(images) == 0:
         return weights.new_zeros(())
-    wanted = _norms(direction) / _reach(images)
+    wanted = shares * _norms(direction) / _reach(images)
     return _root_mean_square(wanted) / (_root_mean_square(weights) * step)
 
 
@@ -190,50 +169,9 @@ class Difference:
     behind: Tensor
 
 
-def difference(scale: Tensor, weights: Tensor, weight: float, with_loss: bool) -> Difference:
-    """What makes ``mean_b [l_b] + weight * slope_b`` of the two sides; the l_b only if ``with_loss``."""
+def difference(scale: Tensor, weights: Tensor, weight: float, shares: Tensor, with_loss: bool) -> Difference:
+    """What makes ``mean_b [l_b] + weight s_b slope_b`` of the two sides; the l_b only if ``with_loss``, s_b = 1."""
     samples = max(1, len(weights))
-    slopes = weight * scale * weights
-    ahead = slopes + float(with_loss)
-    steps = torch.where(ahead > 0, weight / torch.where(ahead > 0, ahead, 1), 0)
+    ahead = weight * scale * weights + float(with_loss)
+    steps = torch.where(ahead > 0, weight * shares / torch.where(ahead > 0, ahead, 1), 0)
     return Difference(steps, ahead / samples, -weight * scale / samples)
-
-
-class _Substitute(torch.autograd.Function):
-    """A value with the gradient of another scalar, plus ``factor`` times given gradients of given leaves."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, scalar: Tensor, factor: Tensor, gradients: tuple[Tensor, ...], *leaves: Tensor
-    ) -> Tensor:
-        ctx.factor, ctx.gradients = factor, gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "method: the loss by finite differences cannot be differentiated twice (create_graph=True); "
-                'use method="double-backward" or "forward-mode"'
-            )
-        scale = incoming * ctx.factor
-        return None, incoming, None, None, *(_scaled(gradient, scale) for gradient in ctx.gradients)
-
-
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """Their product, but zero times NaN is zero: a penalty left out leaves nothing behind."""
-    scale = scale.to(gradient.device)
-    product = gradient * scale
-    return product if product.layout != torch.strided else torch.where(scale == 0, 0.0, product)
-
-
-@_disable_dynamo
-def substitute(value: Tensor, scalar: Tensor, factor: Tensor, spent: SpentPass) -> Tensor:
-    """``value``, with the gradient of ``scalar + factor * sum_b u_b l_b(x_b)``."""
-    return _Substitute.apply(value.detach(), scalar.to(value.dtype), factor, spent.gradients, *spent.leaves)
-
-
-def difference_noise(step: float, steps: Tensor, losses: Tensor) -> Tensor:
-    """Rounding error to expect of the slopes, summed over the batch."""
-    rounding = step**2 * (1 + losses.detach().abs())
-    return 20 * torch.where(steps > 0, rounding / torch.where(steps > 0, steps, 1), 0).sum()

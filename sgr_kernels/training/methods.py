@@ -39,8 +39,10 @@ class Settings:
         update_rate: Weight of a new batch in the running estimate (beta of Eq. 14).
         update_every: Steps from one update of the estimate to the next.
         penalty_every: Steps from one penalty to the next, each with that weight.
-        fraction: Share of each batch that is penalized.
+        fraction: Share of each batch of which the penalty's gradient is taken.
+        sampling: How that share is drawn, ``"importance"`` or ``"uniform"``.
         penalty_method: Way to the penalty's gradient, as `SGRLoss` takes it.
+        allow_kinks: Whether finite differences may be far from exact.
         warmup: Steps over which the strength grows linearly to its value; 0: none.
         mean_correction: Whether the penalty takes the perturbations' mean into account (Eq. 12).
         binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
@@ -72,7 +74,9 @@ class Settings:
     update_every: int = 1
     penalty_every: int = 1
     fraction: float = 1.0
+    sampling: str = "importance"
     penalty_method: str = "double-backward"
+    allow_kinks: bool = False
     warmup: int = 0
     mean_correction: bool = False
     binning: str = "rounded"
@@ -203,7 +207,9 @@ def _penalized(settings: Settings, covariance: Covariance, **options: Any) -> SG
         strength,
         penalty_every=settings.penalty_every,
         fraction=settings.fraction,
+        sampling=settings.sampling,
         method=settings.penalty_method,
+        allow_kinks=settings.allow_kinks,
         **options,
     )
 

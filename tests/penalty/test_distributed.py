@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 import sgr_kernels as sgr
-from sgr_kernels.penalty.passes import METHODS
+from sgr_kernels.penalty.choice import METHODS
 from tests import distributed_worker as worker
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")

@@ -53,10 +53,10 @@ def test_the_gradient_is_that_of_its_own_formula(
     losses = cross_entropy_per_sample(model(x), labels)
     (g,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
     v = loss.covariance.product(g)
-    weights = sample_weights(losses, images, coupled=False)
-    sides = difference(
-        scale_of_steps(images, v, weights, torch.finfo(dtype).eps ** 0.5), weights, loss.strength, with_loss=True
-    )
+    equal = torch.ones(BATCH, dtype=torch.float64)
+    weights = sample_weights(losses, images, False, equal)
+    scale = scale_of_steps(images, v, weights, equal, torch.finfo(dtype).eps ** 0.5)
+    sides = difference(scale, weights, loss.strength, equal, with_loss=True)
     steps = sides.steps.to(dtype)
     ahead = cross_entropy_per_sample(model(images + steps.view(-1, 1, 1, 1) * v), labels)
     # Cross-entropy is taken at the moved images, of which the formula's remainder is w (1/h - 1/w) of both.
@@ -86,9 +86,10 @@ def test_steps_are_those_of_each_sample() -> None:
     losses = torch.tensor([1e-2, 1e-1, 0.7, 2.0, 5.0, 20.0], dtype=torch.float64)
     size = (1 - torch.exp(-losses)).view(-1, 1, 1, 1)  # of a cross-entropy's gradient
     direction = size * torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = sample_weights(losses, images, coupled=False)
+    equal = torch.ones(BATCH, dtype=torch.float64)
+    weights = sample_weights(losses, images, False, equal)
     wanted = torch.finfo(torch.float64).eps ** 0.5
-    steps = difference(scale_of_steps(images, direction, weights, wanted), weights, 1.0, with_loss=True).steps
+    steps = difference(scale_of_steps(images, direction, weights, equal, wanted), weights, 1.0, equal, True).steps
     moved = steps * direction.flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1)
     assert bool((moved[1:] > wanted / 3).all())
     assert bool((moved[1:] < wanted * 3).all())

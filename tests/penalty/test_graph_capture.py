@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sgr_kernels import CovarianceFunction, SGRLoss, loss
+from sgr_kernels.penalty import choice, statistics
 from sgr_kernels.training.models import carlini_wagner
 
 SIZES = {1: (28, 28), 3: (32, 32)}
@@ -39,8 +40,7 @@ def test_a_step_asks_the_device_for_no_value(channels, options, monkeypatch):
     """
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know that device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(loss, "try_method", lambda *_: None)  # once, before the first step, it does look
-    monkeypatch.setattr(loss, "samples_interact", lambda *_: False)
+    monkeypatch.setattr(choice, "prove", lambda name, _: choice.WAYS[name]())  # before the first step, it does look
     model, criterion = setting(channels, "meta", **options)
     images = torch.rand(8, channels, *SIZES[channels], device="meta")
     labels = torch.zeros(8, dtype=torch.int64, device="meta")
@@ -52,11 +52,16 @@ def test_a_step_asks_the_device_for_no_value(channels, options, monkeypatch):
         float(criterion.peek().loss)
 
 
-def test_a_part_of_the_batch_is_not_recorded(monkeypatch):
+def test_replays_draw_other_samples(monkeypatch):
+    """What a graph records has the number of the draw on the device, and counts it there."""
     model, criterion = setting(1, "cpu", fraction=0.5)
+    images, labels = torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
+    criterion(model, images, labels)
     monkeypatch.setattr(loss, "recording", lambda: True)
-    with pytest.raises(RuntimeError, match="fraction: a CUDA graph would repeat"):
-        criterion(model, torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
+    for draws in (2, 3, 4):
+        criterion.steps = 1  # as a replay has it
+        criterion(model, images, labels)
+        assert int(criterion.drawn) == draws
 
 
 def test_only_steps_that_record_skip_the_look_at_penalties(monkeypatch):
@@ -64,7 +69,7 @@ def test_only_steps_that_record_skip_the_look_at_penalties(monkeypatch):
     images, labels = torch.rand(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
     criterion.nonfinite_in_a_row += 1
     with monkeypatch.context() as patch:
-        patch.setattr(loss, "recording", lambda: True)
+        patch.setattr(statistics, "recording", lambda: True)
         criterion._stop_if_hopeless()
     with pytest.raises(RuntimeError, match="in a row"):
         criterion(model, images, labels)

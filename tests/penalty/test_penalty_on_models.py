@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
-from sgr_kernels.penalty.passes import METHODS
+from sgr_kernels.penalty.choice import METHODS
 from tests.support_matrix import CLASSES, SIZE, criterion, difference_of_losses, gradients
 
 BATCH = 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sgr_kernels.penalty.passes import METHODS
+from sgr_kernels.penalty.choice import METHODS
 from tests import support_matrix
 
 pytestmark = [

@@ -29,7 +29,15 @@ VARIANTS = [
     *(Settings("mnist", method="sgr", perturbation=p, batch_size=8, flip=True) for p in PERTURBATIONS),
     Settings("mnist", binning="linear", psd="none", weight_decay=1e-3, update_every=2, penalty_every=3, batch_size=8),
     Settings("mnist", method="clean", schedule="cosine", batch_size=8),
-    Settings("mnist", fraction=0.5, penalty_method="finite-difference", warmup=3, mean_correction=True, batch_size=8),
+    Settings(
+        "mnist",
+        fraction=0.5,
+        penalty_method="finite-difference",
+        allow_kinks=True,
+        warmup=3,
+        mean_correction=True,
+        batch_size=8,
+    ),
 ]
 
 

@@ -170,7 +170,7 @@ def test_parts_make_up_the_batches_of_one_process(size: int) -> None:
 @pytest.mark.parametrize("source", ["sign", "pgd"])
 def test_an_empty_part_takes_its_step(method: str, source: str) -> None:
     sample = load("mnist-sample")
-    settings = Settings("mnist", perturbation=source, penalty_method=method)
+    settings = Settings("mnist", perturbation=source, penalty_method=method, allow_kinks=True)
     trainer = Trainer(settings, DataSet(sample.train.first(2), sample.test.first(2)))
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer._train_step(sample.train.images[:0] / 255, sample.train.labels[:0])

@@ -1,0 +1,286 @@
+"""Which way to the penalty's gradient a model supports: tried on the first batch, against plain gradients.
+
+A way is right if the parameters' gradient that it gives is the derivative, along v, of the parameters' plain gradient:
+``grad_theta (v . grad_x l) = d/dh grad_theta l(x + h v)``. That is checked by a central difference, of a copy of the
+model in float64 where there can be one: there the kinks of ReLU are too far apart to meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_map_only
+
+from sgr_kernels.covariance import IdentityCovariance
+from sgr_kernels.penalty.double_backward import DoubleBackward, has_no_second_derivative
+from sgr_kernels.penalty.finite_difference import FiniteDifference, samples_interact
+from sgr_kernels.penalty.forward_mode import ForwardMode
+from sgr_kernels.penalty.gradients import coarsest_rounding, hooks_withheld, leaves
+from sgr_kernels.penalty.metric import Metric
+from sgr_kernels.penalty.passes import Evaluate, Passes
+from sgr_kernels.penalty.way import Outcome, Task, Way
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, is_sharded, uncompiled
+
+logger = logging.getLogger("sgr_kernels")
+
+WAYS: dict[str, Callable[[], Way]] = {way.name: way for way in (DoubleBackward, ForwardMode, FiniteDifference)}
+METHODS = tuple(WAYS)
+AUTO = "auto"
+
+COST = {"double-backward": "about 2", "forward-mode": "3 to 4", "finite-difference": "about 2"}
+"""Of a step in plain ones, for the log."""
+
+_COSINE = 0.9
+"""Of a difference's gradient to the exact one: networks with kinks have 0.0 to 0.6 in float32, others 0.99."""
+_WIDE = 1e-12  # a rounding unit below this is float64's
+
+
+@dataclass
+class Trial:
+    """What a way is tried on: a model and a batch, as they are."""
+
+    model: Any
+    evaluate: Evaluate
+    images: Tensor
+    labels: Any
+    allow_kinks: bool = False
+
+    def passes(self) -> Passes:
+        """Forward passes that leave no trace."""
+        return Passes(self.model, self.evaluate, self.labels, self.images.device, replays=True)
+
+    @functools.cached_property
+    def parameters(self) -> list[Tensor]:
+        """What can be trained: of a module all, of a callable what its losses depend on."""
+        if isinstance(self.model, nn.Module):
+            return [p for p in uncompiled(self.model).parameters() if p.requires_grad]
+        return leaves(self.passes().again(self.images.detach()).losses)
+
+    def apart(self) -> Trial:
+        """The same with a thousandth of noise: in flat parts of images max-pooling has ties, and no derivative."""
+        generator = torch.Generator(self.images.device if self.images.is_cuda else "cpu").manual_seed(0)
+        images = self.images.detach()
+        noise = torch.rand(images.shape, generator=generator, device=generator.device, dtype=torch.float32) - 0.5
+        size = images.double().square().mean().sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        return replace(self, images=images + (2e-3 * size * noise.to(images.device)).to(images.dtype))
+
+    def doubled(self) -> Trial | None:
+        """The same in float64 on a copy of the model; None where there can be none."""
+        model = uncompiled(self.model)
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            return None
+        try:
+            wide = copy.deepcopy(model).double()
+            images, labels = tree_map_only(Tensor, _widened, (self.images, self.labels))
+            trial = replace(self, model=wide, images=images, labels=labels)
+            trial.passes().again(images)
+        except Exception as error:  # whatever a model does not like about float64 or being copied
+            logger.debug("SGRLoss: no float64 copy of the model (%s)", error)
+            return None
+        return trial
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+
+def is_traceable(method: str) -> bool:
+    """Whether a compiler of the whole step may trace a method's passes."""
+    return method != AUTO and WAYS[method]().traceable
+
+
+@_disable_dynamo
+def choose(method: str, trial: Trial) -> Way:
+    """The way of a name, or the first that the model supports; tried, which waits for the device.
+
+    Raises:
+        PenaltyGradientError: If the model does not support it; names those that it does support.
+    """
+    names = (method,) if method != AUTO else _preference(trial.model)
+    failures: dict[str, str] = {}
+    for name in names:
+        try:
+            way = prove(name, trial)
+        except PenaltyGradientError as error:
+            failures[name] = str(error)
+            continue
+        if method == AUTO:
+            why = "".join(f"; not {other!r}: {reason}" for other, reason in failures.items())
+            logger.info("SGRLoss: method %r, a step costs %s plain ones%s", name, COST[name], why)
+        return way
+    raise PenaltyGradientError(f"{'; '.join(failures.values())}; {_remedy(failures, trial)}")
+
+
+def _preference(model: Any) -> tuple[str, ...]:
+    """Cheapest first; of a compiled model what keeps it compiled."""
+    return METHODS if not is_compiled(model) else ("finite-difference", "double-backward", "forward-mode")
+
+
+def _remedy(failures: dict[str, str], trial: Trial) -> str:
+    """The methods that work, tried."""
+    working = []
+    for name in METHODS:
+        if name not in failures:
+            try:
+                prove(name, trial)
+            except PenaltyGradientError:
+                continue
+            working.append(repr(name))
+    return f"use method={' or '.join(working)}" if working else "no method works on this model"
+
+
+def prove(name: str, trial: Trial) -> Way:
+    """A way, tried.
+
+    Raises:
+        PenaltyGradientError: If it cannot be right on this model.
+    """
+    way = WAYS[name]()
+    obstacle = way.obstacle(trial.model)
+    if obstacle is not None:
+        raise PenaltyGradientError(f"method: {obstacle}")
+    if is_sharded(trial.model):
+        logger.info("SGRLoss: method %r is not compared with plain gradients, the parameters are sharded", name)
+        return way
+    if way.exact:
+        generic = trial.apart()
+        _compare_exact(way, generic.doubled() or generic)
+    else:
+        _compare_difference(way, trial)
+    return way
+
+
+def _compare_exact(way: Way, trial: Trial) -> None:
+    outcome, found = _penalty_gradients(way, trial)
+    assert outcome.gradient is not None
+    if not bool(outcome.gradient.isfinite().all()):
+        return  # the batch's fault
+    best = math.inf
+    for expected, rounding in _differences(trial, outcome.gradient.detach()):
+        size, error = _norm(expected), _norm([a - b for a, b in zip(found, expected)])
+        best = min(best, error / size if size > 0 else (0.0 if error == 0 else math.inf))
+        way.proved = size > 0 or not trial.parameters
+        if best <= (0.02 if rounding < _WIDE else 0.1):
+            return
+    message = (
+        f"method: the parameters' gradient by {way.name} differs by {best:.2g} of its size from a difference of plain "
+        "gradients"
+    )
+    if rounding < _WIDE and not trial.allow_kinks:
+        raise PenaltyGradientError(message)
+    logger.warning("SGRLoss: %s, whose own rounding is %.1g", message.removeprefix("method: "), rounding**0.5)
+
+
+def _compare_difference(way: Way, trial: Trial) -> None:
+    assert isinstance(way, FiniteDifference)
+    leaf = trial.images.detach().requires_grad_()
+    way.coupled = samples_interact(trial.passes(), leaf)
+    outcome, found = _penalty_gradients(way, trial)
+    expected = _reference(trial, outcome)
+    if expected is None:
+        logger.warning("SGRLoss: the gradient by finite-difference could not be compared with an exact one")
+        return
+    sizes = _norm(found) * _norm(expected)
+    way.proved = sizes > 0 or not trial.parameters
+    cosine = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, expected)) / sizes if sizes > 0 else 1.0
+    if cosine >= _COSINE:
+        return
+    message = (
+        f"method: the cosine between the penalty's gradient by finite-difference in {trial.images.dtype} and the exact "
+        f"one is {cosine:.2f} on this batch: differences see the kinks of ReLU and max-pooling"
+    )
+    if not trial.allow_kinks:
+        raise PenaltyGradientError(f"{message}; allow_kinks=True uses them all the same")
+    logger.warning("SGRLoss: %s", message.removeprefix("method: "))
+
+
+def _reference(trial: Trial, outcome: Outcome) -> list[Tensor] | None:
+    """The exact gradient: by a way that is right on this model, or a central difference in float64."""
+    for name in METHODS:
+        if WAYS[name]().exact:
+            try:
+                return _penalty_gradients(prove(name, trial), trial)[1]
+            except PenaltyGradientError:
+                continue
+    wide = trial.doubled()
+    assert outcome.gradient is not None
+    return None if wide is None else next(_differences(wide, outcome.gradient.detach().double()))[0]
+
+
+def _penalty_gradients(way: Way, trial: Trial) -> tuple[Outcome, list[Tensor]]:
+    """The penalty by a way, with Sigma = I, and its gradient in the parameters."""
+    samples = max(1, len(trial.images))
+    shares = torch.full((len(trial.images),), 1 / samples, device=trial.images.device, dtype=torch.float32)
+    task = Task(trial.passes(), trial.images.detach(), Metric(IdentityCovariance(), False), 1.0, shares=shares)
+    outcome = way(task)
+    assert outcome.gradient is not None
+    if isinstance(way, DoubleBackward) and has_no_second_derivative(outcome.gradient):
+        raise PenaltyGradientError("method: a part of the model can be differentiated only once (once_differentiable)")
+    try:
+        gradients = _grad(outcome.loss, trial.parameters)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PenaltyGradientError(f"method: the {way.name} slope has no backward ({error})") from error
+    if not math.isfinite(_norm(gradients)) and bool(outcome.gradient.isfinite().all()):
+        raise PenaltyGradientError(f"method: the gradient by {way.name} is not finite{_culprit(way, task, trial)}")
+    return outcome, gradients
+
+
+def _differences(trial: Trial, direction: Tensor) -> Iterator[tuple[list[Tensor], float]]:
+    """Central differences of the plain gradients of the mean loss along a direction, and the passes' rounding unit.
+
+    Of several lengths, the likeliest first: a kink may lie within one.
+    """
+    passes, images, samples = trial.passes(), trial.images.detach(), max(1, len(trial.images))
+    leaf = images.clone().requires_grad_()
+    rounding = coarsest_rounding(passes.again(leaf).losses, leaf)
+    lengths = (1e-8, 1e-9, 1e-10, 1e-7, 1e-6) if rounding < _WIDE else [rounding**0.5 * s for s in (1, 4, 0.25, 16)]
+    unit = _norm([trial.images]) / max(_norm([direction]), 1e-30)
+    for length in lengths:
+        step = length * unit
+        ahead, behind = (
+            _grad(
+                passes.again(trial.images.detach() + side * step * direction).losses.sum() / samples, trial.parameters
+            )
+            for side in (1, -1)
+        )
+        yield [(a - b) / (2 * step) for a, b in zip(ahead, behind)], rounding
+
+
+def _grad(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """Gradients of a loss, zeros where it does not depend on a parameter; hooks do not see them."""
+    if not loss.requires_grad or not parameters:
+        return [torch.zeros_like(p) for p in parameters]
+    with hooks_withheld(parameters):
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, parameters)]
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().abs().double().square().sum()) for t in tensors))
+
+
+def _culprit(way: Way, task: Task, trial: Trial) -> str:
+    """The operation whose derivative is not finite, if autograd can name it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autograd.detect_anomaly(check_nan=True):
+                _grad(way(task).loss, trial.parameters)
+    except RuntimeError as error:
+        found = re.search(r"Function '(\w+?)(Backward\d*)+' returned nan", str(error))
+        return "" if found is None else f": the derivative of {found.group(1)} is NaN at this input"
+    return ""

@@ -1,0 +1,144 @@
+"""What a criterion keeps of its steps: the last one's statistics, and counts of penalties that were not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # like torch.compiler.disable, but importing the compiler on first use
+
+from sgr_kernels.checks import warn_caller
+from sgr_kernels.covariance import Covariance
+from sgr_kernels.penalty.forward_mode import detached
+from sgr_kernels.penalty.way import Outcome
+from sgr_kernels.toeplitz.constants import recording
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What a call of `SGRLoss` computed; all tensors are detached.
+
+    Attributes:
+        loss: Value of the loss.
+        cross_entropy: Mean of the per-sample losses.
+        penalty: Omega (Eq. 11 or 12), without the strength; None on a step that left it out.
+        strength: lambda on that step.
+        outputs: What the model returned.
+        gradient_norm: Norm of each sample's input gradient; None on a step that did not need it.
+        nonfinite_penalties: Steps whose penalty was not finite and left out, so far.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    penalty: Tensor | None
+    strength: float
+    outputs: Any
+    gradient_norm: Tensor | None
+    nonfinite_penalties: Tensor
+
+
+class Recorded(nn.Module):
+    """A criterion's memory of its steps.
+
+    Attributes:
+        steps: Training steps taken; the cadences count them.
+        nonfinite: Steps whose penalty was not finite and left out, int64.
+    """
+
+    nonfinite: Tensor
+    nonfinite_in_a_row: Tensor
+    covariance: Covariance
+    mean_correction: bool
+
+    def __init__(self, nonfinite_patience: int) -> None:
+        super().__init__()
+        self.nonfinite_patience = nonfinite_patience
+        self.steps = 0
+        self._last: StepStatistics | None = None
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("nonfinite_in_a_row", torch.zeros((), dtype=torch.int64))
+
+    def _record(self, outcome: Outcome, strength: float) -> None:
+        gradient = outcome.gradient
+        self._last = StepStatistics(
+            loss=outcome.loss.detach(),
+            cross_entropy=outcome.cross_entropy.detach(),
+            penalty=None if outcome.penalty is None else outcome.penalty.detach(),
+            strength=strength,
+            outputs=detached(outcome.outputs),
+            gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
+            nonfinite_penalties=self.nonfinite,
+        )
+
+    def _count_finite(self, penalty: Tensor) -> Tensor:
+        """Whether the penalty is finite; counted on the device."""
+        finite = penalty.detach().isfinite()
+        if self.training:
+            self.nonfinite += ~finite
+            self.nonfinite_in_a_row.mul_(~finite).add_(~finite)
+        return finite
+
+    @_disable_dynamo
+    def _stop_if_hopeless(self) -> None:
+        """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
+        on_cpu = self.nonfinite_in_a_row.device.type == "cpu"
+        if not self.training or not (on_cpu or self.steps % self.nonfinite_patience == 0):
+            return
+        if recording():
+            return
+        in_a_row = int(self.nonfinite_in_a_row)
+        if in_a_row < self.nonfinite_patience:
+            return
+        last = self._last
+        evidence = ""
+        if last is not None and last.gradient_norm is not None:
+            evidence = (
+                f"; last cross-entropy {float(last.cross_entropy):.4g}, penalty {float(last.penalty or math.nan):.4g}, "
+                f"largest input gradient {float(last.gradient_norm.max()):.4g}"
+            )
+        raise RuntimeError(f"SGRLoss: {in_a_row} penalties in a row were not finite{evidence}")
+
+    @property
+    def last(self) -> StepStatistics:
+        """What the last call computed. Reading it waits for the device, and warns of what went wrong.
+
+        Warns:
+            RuntimeWarning: If the penalty was negative (Sigma is indefinite) or not finite, or batches did not enter
+                the estimate.
+
+        Raises:
+            RuntimeError: If there was no call yet.
+        """
+        last = self.peek()
+        self.covariance.warn_if_skipped()
+        if last.penalty is not None:
+            penalty = float(last.penalty)
+            if not math.isfinite(penalty):
+                message = f"not finite ({penalty}) and was left out of the loss"
+            elif penalty < 0 and not self.mean_correction:
+                message = f'negative ({penalty:.3g}), the covariance is indefinite; psd="clip" makes it semidefinite'
+            else:
+                return last
+            warn_caller(f"SGRLoss: the penalty is {message}", RuntimeWarning)
+        return last
+
+    def peek(self) -> StepStatistics:
+        """What the last call computed, without waiting for the device and without warnings.
+
+        Raises:
+            RuntimeError: If there was no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("last: the criterion has not been called yet")
+        return self._last
+
+    def get_extra_state(self) -> Tensor:
+        """The step counter, for ``state_dict``; uint8."""
+        return torch.tensor([self.steps]).view(torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the step counter."""
+        self.steps = int(state.cpu()[:8].clone().view(torch.int64))

@@ -1,0 +1,54 @@
+"""What models come wrapped in: compilers, distributed training; and what that rules out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class PenaltyGradientError(RuntimeError):
+    """A model does not support the method that was asked for; the message names the remedy."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel: extra passes must not start its gradient reduction again."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def opened(model: Any) -> Any:
+    """What ``torch.compile`` was given, a module or a function; anything else as it is."""
+    return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside its wrappers. A compiled one supports neither a second backward nor forward mode."""
+    return opened(unwrapped(opened(model)))
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a model is the product of ``torch.compile``, inside DistributedDataParallel or out."""
+    return opened(model) is not model or opened(unwrapped(model)) is not unwrapped(model)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a model holds modules of FSDP, which frees and gathers their parameters around each pass."""
+    if not torch.distributed.is_available() or not isinstance(model, nn.Module):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
+def refuse_static_graph(model: Any) -> None:
+    """Raise where gradients of the images alone would pass for a whole backward, after which nothing is reduced.
+
+    Raises:
+        PenaltyGradientError: If the model is DistributedDataParallel with a static graph.
+    """
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) and m.static_graph for m in (model, opened(model))):
+        raise PenaltyGradientError(
+            "model: DistributedDataParallel(static_graph=True) takes the penalty's backward for the step's and would "
+            "not reduce the gradients; use static_graph=False"
+        )
