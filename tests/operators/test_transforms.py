@@ -75,3 +75,51 @@ def test_samples_drawn_within_transforms_leave_nothing_behind():
     expected = CovarianceFunction.exponential(1, 5, 2.0).sample(1, generator.manual_seed(0)).sum()
     torch.testing.assert_close(noisy(x), expected[None])
     torch.testing.assert_close(torch.func.grad(lambda y: noisy(y).sum())(x).sum(), expected)
+
+
+def _scalar(x: Tensor, f: Tensor) -> Tensor:
+    """All three operators in one number."""
+    v = sgr.covariance_product(x, f, backend="torch")
+    estimate = sgr.displacement_covariance(v, backend="torch")
+    return (sgr.covariance_quadratic_form(v, f, backend="torch") * v.sum((1, 2, 3))).sum() + estimate.square().sum()
+
+
+def _sum_of_squares(x: Tensor, f: Tensor) -> Tensor:
+    return sum(t.square().sum() for t in torch.func.grad(_scalar, (0, 1))(x, f))
+
+
+COMPOSED = {
+    "grad": torch.func.grad(_scalar, (0, 1)),
+    "grad_and_value": torch.func.grad_and_value(_scalar, (0, 1)),
+    "grad of grad": torch.func.grad(_sum_of_squares, (0, 1)),
+    "grad of jvp": torch.func.grad(lambda x, f: torch.func.jvp(lambda y: _scalar(y, f), (x,), (x.sin(),))[1]),
+    "vjp": lambda x, f: torch.func.vjp(_scalar, x, f)[1](x.new_ones(())),
+    "vmap": lambda x, f: torch.func.vmap(_scalar, (3, None))(torch.stack([x, 2 * x], 3), f),
+    "vmap of grad": lambda x, f: torch.func.vmap(torch.func.grad(_scalar, (0, 1)), (None, 2))(x, f[:, :, None]),
+    "jvp": lambda x, f: torch.func.jvp(_scalar, (x, f), (x.cos(), f.sin())),
+    "jacrev": torch.func.jacrev(_scalar, (0, 1)),
+    "jacfwd": torch.func.jacfwd(_scalar, (0, 1)),
+    "hessian": torch.func.hessian(_scalar),
+}
+
+
+@pytest.mark.parametrize("transform", COMPOSED)
+def test_compiled_transforms_are_one_graph(transform):
+    torch._dynamo.reset()
+    x, f = gradients((2, 1, 3, 4)), covariances("radial", 1, (3, 4), smooth=True)
+    expected = COMPOSED[transform](x, f)
+    compiled = torch.compile(COMPOSED[transform], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, f), expected)
+
+
+def test_the_registered_operators_within_transforms():
+    """Called directly they differentiate and map as the public functions do."""
+    g, spectrum = gradients((2, 1, 3, 4)), torch.rand(1, 1, 3, 4, dtype=torch.float64)
+
+    def direct(x: Tensor) -> Tensor:
+        return torch.ops.sgr_kernels.torch_product(x, spectrum, "highest")
+
+    dense = torch.func.jacrev(direct)(g).view(24, 24)
+    for name in ("grad", "vmap", "jvp", "jacrev", "jacfwd", "hessian"):
+        expected = TRANSFORMS[name](lambda x: (x.flatten() @ dense.mT).view_as(x), g)
+        torch.testing.assert_close(TRANSFORMS[name](direct, g), expected)
