@@ -1,9 +1,29 @@
-"""Structured gradient regularization (SGR) for PyTorch."""
+"""Structured gradient regularization (SGR) for PyTorch. What is public:
 
-from sgr_kernels import attacks, backends, functional
+SGRLoss                   cross-entropy plus the penalty: the loss that trains
+linear_warmup             a schedule of its strength
+cross_entropy_per_sample  its default ``loss_fn``
+PenaltyGradientError      why the penalty's gradient cannot be had from a model, and what to do
+CovarianceFunction        covariance of perturbations by displacement: a running estimate, or fixed
+FullCovariance            their full matrix, for low-dimensional data
+IdentityCovariance        a multiple of the identity: the gradient-norm penalty
+Covariance                the interface of all three, for one's own
+functional                the differentiable operators: products, quadratic forms, second moments
+attacks                   the paper's attacks
+evaluation                accuracy against strength, and checks that an evaluation can be trusted
+diagnose                  whether the quadratic approximation holds for a model, and which strength fits
+models                    the paper's networks
+backends                  the ways to compute the operators, and what is compiled in
+use_backend               choose one of them for the whole process
+__version__               of this package
+
+docs/api.md lists the modules' names as well.
+"""
+
+from sgr_kernels import attacks, backends, evaluation, functional
 from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
-from sgr_kernels.covariance import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.evaluation import diagnose
 from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
@@ -11,6 +31,7 @@ from sgr_kernels.penalty.wrappers import PenaltyGradientError
 from sgr_kernels.training import models
 
 __all__ = [
+    "Covariance",
     "CovarianceFunction",
     "FullCovariance",
     "IdentityCovariance",
@@ -21,6 +42,7 @@ __all__ = [
     "backends",
     "cross_entropy_per_sample",
     "diagnose",
+    "evaluation",
     "functional",
     "linear_warmup",
     "models",

@@ -5,18 +5,23 @@ derivative, of any order, is made of the same operators. ``quadratic_form`` retu
 twice that, times the incoming gradient, is its backward, and differentiating it again is differentiating the product.
 
 Each ``torch.autograd.Function`` below is the autograd kernel of its registered operator. The functional layer calls the
-Function itself, except while a compiler traces (a Function with a ``jvp`` breaks the trace; the operator does not).
+Function itself, except while a compiler traces (a Function with a ``jvp`` breaks the trace; the operator does not) or a
+transform of ``torch.func`` is active, so that both together meet the operator.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from sgr_kernels.backends import torch_spectral, triton_spectral
 from sgr_kernels.backends.schemas import NAMESPACE, SCHEMAS
@@ -41,22 +46,6 @@ def _implementation(backend: str, operator: str, *args: Any) -> Any:
         raise
 
 
-def _fold(tensor: Tensor, dim: int) -> Tensor:
-    """Move a mapped dimension to the front and merge it with the batch."""
-    return tensor.movedim(dim, 0).flatten(0, 1)
-
-
-def _map_slices(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """Apply ``function`` slice by slice; the general rule for ``torch.func.vmap``."""
-    results = [
-        function(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], tuple):
-        return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
-    return torch.stack(results), 0
-
-
 class Product(Function):
     """``v = Sigma g``: (gradient (B, C, H, W), spectrum, backend, precision) -> like gradient."""
 
@@ -79,7 +68,7 @@ class Product(Function):
         options = (ctx.backend, ctx.precision)
         grad_gradient = grad_spectrum = None
         if ctx.needs_input_grad[0]:
-            grad_gradient = Product.apply(grad_v, transpose(spectrum), *options)
+            grad_gradient = _product(grad_v, transpose(spectrum), *options)
         if ctx.needs_input_grad[1]:
             grad_spectrum = _spectrum_gradient(grad_v, gradient, spectrum, *options)
         return grad_gradient, grad_spectrum, None, None
@@ -89,17 +78,9 @@ class Product(Function):
         """Bilinear: the product of each tangent with the other input."""
         gradient, spectrum = ctx.saved_tensors
         options = (ctx.backend, ctx.precision)
-        by_gradient = None if gradient_t is None else Product.apply(gradient_t, spectrum, *options)
-        by_spectrum = None if spectrum_t is None else Product.apply(gradient, spectrum_t, *options)
+        by_gradient = None if gradient_t is None else _product(gradient_t, spectrum, *options)
+        by_spectrum = None if spectrum_t is None else _product(gradient, spectrum_t, *options)
         return _sum(by_gradient, by_spectrum)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, spectrum: Tensor, *options: str) -> Any:
-        """A mapped gradient is a larger batch."""
-        if in_dims[1] is None and in_dims[0] is not None:
-            v = Product.apply(_fold(gradient, in_dims[0]), spectrum, *options)
-            return v.unflatten(0, (info.batch_size, -1)) if v.shape[0] else v.view(info.batch_size, 0, *v.shape[1:]), 0
-        return _map_slices(Product.apply, info, in_dims, gradient, spectrum, *options)
 
 
 class QuadraticForm(Function):
@@ -134,10 +115,10 @@ class QuadraticForm(Function):
         if ctx.needs_input_grad[0]:
             if grad_q is not None:
                 if not ctx.with_product:
-                    v = Product.apply(gradient, symmetric_part(spectrum), *options)
+                    v = _product(gradient, symmetric_part(spectrum), *options)
                 grad_gradient = _scaled(v, 2 * grad_q)
             if grad_v is not None and ctx.with_product:
-                grad_gradient = _sum(grad_gradient, Product.apply(grad_v, symmetric_part(spectrum), *options))
+                grad_gradient = _sum(grad_gradient, _product(grad_v, symmetric_part(spectrum), *options))
         if ctx.needs_input_grad[1]:
             total = None
             if grad_q is not None:
@@ -158,20 +139,15 @@ class QuadraticForm(Function):
         v_t: Tensor | None = None
         if gradient_t is not None:
             if not ctx.with_product:
-                v = Product.apply(gradient, symmetric_part(spectrum), *options)
+                v = _product(gradient, symmetric_part(spectrum), *options)
             wide = compute_dtype(gradient.dtype)
             q_t = 2 * (v.to(wide) * gradient_t.to(wide)).sum((1, 2, 3))
             if ctx.with_product:
-                v_t = Product.apply(gradient_t, symmetric_part(spectrum), *options)
+                v_t = _product(gradient_t, symmetric_part(spectrum), *options)
         if spectrum_t is not None:
-            q_s, v_s = QuadraticForm.apply(gradient, spectrum_t, ctx.with_product, *options)
+            q_s, v_s = call("quadratic_form", ctx.backend, gradient, spectrum_t, ctx.with_product, ctx.precision)
             q_t, v_t = _sum(q_t, q_s), _sum(v_t, v_s) if ctx.with_product else None
         return q_t, v_t
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, spectrum: Tensor, *options: Any) -> Any:
-        """Slice by slice."""
-        return _map_slices(QuadraticForm.apply, info, in_dims, gradient, spectrum, *options)
 
 
 class CrossSpectrum(Function):
@@ -194,22 +170,27 @@ class CrossSpectrum(Function):
         """Products of the incoming spectrum with the other argument."""
         a, b = ctx.saved_tensors
         options = ctx.options[-2:]
-        grad_a = Product.apply(b, grad, *options).to(a.dtype) if ctx.needs_input_grad[0] else None
-        grad_b = Product.apply(a, transpose(grad), *options).to(b.dtype) if ctx.needs_input_grad[1] else None
+        grad_a = _product(b, grad, *options).to(a.dtype) if ctx.needs_input_grad[0] else None
+        grad_b = _product(a, transpose(grad), *options).to(b.dtype) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, a_t: Tensor | None, b_t: Tensor | None, *_: None) -> Tensor | None:
         """Bilinear."""
         a, b = ctx.saved_tensors
-        by_a = None if a_t is None else CrossSpectrum.apply(a_t, b, *ctx.options)
-        by_b = None if b_t is None else CrossSpectrum.apply(a, b_t, *ctx.options)
+        by_a = None if a_t is None else _cross_spectrum(a_t, b, *ctx.options)
+        by_b = None if b_t is None else _cross_spectrum(a, b_t, *ctx.options)
         return _sum(by_a, by_b)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, *options: Any) -> Any:
-        """Slice by slice: every slice has a sum of its own."""
-        return _map_slices(CrossSpectrum.apply, info, in_dims, a, b, *options)
+
+def _product(gradient: Tensor, spectrum: Tensor, backend: str, precision: str) -> Tensor:
+    return call("product", backend, gradient, spectrum, precision)
+
+
+def _cross_spectrum(
+    a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, backend: str, precision: str
+) -> Tensor:
+    return call("cross_spectrum", backend, a, b, rows, columns, signed, precision)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -226,7 +207,7 @@ def _scaled(images: Tensor, factor: Tensor) -> Tensor:
 def _spectrum_gradient(a: Tensor, b: Tensor, spectrum: Tensor, backend: str, precision: str) -> Tensor:
     rows, columns = spectrum.shape[-2:]
     signed = spectrum.dim() == 5
-    return CrossSpectrum.apply(a, b, rows, columns, signed, backend, precision).to(spectrum.dtype)
+    return _cross_spectrum(a, b, rows, columns, signed, backend, precision).to(spectrum.dtype)
 
 
 def _fake_product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
@@ -245,6 +226,34 @@ def _fake_cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: 
     return a.new_empty((4, *shape) if signed else shape, dtype=compute_dtype(a.dtype))
 
 
+def _map_batch(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """The rule of ``torch.func.vmap`` for products and quadratic forms: a mapped gradient is a larger batch."""
+    gradient, spectrum, *options = args
+    if in_dims[0] is None or in_dims[1] is not None:
+        return _map_slices(operator, info, in_dims, *args)
+    mapped = gradient.movedim(in_dims[0], 0)
+    results = operator(mapped.flatten(0, 1), spectrum, *options)
+    if isinstance(results, Tensor):
+        return results.view(mapped.shape), 0
+    q, v = results
+    return (q.view(mapped.shape[:2]), v.view(mapped.shape) if v.dim() == 4 else v.expand(info.batch_size, 0)), (0, 0)
+
+
+def _map_slices(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """The general rule: slice by slice. Of no slices the result has the shape that a slice of zeros gives."""
+
+    def select(arg: Any, dim: int | None, i: int) -> Any:
+        if dim is None:
+            return arg
+        return arg.select(dim, i) if info.batch_size else arg.sum(dim)  # of nothing: zeros
+
+    results = [operator(*(select(arg, d, i) for arg, d in zip(args, in_dims))) for i in range(max(1, info.batch_size))]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(c)[: info.batch_size] for c in zip(*results)), (0,) * len(results[0])
+    return torch.stack(results)[: info.batch_size], 0
+
+
+_MAPS = {"product": _map_batch, "quadratic_form": _map_batch, "cross_spectrum": _map_slices}
 _FAKES: dict[str, Callable[..., Any]] = {
     "product": _fake_product,
     "quadratic_form": _fake_quadratic_form,
@@ -257,17 +266,34 @@ FUNCTIONS: dict[str, type[Function]] = {
 }
 
 
+def _for_one_level(function: type[Function]) -> Any:
+    """A Function as an autograd kernel within a transform: PyTorch unwraps and wraps the tensors of its one level."""
+
+    def forward(*args: Any) -> Any:
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):  # as the levels below may want
+            return function.forward(*args)
+
+    rules = {rule: staticmethod(getattr(function, rule)) for rule in ("setup_context", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), {"forward": staticmethod(forward), **rules})
+
+
 def _define(backend: str, operator: str) -> None:
     name = f"{backend}_{operator}"
     function = FUNCTIONS[operator]
+    one_level = _for_one_level(function)
 
     def autograd_kernel(*args: Any) -> Any:
         *tensors_and_options, precision = args
-        return function.apply(*tensors_and_options, backend, precision)
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*tensors_and_options, backend, precision)
+        with enable_single_level_autograd_function():
+            return one_level.apply(*tensors_and_options, backend, precision)
 
     _library.define(name + SCHEMAS[operator], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[operator], lib=_library)
+    overload = getattr(torch.ops.sgr_kernels, name).default
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", functools.partial(_MAPS[operator], overload), lib=_library)
 
 
 for _backend in SPECTRAL_BACKENDS:
@@ -280,6 +306,6 @@ triton_spectral.register_operators(_library)
 
 def call(operator: str, backend: str, *args: Any) -> Any:
     """Call an operator of a backend with its derivatives; ``args`` as in `SCHEMAS`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
     return FUNCTIONS[operator].apply(*args[:-1], backend, args[-1])

@@ -57,12 +57,12 @@ def covariance_form(covariance: Tensor, form: str | None, name: str = "covarianc
     return form or ("radial" if covariance.dim() == 3 else "even")
 
 
-def check_table(name: str, table: Tensor, channels: int, size: Size, form: str) -> None:
-    """Expect a covariance of ``form`` that fits images of ``channels`` and ``size``."""
+def check_table(name: str, table: Tensor, channels: int, size: Size, form: str, binning: str = "rounded") -> None:
+    """Expect a covariance of ``form`` (and ``binning``, if radial) that fits images of ``channels`` and ``size``."""
     if table.shape[0] != channels or table.shape[1] != channels:
         raise ValueError(f"{name}: expected {channels} x {channels} channels, got {describe(table)}")
     if form == "radial":
-        full = bin_count(size)
+        full = bin_count(size, binning)
         if not 1 <= table.shape[2] <= full:
             raise ValueError(f"{name}: expected 1 to {full} bins for images of size {size}, got {describe(table)}")
         return

@@ -7,47 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgr_kernels import checks, functional
-from sgr_kernels.backends import choose, reference
+from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.covariance import construction, readings
 from sgr_kernels.covariance.base import Estimate
-from sgr_kernels.covariance.dense import dense_root, draw_dense
-from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.covariance.layout import Layout, at_zero, layout_of_values, perturbation_shape
+from sgr_kernels.covariance.structured import StructuredMatrix
 from sgr_kernels.toeplitz import embedding
 from sgr_kernels.toeplitz.constants import wide_dtype
-from sgr_kernels.toeplitz.geometry import Size, bin_count, dense_matrix, even_from_radial, reach_of_bins
-from sgr_kernels.toeplitz.lanczos import smallest_eigenvalue
-from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
-
-FORM_OF_BINNING = {"rounded": "radial", "linear": "radial", "even": "even", "offset": "signed"}
-
-
-def _perturbation_shape(channels: int, size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """(C, H, W), or (C, L) for a one-dimensional size; an int means a square."""
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels: expected a positive int, got {channels!r}")
-    extents = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(extents) not in (1, 2) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in extents):
-        raise ValueError(f"size: expected (H, W), (L,) or an int, all positive, got {size!r}")
-    return (channels, *extents)
-
-
-def _form_of(binning: str) -> str:
-    if binning not in FORM_OF_BINNING:
-        raise ValueError(f"binning: expected one of {', '.join(map(repr, FORM_OF_BINNING))}, got {binning!r}")
-    return FORM_OF_BINNING[binning]
-
-
-def _common_window(a: Tensor, b: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """Views of the displacements that two sets of values share: their leading or, centred, their middle parts."""
-
-    def window(tensor: Tensor) -> Tensor:
-        for axis in range(2, tensor.dim()):
-            length = min(a.shape[axis], b.shape[axis])
-            tensor = tensor.narrow(axis, (tensor.shape[axis] - length) // 2 if centred else 0, length)
-        return tensor
-
-    return window(a), window(b)
+from sgr_kernels.toeplitz.geometry import Size, even_from_radial
 
 
 class CovarianceFunction(Estimate):
@@ -78,9 +46,6 @@ class CovarianceFunction(Estimate):
         ValueError: If an argument is out of range.
     """
 
-    table: Tensor
-    spectrum: Tensor
-
     def __init__(
         self,
         channels: int,
@@ -93,32 +58,43 @@ class CovarianceFunction(Estimate):
         psd: str = "clip",
         process_group: Any = "auto",
     ) -> None:
-        shape = _perturbation_shape(channels, size)
-        checks.check_max_displacement(max_displacement)
-        form = _form_of(binning)
+        layout = Layout(perturbation_shape(channels, size), binning, max_displacement)
         if psd not in ("clip", "none"):
             raise ValueError(f"psd: expected 'clip' or 'none', got {psd!r}")
-        image_size: Size = (1, shape[1]) if len(shape) == 2 else (shape[1], shape[2])
-        full = bin_count(image_size, binning) if form == "radial" else max(image_size)
-        bins = full if max_displacement is None else min(full, max_displacement + 1)
-        reach = reach_of_bins(bins, image_size)
-        extent = {"radial": (bins,), "even": reach, "signed": (2 * reach[0] - 1, 2 * reach[1] - 1)}[form]
-        super().__init__(torch.zeros(channels, channels, *extent), shape, decay, target_variance, process_group)
-        self.image_size, self.binning, self.psd, self.max_displacement = image_size, binning, psd, max_displacement
-        # The projection fills the whole range, so a clipped table is as large as the image.
-        reach = image_size if psd == "clip" else reach
-        table = (2 * reach[0] - 1, 2 * reach[1] - 1) if form == "signed" else reach
-        frequencies = frequency_counts(image_size, reach)
-        parts = (4,) if form == "signed" else ()
-        self.register_buffer("table", self.values.new_zeros(channels, channels, *table), persistent=False)
-        spectrum = self.values.new_zeros(*parts, channels, channels, *frequencies)
-        self.register_buffer("spectrum", spectrum, persistent=False)
-        self._root = Derived()
+        super().__init__(torch.zeros(layout.values_shape), layout.shape, decay, target_variance, process_group)
+        self.layout, self.psd = layout, psd
+        table = layout.table(whole=psd == "clip")  # the projection fills the whole range
+        self.matrix = StructuredMatrix(self.values.new_zeros(table.values_shape), layout.image_size, table.form)
+
+    @property
+    def image_size(self) -> Size:
+        """Size (H, W); (1, L) for signals."""
+        return self.layout.image_size
+
+    @property
+    def binning(self) -> str:
+        """As constructed."""
+        return self.layout.binning
+
+    @property
+    def max_displacement(self) -> int | None:
+        """As constructed."""
+        return self.layout.max_displacement
 
     @property
     def form(self) -> str:
         """Form of the table that the kernels use: ``"even"`` or ``"signed"``."""
-        return "signed" if self.binning == "offset" else "even"
+        return self.matrix.form
+
+    @property
+    def table(self) -> Tensor:
+        """Sigma's table: the values, scaled and clipped."""
+        return self.matrix.table
+
+    @property
+    def spectrum(self) -> Tensor:
+        """The table's spectrum."""
+        return self.matrix.spectrum
 
     @classmethod
     def from_values(cls, values: Tensor, size: int | tuple[int, ...], **options: Any) -> CovarianceFunction:
@@ -135,20 +111,16 @@ class CovarianceFunction(Estimate):
             TypeError: If the values are not a real floating-point tensor.
             ValueError: If they are not finite, not symmetric, or of a shape that does not fit.
         """
-        options.setdefault("binning", "rounded" if isinstance(values, Tensor) and values.dim() == 3 else "even")
-        form = _form_of(options["binning"])
-        checks.covariance_form(values, form, "values")
+        binning = options.setdefault(
+            "binning", "rounded" if isinstance(values, Tensor) and values.dim() == 3 else "even"
+        )
+        layout = layout_of_values(values, size, binning, options.get("max_displacement"))
         values = values.detach()
-        shape = _perturbation_shape(values.shape[0], size)
-        image_size: Size = (1, shape[1]) if len(shape) == 2 else (shape[1], shape[2])
-        if options["binning"] != "linear" or values.shape[2] > bin_count(image_size, "linear"):
-            checks.check_table("values", values, values.shape[0], image_size, form)
-        reach = values.shape[2:] if form != "signed" else [(n + 1) // 2 for n in values.shape[2:]]
-        options.setdefault("max_displacement", max(reach) - 1)
-        covariance = cls(values.shape[0], size, **options)
+        options["max_displacement"] = layout.max_displacement
+        covariance = cls(layout.channels, size, **options)
         covariance.check_values(values)
         covariance.to(values.device, torch.promote_types(values.dtype, torch.float32))
-        its, mine = _common_window(values, covariance.values, centred=form == "signed")
+        its, mine = layout.common_window(values, covariance.values)
         mine.copy_(its)
         return covariance.freeze()
 
@@ -178,22 +150,9 @@ class CovarianceFunction(Estimate):
         Raises:
             ValueError: If an argument is out of range.
         """
-        if not decay_length > 0:
-            raise ValueError(f"decay_length: expected a positive number of pixels, got {decay_length!r}")
-        if not -1 <= cross_channel <= 1:
-            raise ValueError(f"cross_channel: expected a number in [-1, 1], got {cross_channel!r}")
-        shape = _perturbation_shape(channels, size)
-        height, width = (1, shape[1]) if len(shape) == 2 else shape[1:]
         binning = options.setdefault("binning", "rounded" if rounded else "even")
-        if _form_of(binning) == "radial":
-            distance = torch.arange(bin_count((height, width), binning), dtype=torch.float64)
-        else:
-            first = (1 - height, 1 - width) if binning == "offset" else (0, 0)
-            y, x = (torch.arange(a, b, dtype=torch.float64) for a, b in zip(first, (height, width)))
-            distance = torch.hypot(y[:, None], x[None, :])
-            distance = distance.round() if rounded else distance
-        mixing = torch.full((channels, channels), float(cross_channel), dtype=torch.float64).fill_diagonal_(1.0)
-        values = torch.einsum("cd,...->cd...", mixing, torch.exp(-distance / decay_length))
+        layout = Layout(perturbation_shape(channels, size), binning)
+        values = construction.exponential(layout, decay_length, cross_channel, rounded)
         return cls.from_values(values.to(compute_dtype(torch.get_default_dtype())), size, **options)
 
     @classmethod
@@ -212,27 +171,10 @@ class CovarianceFunction(Estimate):
             TypeError: If the images are neither floating point nor uint8.
             ValueError: If there are no images, or a value is not finite.
         """
-        if images.dtype != torch.uint8:
-            checks.check_images("images", images)
-        if images.shape[0] == 0:
-            raise ValueError("images: expected at least one image, got none")
-        images = images.detach()
-
-        def pixels(part: Tensor) -> Tensor:
-            return part.to(torch.float32) / 255 if part.dtype == torch.uint8 else part
-
-        covariance = cls(images.shape[1], tuple(images.shape[2:]), **options).to(images.device)
-        if images.is_floating_point():
-            covariance.to(torch.promote_types(images.dtype, torch.float32))
-        wide = wide_dtype(images.device)
-        mean = torch.zeros(images.shape[1:], dtype=wide, device=images.device)
-        for part in images.split(chunk):
-            mean += pixels(part).to(wide).sum(0) / images.shape[0]
-        total = torch.zeros_like(covariance.values, dtype=wide)
-        for part in images.split(chunk):
-            centred = pixels(part) - mean.to(covariance.values.dtype) if center else pixels(part)
-            total += covariance._second_moment(centred).to(wide) * part.shape[0]
-        values = (total / images.shape[0]).to(covariance.values.dtype)
+        construction.check_data_set(images)
+        covariance = cls(images.shape[1], tuple(images.shape[2:]), **options)
+        values, mean = construction.moments_of_images(images.detach(), covariance.layout, center, chunk)
+        covariance.to(values.device, values.dtype)
         covariance.check_values(values)
         covariance.values.copy_(values)
         if not center:
@@ -247,66 +189,42 @@ class CovarianceFunction(Estimate):
         return self
 
     def _second_moment(self, perturbation: Tensor) -> Tensor:
-        form = FORM_OF_BINNING[self.binning]
-        return functional.binned_covariance(perturbation, form, self.binning, self.max_displacement)
+        return construction.second_moment(perturbation, self.layout)
 
     def _average_variance(self) -> Tensor:
-        at_zero = self.values[..., 0] if self.values.dim() == 3 else self.values[..., 0, 0]
-        if self.binning == "offset":
-            at_zero = self.values[..., self.values.shape[2] // 2, self.values.shape[3] // 2]
-        return at_zero.diagonal().mean()
+        return at_zero(self.values, self.layout.form).diagonal().mean()
 
     def _transposed(self, values: Tensor) -> Tensor:
-        swapped = values.transpose(0, 1)
-        return swapped.flip(-2, -1) if self.binning == "offset" else swapped
+        return self.layout.transposed(values)
 
     def _refresh(self) -> None:
         super()._refresh()
         values = self.values.to(wide_dtype(self.values.device))
-        if values.dim() == 3:
+        if self.layout.form == "radial":
             values = even_from_radial(values, self.image_size, self.binning)
         table = values * self.scale
         if self.psd == "clip":
             table = embedding.clip(table, self.image_size, self.form)
             if self.target_variance is not None:
-                row, column = (n // 2 if self.form == "signed" else 0 for n in table.shape[-2:])
-                variance = table[..., row, column].diagonal().mean()
+                variance = at_zero(table, self.form).diagonal().mean()
                 table = table * (self.target_variance / torch.where(variance > 0, variance, 1.0))
-        self.table.copy_(table)
-        frequencies = (self.spectrum.shape[-2], self.spectrum.shape[-1])
-        self.spectrum.copy_(spectrum_from_table(table, frequencies, self.form, self.spectrum.dtype))
+        self.matrix.assign(table)
 
     def _images(self, gradient: Tensor) -> Tensor:
         self._check("gradient", gradient)
         return checks.as_images(gradient)
 
-    def _spectrum_for(self, images: Tensor) -> Tensor:
-        # A copy, because autograd may keep it while the next update rewrites the buffer.
-        return self.spectrum.to(compute_dtype(images.dtype), copy=torch.is_grad_enabled() and not self.frozen)
-
-    def _backend(self, operator: str, images: Tensor) -> str:
-        return choose("auto", functional.request(operator, images, self.form))
-
     def product(self, gradient: Tensor) -> Tensor:
         """``v = Sigma g``, like ``gradient`` (B, C, H, W); differentiable in the gradient."""
-        images = self._images(gradient)
-        backend = self._backend("product", images)
-        if backend == "reference":
-            return reference.product(images, self.table, self.form).view(gradient.shape)
-        return functional.product_from_spectrum(images, self._spectrum_for(images), backend).view(gradient.shape)
+        return self.matrix.product(self._images(gradient), constant=self.frozen).view(gradient.shape)
 
     def quadratic_form(self, gradient: Tensor) -> Tensor:
         """``q_b = g_b^T Sigma g_b``, (B,); differentiable in the gradient."""
-        images = self._images(gradient)
-        backend = self._backend("quadratic_form", images)
-        if backend == "reference":
-            q = reference.quadratic_form(images, self.table, self.form)
-            return q.to(compute_dtype(gradient.dtype))
-        return functional.quadratic_form_from_spectrum(images, self._spectrum_for(images), backend)
+        return self.matrix.quadratic_form(self._images(gradient), constant=self.frozen)
 
     def dense(self) -> Tensor:
         """The matrix that `product` applies, (C*H*W, C*H*W), formed: for small images."""
-        return dense_matrix(self.table, self.image_size, self.form)
+        return self.matrix.dense()
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -315,62 +233,23 @@ class CovarianceFunction(Estimate):
         Raises:
             ValueError: If Sigma is indefinite, which ``psd="clip"`` prevents.
         """
-        filtering, root = self._root((self.table,), self._square_root)
-        if filtering:
-            fields = embedding.draw(root, n, self.image_size, self.table.dtype, generator)
-        else:
-            fields = draw_dense(root, n, generator)
-        return fields.reshape(n, *self.shape)
-
-    def _square_root(self) -> tuple[bool, Tensor]:
-        """The filter that draws samples, and True; where the embedding is indefinite, a root of Sigma, and False."""
-        response = embedding.square_root(self.table, self.image_size, self.form)
-        return (True, response) if response is not None else (False, dense_root(self.dense()))
+        return self.matrix.sample(n, generator).reshape(n, *self.shape)
 
     @torch.no_grad()
     def min_eigenvalue(self) -> float:
         """Smallest eigenvalue of Sigma (Lanczos, in float64); below zero where Sigma is indefinite."""
-        shape = (1, self.shape[0], *self.image_size)
-        wide = wide_dtype(self.table.device)
-        table = self.table.to(wide)
-
-        def product(vector: Tensor) -> Tensor:
-            v = functional.covariance_product(vector.view(shape).to(wide), table, form=self.form)
-            return v.flatten().to(vector.dtype)
-
-        return smallest_eigenvalue(product, self.shape[0] * self.image_size[0] * self.image_size[1], table.device)
+        return self.matrix.min_eigenvalue()
 
     def profile(self) -> Tensor:
         """Raw covariance against displacement in whole pixels, (C, C, K); tables are read along their axes."""
-        if self.values.dim() == 3:
-            return self.values
-        table = self.values
-        if self.binning == "offset":
-            row, column = table.shape[2] // 2, table.shape[3] // 2
-            opposite = table.flip(-2, -1)
-            table = ((table + opposite) / 2)[..., row:, column:]
-        down, across = table[..., :, 0], table[..., 0, :]
-        if 1 in self.image_size:
-            return down if self.image_size[1] == 1 else across
-        length = min(down.shape[-1], across.shape[-1])
-        longer = down if down.shape[-1] > length else across
-        return torch.cat([(down[..., :length] + across[..., :length]) / 2, longer[..., length:]], -1)
+        return readings.profile(self.values, self.layout)
 
     def decay_length(self) -> Tensor:
         """First displacement, interpolated, at which the covariance falls to 1/e of its value at zero, (C, C).
 
         In pixels; infinity where it never falls so far, NaN where it is zero at zero displacement.
         """
-        profile = self.profile()
-        full = bin_count(self.image_size, self.binning) if self.values.dim() == 3 else max(self.image_size)
-        relative = torch.cat([profile / profile[..., :1], torch.zeros_like(profile[..., :1])], -1)
-        level = 1 / torch.e
-        first = (relative <= level).to(torch.int8).argmax(-1, keepdim=True)
-        below, above = relative.gather(-1, first), relative.gather(-1, (first - 1).clamp(min=0))
-        length = first - 1 + (above - level) / (above - below)
-        # A covariance that ends before the image does is zero from there on; of another the rest is not known.
-        length = torch.where(first == full, torch.inf, length)
-        return torch.where(profile[..., :1] == 0, torch.nan, length).squeeze(-1)
+        return readings.decay_length(self.values, self.layout)
 
     def resize(self, size: int | tuple[int, ...]) -> CovarianceFunction:
         """The same covariance function for images of another size: f depends on displacement alone.
@@ -378,7 +257,7 @@ class CovarianceFunction(Estimate):
         A smaller image needs fewer displacements. For a larger one, displacements beyond the present range have zero
         covariance until updates reach them. The running mean, which has the size of an image, starts from zero.
         """
-        shape = _perturbation_shape(self.shape[0], size)
+        shape = perturbation_shape(self.shape[0], size)
         other = type(self)(
             self.shape[0],
             shape[1:],
@@ -389,7 +268,7 @@ class CovarianceFunction(Estimate):
             psd=self.psd,
             process_group=self.process_group,
         ).to(self.values.device, self.values.dtype)
-        mine, its = _common_window(self.values, other.values, centred=self.binning == "offset")
+        mine, its = self.layout.common_window(self.values, other.values)
         its.copy_(mine)
         other.updates.copy_(self.updates)
         other.skipped.copy_(self.skipped)

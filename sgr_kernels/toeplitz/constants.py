@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 P = ParamSpec("P")
 
@@ -23,12 +25,24 @@ def recording() -> bool:
     return not tracing() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Make tensors that may outlive the call: no wrappers of ``torch.func``, of modes or of inference, no graph."""
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch._C.DisableTorchFunction(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
+
+
 def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 
     While something traces, nothing is remembered: a compiler folds constants itself, a traced or fake tensor must not
     outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay.
-    The tensors are built outside inference mode, so that autograd may save them later.
+    What is remembered is built outside every mode and transform, as `plainly` says.
     """
     memory: dict[object, Tensor] = {}
 
@@ -39,7 +53,7 @@ def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
         key = (args, tuple(kwargs.items()))
         value = memory.get(key)
         if value is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with plainly():
                 value = build(*args, **kwargs)
             if recording():
                 return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+__all__ = ["CarliniWagner", "Standardize", "architecture_for", "carlini_wagner"]
+
 _GREY_LEVEL = 1 / 255
 
 # image shape (C, H, W); feature maps of the four convolutions; units of the three dense layers

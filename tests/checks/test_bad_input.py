@@ -147,6 +147,8 @@ def test_gradients_and_perturbations_of_another_size(build):
         (torch.ones(1, 2, 3), 4, {}, ValueError, ["values", "1 x 1 channels", "(1, 2, 3)"]),
         (torch.ones(1, 1, 9), 4, {}, ValueError, ["values", "1 to 5 bins", "(1, 1, 9)"]),
         (torch.ones(1, 1, 8), 4, {"binning": "linear"}, ValueError, ["values", "bins", "(1, 1, 8)"]),
+        (torch.ones(1, 2, 3), 4, {"binning": "linear"}, ValueError, ["values", "1 x 1 channels", "(1, 2, 3)"]),
+        (torch.ones(1, 1, 0), 4, {"binning": "linear"}, ValueError, ["values", "1 to 6 bins", "(1, 1, 0)"]),
         (torch.ones(1, 1, 4, 4), 4, {"binning": "offset"}, ValueError, ["values", "odd number", "(1, 1, 4, 4)"]),
         (torch.tensor([[[1.0, torch.nan]]]), 4, {}, ValueError, ["values", "finite", "NaN"]),
         (torch.tensor([[[1.0, torch.inf]]]), 4, {}, ValueError, ["values", "finite", "infinity"]),

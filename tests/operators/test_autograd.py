@@ -189,7 +189,9 @@ def test_function_transforms(place):
     torch.testing.assert_close(tangent, sgr.covariance_product(g, f, backend=place.backend))
 
 
-@pytest.mark.parametrize("mapped", [(0, None), (None, 0), (0, 0), (1, 2)])
+@pytest.mark.parametrize(
+    "mapped", [(0, None), (2, None), (4, None), (-2, None), (None, 0), (None, 3), (0, 0), (1, 2), (3, 1)]
+)
 def test_vmap_over_either_argument(mapped, place):
     g = torch.stack([gradients((2, 2, *SIZE), seed=s, device=place.device) for s in range(3)], mapped[0] or 0)
     f = torch.stack([covariances("radial", 2, SIZE, seed=s).to(place.device) for s in range(3)], mapped[1] or 0)
@@ -202,9 +204,27 @@ def test_vmap_over_either_argument(mapped, place):
             gi = g if mapped[0] is None else g.select(mapped[0], i)
             fi = f if mapped[1] is None else f.select(mapped[1], i)
             torch.testing.assert_close(result[i], apply(gi, fi))
-    if mapped == (0, None):
-        estimates = torch.func.vmap(functools.partial(sgr.displacement_covariance, backend=place.backend))(g)
-        torch.testing.assert_close(estimates[1], sgr.displacement_covariance(g[1], backend=place.backend))
+    if mapped[1] is None:
+        estimate = functools.partial(sgr.displacement_covariance, backend=place.backend)
+        estimates = torch.func.vmap(estimate, mapped[0])(g)
+        torch.testing.assert_close(estimates[1], estimate(g.select(mapped[0], 1)))
+
+
+@pytest.mark.parametrize("mapped", [(0, None), (1, 0), (None, 2)])
+def test_vmap_over_no_items(mapped, place):
+    """The shapes of any other number of items, and gradients that are zero."""
+    g, f = _arguments("radial", place)
+    none = [
+        t if d is None else t.detach().unsqueeze(d).narrow(d, 0, 0).requires_grad_() for t, d in zip((g, f), mapped)
+    ]
+    for operator in (sgr.covariance_product, sgr.covariance_quadratic_form):
+        apply = functools.partial(operator, backend=place.backend)
+        result = torch.func.vmap(apply, mapped)(*none)
+        assert result.shape == (0, *apply(g, f).shape)
+        for part in torch.autograd.grad(result.sum(), none):
+            assert not part.any()
+    estimate = functools.partial(sgr.displacement_covariance, backend=place.backend)
+    assert torch.func.vmap(estimate)(g.detach()[None][:0]).shape == (0, *estimate(g).shape)
 
 
 def test_the_registered_operators_carry_tangents():

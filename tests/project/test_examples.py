@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def load(name: str) -> Any:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # where the compiler looks for what a function refers to
     specification.loader.exec_module(module)
     return module
 
@@ -45,6 +47,33 @@ def test_plain_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert (model(images).argmax(1) == labels).float().mean() > 0.95
     assert int(criterion.covariance.updates) == 120
     assert "penalty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_compiled_step_is_the_criterions_step(backend: str) -> None:
+    """Loss and gradients of one graph equal those of `SGRLoss` by double backward."""
+    if backend not in sgr.backends.available():
+        pytest.skip(f"the {backend} backend does not run here")
+    torch._dynamo.reset()
+    images, labels = separable(8)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 2)).double()
+    covariance = sgr.CovarianceFunction.exponential(1, 6, 2.0, psd="none").double()
+    with sgr.use_backend(backend):
+        step = load("compiled_step").compiled_step(model, covariance.table, 3.0, "aot_eager")
+        parameters = dict(model.named_parameters())
+        gradients, loss = step({n: p.detach() for n, p in parameters.items()}, images.double(), labels)
+    expected = sgr.SGRLoss(covariance, 3.0)(model, images.double(), labels)
+    torch.testing.assert_close(loss, expected.detach())
+    wanted = torch.autograd.grad(expected, list(parameters.values()))
+    torch.testing.assert_close([gradients[name] for name in parameters], list(wanted))
+
+
+def test_a_compiled_step_learns() -> None:
+    images, labels = separable()
+    model, batches = classifier(), list(zip(images.split(16), labels.split(16))) * 30
+    covariance = sgr.CovarianceFunction.exponential(1, 6, 2.0, target_variance=0.05)
+    load("compiled_step").train(model, covariance.table, batches, lr=1e-2, backend="aot_eager")
+    assert (model(images).argmax(1) == labels).float().mean() > 0.95
 
 
 @pytest.mark.filterwarnings("ignore")

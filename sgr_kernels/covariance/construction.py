@@ -1,0 +1,77 @@
+"""Values of covariance functions that are not running estimates: a formula's, and a data set's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgr_kernels import checks, functional
+from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.covariance.layout import Layout
+from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.geometry import bin_count
+
+
+def second_moment(perturbation: Tensor, layout: Layout) -> Tensor:
+    """Second moment of perturbations at each displacement (Eq. 16), in the layout's form."""
+    return functional.binned_covariance(perturbation, layout.form, layout.binning, layout.max_displacement)
+
+
+def exponential(layout: Layout, decay_length: float, cross_channel: float, rounded: bool) -> Tensor:
+    """Values of ``exp(-r / decay_length)`` (section 4.3), float64, over the whole range of displacements.
+
+    Raises:
+        ValueError: If the decay length or the share between channels is out of range.
+    """
+    if not decay_length > 0:
+        raise ValueError(f"decay_length: expected a positive number of pixels, got {decay_length!r}")
+    if not -1 <= cross_channel <= 1:
+        raise ValueError(f"cross_channel: expected a number in [-1, 1], got {cross_channel!r}")
+    size = layout.image_size
+    if layout.form == "radial":
+        distance = torch.arange(bin_count(size, layout.binning), dtype=torch.float64)
+    else:
+        first = [1 - n if layout.form == "signed" else 0 for n in size]
+        y, x = (torch.arange(a, b, dtype=torch.float64) for a, b in zip(first, size))
+        distance = torch.hypot(y[:, None], x[None, :])
+        distance = distance.round() if rounded else distance
+    mixing = torch.full((layout.channels, layout.channels), float(cross_channel), dtype=torch.float64)
+    return torch.einsum("cd,...->cd...", mixing.fill_diagonal_(1.0), torch.exp(-distance / decay_length))
+
+
+def moments_of_images(images: Tensor, layout: Layout, center: bool, chunk: int) -> tuple[Tensor, Tensor]:
+    """Second moment and mean image of a data set, read in chunks, summed in float64.
+
+    Args:
+        images: (n, C, H, W) or (n, C, L), floating point or uint8, which is divided by 255.
+        layout: Of the second moment.
+        center: Subtract the mean image from the images.
+        chunk: Images taken at a time.
+    """
+    dtype = torch.float32 if images.dtype == torch.uint8 else compute_dtype(images.dtype)
+    wide = wide_dtype(images.device)
+
+    def pixels(part: Tensor) -> Tensor:
+        return part.to(dtype) / 255 if part.dtype == torch.uint8 else part.to(dtype)
+
+    mean = torch.zeros(images.shape[1:], dtype=wide, device=images.device)
+    for part in images.split(chunk):
+        mean += pixels(part).to(wide).sum(0) / images.shape[0]
+    total = torch.zeros(layout.values_shape, dtype=wide, device=images.device)
+    for part in images.split(chunk):
+        centred = pixels(part) - mean.to(dtype) if center else pixels(part)
+        total += second_moment(centred, layout).to(wide) * part.shape[0]
+    return (total / images.shape[0]).to(dtype), mean.to(dtype)
+
+
+def check_data_set(images: Tensor) -> None:
+    """Expect images (n, C, H, W) or (n, C, L), floating point or uint8, at least one.
+
+    Raises:
+        TypeError: If they are neither floating point nor uint8.
+        ValueError: If their shape does not fit, or there are none.
+    """
+    if not (isinstance(images, Tensor) and images.dtype == torch.uint8):
+        checks.check_images("images", images)
+    if images.shape[0] == 0:
+        raise ValueError("images: expected at least one image, got none")

@@ -1,0 +1,101 @@
+"""A covariance matrix that is known by its displacements: what can be asked of it, whatever it was made from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels import functional
+from sgr_kernels.backends import choose, reference
+from sgr_kernels.backends.torch_spectral import compute_dtype
+from sgr_kernels.covariance.dense import dense_root, draw_dense
+from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.toeplitz import embedding
+from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.geometry import Size, dense_matrix
+from sgr_kernels.toeplitz.lanczos import smallest_eigenvalue
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
+
+
+class StructuredMatrix(nn.Module):
+    """A symmetric block-Toeplitz matrix Sigma, its spectrum kept beside its table.
+
+    Both are buffers that `assign` rewrites in place, so that a captured CUDA graph sees the present matrix.
+
+    Args:
+        table: Zeros in the shape of the table, (C, C, h, w) or (C, C, 2h-1, 2w-1).
+        image_size: Size (H, W).
+        form: ``"even"`` or ``"signed"``.
+    """
+
+    table: Tensor
+    spectrum: Tensor
+
+    def __init__(self, table: Tensor, image_size: Size, form: str) -> None:
+        super().__init__()
+        self.image_size, self.form = image_size, form
+        frequencies = frequency_counts(image_size, functional.reach(table, form))
+        parts = (4,) if form == "signed" else ()
+        self.register_buffer("table", table, persistent=False)
+        spectrum = table.new_zeros(*parts, *table.shape[:2], *frequencies)
+        self.register_buffer("spectrum", spectrum, persistent=False)
+        self._root = Derived()
+
+    def assign(self, table: Tensor) -> None:
+        """Become the matrix of another table of the same shape, in any precision."""
+        self.table.copy_(table)
+        frequencies = (self.spectrum.shape[-2], self.spectrum.shape[-1])
+        self.spectrum.copy_(spectrum_from_table(table, frequencies, self.form, self.spectrum.dtype))
+
+    def _spectrum_for(self, images: Tensor, constant: bool) -> Tensor:
+        # A copy, because autograd may keep it while the next assignment rewrites the buffer.
+        return self.spectrum.to(compute_dtype(images.dtype), copy=torch.is_grad_enabled() and not constant)
+
+    def product(self, images: Tensor, constant: bool = False) -> Tensor:
+        """``v = Sigma g`` for images (B, C, H, W); ``constant`` promises that nothing is assigned any more."""
+        backend = choose("auto", functional.request("product", images, self.form))
+        if backend == "reference":
+            return reference.product(images, self.table, self.form)
+        return functional.product_from_spectrum(images, self._spectrum_for(images, constant), backend)
+
+    def quadratic_form(self, images: Tensor, constant: bool = False) -> Tensor:
+        """``q_b = g_b^T Sigma g_b``, (B,), float32 or better."""
+        backend = choose("auto", functional.request("quadratic_form", images, self.form))
+        if backend == "reference":
+            return reference.quadratic_form(images, self.table, self.form).to(compute_dtype(images.dtype))
+        return functional.quadratic_form_from_spectrum(images, self._spectrum_for(images, constant), backend)
+
+    def dense(self) -> Tensor:
+        """The matrix, formed, (C*H*W, C*H*W)."""
+        return dense_matrix(self.table, self.image_size, self.form)
+
+    def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Draw ``n`` fields from N(0, Sigma), (n, C, H, W).
+
+        Raises:
+            ValueError: If Sigma is indefinite.
+        """
+        filtering, root = self._root((self.table,), self._square_root)
+        if filtering:
+            return embedding.draw(root, n, self.image_size, self.table.dtype, generator)
+        return draw_dense(root, n, generator).view(n, self.table.shape[0], *self.image_size)
+
+    def _square_root(self) -> tuple[bool, Tensor]:
+        """The filter that draws samples, and True; where the embedding is indefinite, a root of Sigma, and False."""
+        response = embedding.square_root(self.table, self.image_size, self.form)
+        return (True, response) if response is not None else (False, dense_root(self.dense()))
+
+    def min_eigenvalue(self) -> float:
+        """Smallest eigenvalue of Sigma (Lanczos, in float64)."""
+        shape = (1, self.table.shape[0], *self.image_size)
+        table = self.table.to(wide_dtype(self.table.device))
+
+        def product(vector: Tensor) -> Tensor:
+            v = functional.covariance_product(vector.view(shape).to(table.dtype), table, form=self.form)
+            return v.flatten().to(vector.dtype)
+
+        return smallest_eigenvalue(product, shape[1] * shape[2] * shape[3], table.device)
+
+    def extra_repr(self) -> str:
+        """Shape and form of the table."""
+        return f"table={tuple(self.table.shape)}, form={self.form!r}"
