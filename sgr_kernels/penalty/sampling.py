@@ -2,7 +2,7 @@
 
 The input gradient of every sample comes with the plain backward, and with it each sample's omega_b. A few samples
 carry most of their sum, because ``g_b`` is proportional to ``1 - phi_y``. So k of B are drawn with inclusion
-probabilities ``pi_b = min(1, c (w_b + floor mean w))``, ``sum_b pi_b = k``, and weigh ``1 / pi_b``: the sum of
+probabilities ``pi_b = min(1, c (omega_b^POWER + FLOOR mean))``, ``sum_b pi_b = k``, and weigh ``1 / pi_b``: the sum of
 ``grad omega_b / pi_b`` over the drawn ones has the mean ``sum_b grad omega_b``, whatever the pi are (Horvitz and
 Thompson 1952).
 """
@@ -16,8 +16,12 @@ from sgr_kernels.toeplitz.constants import wide_dtype
 
 SAMPLINGS = ("importance", "uniform")
 
-FLOOR = 0.1
-"""Of the mean: a sample's weight is at most about ``(1 + FLOOR) / FLOOR`` times that of a uniform draw."""
+POWER = 0.75
+"""Of omega in the sizes. The norm of its gradient in the parameters goes like omega to the 0.87 to 0.95 (MNIST's network
+after one, two, four epochs); this power had the least variance of 0.5, 0.75 and 1, close to that of the norms."""
+
+FLOOR = 0.03
+"""Of the mean size: a sample's weight is at most about ``(1 + FLOOR) / FLOOR`` times that of a uniform draw."""
 
 _GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the unit interval, however many are taken
 
@@ -55,7 +59,7 @@ def draw(omegas: Tensor, count: int, offset: Tensor, uniformly: bool) -> tuple[T
 def proxy(omegas: Tensor) -> Tensor:
     """About proportional to the norm of each omega's gradient, (B,); zero only where omega is not finite."""
     finite = omegas.isfinite()
-    size = torch.where(finite, omegas.detach().abs(), 0).to(wide_dtype(omegas.device))
+    size = torch.where(finite, omegas.detach().abs(), 0).to(wide_dtype(omegas.device)) ** POWER
     mean = size.sum() / finite.sum().clamp(min=1)
     size = torch.where(mean > 0, size / torch.where(mean > 0, mean, 1) + FLOOR, 1.0)
     return torch.where(finite, size, 0.0)

@@ -1,0 +1,249 @@
+"""The penalty's gradient of a part of the batch: unbiased, of little variance, and the value of the whole."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
+from sgr_kernels.penalty.choice import METHODS
+from sgr_kernels.penalty.sampling import draw, inclusion, offset, proxy
+
+SIZE, CLASSES, BATCH = 6, 4, 16
+
+
+def network(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), *layers, nn.GELU(), nn.Flatten(), nn.Linear(64, CLASSES))
+    return body.double()
+
+
+def batch(n: int = BATCH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(n, 1, SIZE, SIZE, dtype=torch.float64, generator=generator)
+    images *= torch.logspace(-2, 0.5, n, dtype=torch.float64).view(-1, 1, 1, 1)  # penalties that differ
+    return images, torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+def criterion(method: str = "double-backward", **options) -> SGRLoss:
+    return SGRLoss(CovarianceFunction.exponential(1, (SIZE, SIZE), 2.0).double(), 3.0, method=method, **options)
+
+
+def gradients(loss: Tensor, model: nn.Module) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+SIZES = {
+    "drawn": torch.rand(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    "tied": torch.ones(12, dtype=torch.float64),
+    "zero": torch.zeros(12, dtype=torch.float64),
+    "some zero": torch.tensor([0.0, 1, 2, 0, 3, 0, 0, 1, 1, 5, 0, 0], dtype=torch.float64),
+    "one dominates": torch.tensor([1e9] + [1.0] * 11, dtype=torch.float64),
+    "negative": torch.linspace(-1, 1, 12, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("uniformly", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 11, 12])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_weights_make_any_sum_unbiased(name: str, count: int, uniformly: bool) -> None:
+    """The mean over all offsets of the drawn samples' weighted values is the mean of all values."""
+    values = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    steps, total = 20_000, 0.0
+    drawn = torch.zeros(12, dtype=torch.float64)
+    for step in range(steps // 100):
+        at = torch.tensor((step + 0.5) / (steps // 100), dtype=torch.float64)
+        chosen, shares = draw(SIZES[name], count, at, uniformly)
+        assert len(set(chosen.tolist())) == count
+        assert bool((chosen.diff() > 0).all())
+        total += float((shares * values[chosen]).sum())
+        drawn[chosen] += 1
+    chances = inclusion(torch.ones(12, dtype=torch.float64) if uniformly else proxy(SIZES[name]), count)
+    assert float(chances.sum()) == pytest.approx(count)
+    assert (drawn / (steps // 100) - chances).abs().max() <= 2 / (steps // 100)
+    assert total / (steps // 100) == pytest.approx(float(values.mean()), abs=0.2)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=40), st.data())
+def test_inclusion_probabilities(sizes: list[float], data: st.DataObject) -> None:
+    """Proportional to the sizes, but for those that would pass one; the sum is the number to be drawn."""
+    size, count = torch.tensor(sizes, dtype=torch.float64), data.draw(st.integers(1, len(sizes)))
+    chances = inclusion(size, count)
+    positive = int((size > 0).sum())
+    assert float(chances.sum()) == pytest.approx(min(count, positive), rel=1e-9)
+    assert bool(((chances >= 0) & (chances <= 1)).all())
+    below = (chances < 1) & (size > 0)
+    if bool(below.any()):
+        ratio = chances[below] / size[below]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-9, atol=0)
+        assert bool((size[chances == 1] >= size[below].max() * (1 - 1e-9)).all())
+
+
+def test_offsets_are_spread_over_the_unit_interval() -> None:
+    numbers = torch.stack([offset(torch.tensor(n)) for n in range(1000)]).sort().values
+    assert float(numbers[0]) >= 0
+    assert float(numbers.diff().max()) < 3e-3
+
+
+@pytest.mark.parametrize("sampling", ["importance", "uniform"])
+@pytest.mark.parametrize("fraction", [1 / 16, 1 / 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_is_unbiased_given_the_batch(method: str, fraction: float, sampling: str) -> None:
+    """The mean of 400 draws lies within four standard errors of the whole batch's gradient, along any direction."""
+    model, (images, labels) = network(), batch()
+    exact = gradients(criterion()(model, images, labels), model)
+    loss, found = criterion(method, fraction=fraction, sampling=sampling), []
+    for _ in range(400):
+        found.append(gradients(loss(model, images, labels), model))
+    draws = torch.stack(found) - exact
+    probes = torch.randn(len(exact), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    along = draws @ probes
+    error = along.std(0) / math.sqrt(len(along))
+    assert bool((along.mean(0).abs() <= 4 * error + 1e-4 * (exact @ probes).abs()).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_value_and_learning_are_those_of_the_whole_batch(method: str) -> None:
+    model, (images, labels) = network(), batch()
+    whole, part = (
+        SGRLoss(CovarianceFunction(1, (SIZE, SIZE), target_variance=1.0).double(), 3.0, method=method, fraction=f)
+        for f in (1.0, 1 / 8)
+    )
+    torch.testing.assert_close(part(model, images, labels), whole(model, images, labels))
+    torch.testing.assert_close(part.last.penalty, whole.last.penalty)
+    torch.testing.assert_close(part.last.gradient_norm, whole.last.gradient_norm)
+    torch.testing.assert_close(part.covariance.values, whole.covariance.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_samples_are_the_whole_batch(method: str) -> None:
+    """As many draws as samples: then nothing is left to chance."""
+    model, (images, labels) = network(), batch()
+    exact = gradients(criterion()(model, images, labels), model)
+    loss = criterion(method, fraction=1 - 1e-9)
+    found = gradients(loss(model, images, labels), model)
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_importance_has_a_fraction_of_the_variance_of_uniform_draws() -> None:
+    """On a network that has learned most of its samples, as after two epochs on digits."""
+    model, (images, labels) = network(), batch(64)
+    labels = (images.mean((1, 2, 3)) > images.mean()).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    exact = gradients(criterion()(model, images, labels), model)
+    spread = {}
+    for sampling in ("importance", "uniform"):
+        loss = criterion(fraction=1 / 8, sampling=sampling)
+        draws = torch.stack([gradients(loss(model, images, labels), model) for _ in range(50)])
+        spread[sampling] = float((draws - exact).square().sum(1).mean())
+    assert spread["importance"] <= spread["uniform"] / 5
+
+
+def test_samples_that_are_not_finite_are_left_out_and_counted() -> None:
+    model, (images, labels) = network(), batch()
+    quadratic = CovarianceFunction.quadratic_form
+    broken = torch.zeros(BATCH, dtype=torch.bool)
+    broken[[3, 15]] = True
+
+    class Broken(CovarianceFunction):
+        def quadratic_form(self, gradient: Tensor) -> Tensor:
+            q = quadratic(self, gradient)
+            return torch.where(broken, torch.nan, q) if len(q) == BATCH else q
+
+    covariance = Broken.exponential(1, (SIZE, SIZE), 2.0).double()
+    loss = SGRLoss(covariance, 3.0, fraction=1 / 4)
+    value = loss(model, images, labels)
+    kept = quadratic(covariance, torch.autograd.grad(_sum(model, x := images.clone().requires_grad_(), labels), x)[0])
+    expected = torch.where(broken, 0, kept).sum() / (2 * BATCH)
+    torch.testing.assert_close(value, nn.functional.cross_entropy(model(images), labels) + 3 * expected)
+    assert bool(gradients(value, model).isfinite().all())
+    assert int(loss.nonfinite) == 1
+    chosen, shares = draw(torch.where(broken, torch.nan, kept), 15, torch.tensor(0.3, dtype=torch.float64), False)
+    assert int((shares > 0).sum()) == BATCH - 2
+    assert not set(chosen[shares > 0].tolist()) & {3, 15}
+
+
+def _sum(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy_per_sample(model(x), labels).sum()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)], ids=["momentum", "cumulative"])
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_takes_the_whole_batch_s_statistics_for_constants(method: str, layer: nn.Module) -> None:
+    """So that the penalty is that of the network with these statistics, in evaluation mode."""
+    model, (images, labels) = network(copy.deepcopy(layer)), batch()
+    model(images)
+    frozen = copy.deepcopy(model)
+    norm, features = frozen[1], frozen[0](images).detach()
+    norm.running_mean.copy_(features.mean((0, 2, 3)))
+    norm.running_var.copy_(features.var((0, 2, 3)))
+    frozen.eval()
+    plain = gradients(nn.functional.cross_entropy(model(images), labels), model)
+    loss = criterion(method, fraction=1 - 1e-9)
+    found = gradients(loss(model, images, labels), model) - plain
+    of_frozen = gradients(nn.functional.cross_entropy(frozen(images), labels), frozen)
+    expected = gradients(criterion()(frozen, images, labels), frozen) - of_frozen
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_callable_s_batch_norm_too() -> None:
+    model, (images, labels) = network(nn.BatchNorm2d(4)), batch()
+    loss, other = criterion(fraction=1 / 4), criterion(fraction=1 / 4)
+    twin = copy.deepcopy(model)
+    expected = gradients(loss(model, images, labels), model)
+    torch.testing.assert_close(gradients(other(lambda x: twin(x), images, labels), twin), expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers()))
+
+
+@pytest.mark.parametrize("options", [{"sampling": "best"}, {"fraction": 0.0}, {"fraction": "half"}, {"fraction": True}])
+def test_bad_options(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        criterion(**options)
+
+
+def test_no_second_derivative() -> None:
+    model, (images, labels) = network(), batch()
+    value = criterion(fraction=1 / 4)(model, images, labels)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*fraction=1"):
+        torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+
+
+def test_a_compiled_model_stays_compiled_in_its_first_pass() -> None:
+    torch._dynamo.reset()
+    model, (images, labels) = network(), batch()
+    whole = gradients(criterion(fraction=1 / 4)(model, images, labels), model)
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        def run(*inputs: Tensor) -> object:
+            seen.append(max(t.shape[0] for t in inputs if t.dim() == 4 and t.shape[1:] == images.shape[1:]))
+            return graph(*inputs)
+
+        return run
+
+    loss = criterion(fraction=1 / 4)
+    value = loss(torch.compile(model, backend=backend), images, labels)
+    torch.testing.assert_close(gradients(value, model), whole)
+    assert seen == [BATCH]
+
+
+def test_labels_that_cannot_be_cut() -> None:
+    model, (images, labels) = network(), batch()
+    loss = SGRLoss(
+        criterion().covariance,
+        fraction=0.5,
+        loss_fn=lambda outputs, names: cross_entropy_per_sample(outputs, torch.tensor([int(n) for n in names])),
+    )
+    with pytest.raises((TypeError, PenaltyGradientError), match="labels: expected tensors"):
+        loss(model, images, "".join(str(int(label)) for label in labels))
