@@ -18,7 +18,14 @@ from sgr_kernels.penalty import choice, steps
 from sgr_kernels.penalty.metric import Metric
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
-from sgr_kernels.penalty.perturbations import ATTACKS, FREE, Perturbation, check_perturbation, from_gradient
+from sgr_kernels.penalty.perturbations import (
+    ATTACKS,
+    FREE,
+    Perturbation,
+    check_perturbation,
+    from_gradient,
+    only_where_finite,
+)
 from sgr_kernels.penalty.sampling import SAMPLINGS, offset
 from sgr_kernels.penalty.statistics import Recorded, StepStatistics
 from sgr_kernels.penalty.way import Outcome, Task, Way
@@ -104,6 +111,9 @@ class SGRLoss(Recorded):
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
             labels, other heads.
+        count_calls: Whether each call in training mode is a training step to the cadences and to ``strength``. With
+            several calls to one step of the optimizer (SAM, L-BFGS, accumulated gradients) say False, and
+            `advance` after each step: so all calls of a step have the same cadence.
         nonfinite_patience: A penalty that is not finite is left out of its step; after so many in a row the next
             call raises.
 
@@ -128,6 +138,7 @@ class SGRLoss(Recorded):
         allow_kinks: bool = False,
         mean_correction: bool = False,
         loss_fn: Callable[[Any, Any], Tensor] = cross_entropy_per_sample,
+        count_calls: bool = True,
         nonfinite_patience: int = 10,
     ) -> None:
         cadences = {
@@ -156,7 +167,7 @@ class SGRLoss(Recorded):
         self.covariance, self.strength, self.perturbation = covariance, strength, perturbation
         self.update_every, self.penalty_every, self.fraction = update_every, penalty_every, float(fraction)
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
-        self.mean_correction, self.loss_fn = mean_correction, loss_fn
+        self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
         self._way: Way | None = None
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -179,7 +190,8 @@ class SGRLoss(Recorded):
             RuntimeError: If too many penalties in a row were not finite.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}")
+            hint = "; divide by 255" if isinstance(images, Tensor) and images.dtype == torch.uint8 else ""
+            raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}{hint}")
         self._stop_if_hopeless()
         differentiable = torch.is_grad_enabled()
         if differentiable:
@@ -196,8 +208,12 @@ class SGRLoss(Recorded):
                 _blame_devices(model, images, labels, error)
                 raise
         self._record(outcome, self._strength())
-        self.steps += self.training
+        self.steps += self.training and self.count_calls
         return outcome.loss if differentiable else outcome.loss.detach()
+
+    def advance(self) -> None:
+        """Count a training step; with ``count_calls=False``, after each step of the optimizer."""
+        self.steps += 1
 
     @_disable_dynamo
     def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
@@ -209,9 +225,9 @@ class SGRLoss(Recorded):
         update = self.training and self.perturbation is not None and step % self.update_every == 0
         penalize = step % self.penalty_every == 0
 
-        def learn(gradient: Tensor | None) -> None:
+        def learn(losses: Tensor, gradient: Tensor | None) -> None:
             if update:
-                self._update(model, images, labels, gradient)
+                self._update(model, images, labels, losses, gradient)
 
         way = self._tried_way(model, images, labels) if differentiable and penalize else None
         count = self._sample_count(images) if way is not None else None
@@ -223,13 +239,8 @@ class SGRLoss(Recorded):
             return way(task) if count is None else self._sampled(task, way, count)
         free = update and self.perturbation in FREE
         if differentiable:
-            return steps.learning(task) if free else self._plain(task)
-        return steps.evaluated(task, penalize) if free or penalize else self._plain(task)
-
-    def _plain(self, task: Task) -> Outcome:
-        outcome = steps.plain(task)
-        task.learn(None)
-        return outcome
+            return steps.learning(task) if free else steps.plain(task)
+        return steps.evaluated(task, penalize) if free or penalize else steps.plain(task)
 
     def _sampled(self, task: Task, way: Way, count: int) -> Outcome:
         if not recording():  # a replayed graph goes on counting by itself
@@ -263,7 +274,7 @@ class SGRLoss(Recorded):
             raise ValueError(f"loss_fn: expected one loss per sample, shape (B,), got {checks.describe(losses)}{hint}")
         return losses
 
-    def _update(self, model: Any, images: Tensor, labels: Any, gradient: Tensor | None) -> None:
+    def _update(self, model: Any, images: Tensor, labels: Any, losses: Tensor, gradient: Tensor | None) -> None:
         if isinstance(self.perturbation, str) and self.perturbation in FREE:
             assert gradient is not None
             xi = from_gradient(self.perturbation, gradient)
@@ -271,7 +282,7 @@ class SGRLoss(Recorded):
             source = ATTACKS[self.perturbation] if isinstance(self.perturbation, str) else self.perturbation
             assert source is not None
             xi = source(unwrapped(model), images.detach(), labels)
-        self.covariance.update(xi)
+        self.covariance.update(only_where_finite(xi, losses, gradient))
 
     def _tried_way(self, model: Any, images: Tensor, labels: Any) -> Way:
         """The way to the penalty's gradient; before its first use it is tried, leaving no trace."""

@@ -37,7 +37,7 @@ class DoubleBackward:
             first = task.start(x, inside=True)
             gradient = self._gradient(first.losses, x, rules)
         self._expect_graph(gradient, task.passes.model)
-        task.learn(gradient.detach())
+        task.learn(first.losses.detach(), gradient.detach())
         return task.outcome(first.losses, task.metric.omegas(gradient), first.outputs, gradient)
 
     def _gradient(self, losses: Tensor, x: Tensor, rules: DifferentiableTwice | None) -> Tensor:

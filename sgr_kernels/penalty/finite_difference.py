@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from sgr_kernels.penalty.forward_mode import detached
 from sgr_kernels.penalty.gradients import SpentPass, spend, substitute
+from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.way import Outcome, Task, mean
 from sgr_kernels.toeplitz.constants import wide_dtype
@@ -66,7 +66,7 @@ class FiniteDifference:
         origin = task.images if task.images.requires_grad else None
         spent = spend(first.losses, leaf, origin, weights)
         del first  # and with it the graph, before the next one grows
-        task.learn(spent.gradient)
+        task.learn(losses, spent.gradient)
         return self._second_pass(task, spent, weights, shares, losses, outputs)
 
     def _second_pass(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from sgr_kernels.penalty.gradients import differentiable_once, input_gradient
 from sgr_kernels.penalty.layers.forward_rules import DifferentiableForwardMode
+from sgr_kernels.penalty.outputs import detached, map_tensors
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.way import Outcome, Task
 from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, opened, unwrapped
@@ -33,8 +33,8 @@ class ForwardMode:
         x = task.leaf()
         first = task.start(x, inside=True)
         gradient, outputs = input_gradient(first.losses, x), detached(first.outputs)
+        task.learn(first.losses.detach(), gradient)
         del first
-        task.learn(gradient)
         with torch.no_grad():
             omegas, direction = task.metric.omegas(gradient), task.metric.direction(gradient)
         base = task.images if task.images.requires_grad else task.images.detach()
@@ -69,7 +69,7 @@ def slopes_along(passes: Passes, images: Tensor, direction: Tensor) -> tuple[Ten
             raise
         except (NotImplementedError, RuntimeError) as error:
             raise PenaltyGradientError(f"method: the model has no forward-mode derivative ({error})") from error
-        outputs = tree_map_only(Tensor, split, outputs)
+        outputs = map_tensors(split, outputs)
     if not tangents:
         raise PenaltyGradientError("method: the model drops forward-mode tangents")
     losses = passes.evaluate(outputs, passes.labels)
@@ -80,8 +80,3 @@ def slopes_along(passes: Passes, images: Tensor, direction: Tensor) -> tuple[Ten
         if gradient is not None
     ]
     return losses, torch.stack(slopes).sum(0)
-
-
-def detached(value: Any) -> Any:
-    """A value with its tensors detached."""
-    return tree_map_only(Tensor, Tensor.detach, value)

@@ -170,7 +170,8 @@ def _before_modules(action: Callable[[nn.Module], None]) -> Iterator[None]:
     thread = threading.get_ident()
 
     def hook(module: nn.Module, arguments: Any) -> None:
-        if threading.get_ident() == thread:
+        # A compiled model is seen when it is called; what a compiler traces inside needs no look.
+        if not torch.compiler.is_compiling() and threading.get_ident() == thread:
             action(module)
 
     handle = register_module_forward_pre_hook(hook)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,11 @@ def cross_entropy_per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
         (B,).
 
     Raises:
+        TypeError: If outputs or targets are not tensors.
         ValueError: If shapes do not fit, or (on a CPU, where the check is free) an index is out of range.
     """
+    _expect_tensor(outputs, "outputs: expected logits (B, classes)", "; loss_fn takes other outputs")
+    _expect_tensor(targets, "labels: expected a tensor of classes or of probabilities")
     if outputs.dim() != 2:
         raise ValueError(f"outputs: expected logits (B, classes), got {checks.describe(outputs)}")
     if targets.is_floating_point():
@@ -32,5 +37,11 @@ def cross_entropy_per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = int(targets.min()), int(targets.max())
             if low < 0 or high >= outputs.shape[1]:
-                raise ValueError(f"labels: expected classes 0 to {outputs.shape[1] - 1}, got {low} to {high}")
+                hint = "; leave samples that are to be ignored out of the batch" if low == -100 else ""
+                raise ValueError(f"labels: expected classes 0 to {outputs.shape[1] - 1}, got {low} to {high}{hint}")
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def _expect_tensor(value: Any, expectation: str, hint: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{expectation}, got {checks.describe(value)}{hint}")

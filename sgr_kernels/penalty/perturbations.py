@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sgr_kernels import attacks
@@ -22,6 +23,16 @@ def from_gradient(name: str, gradient: Tensor) -> Tensor:
     """Perturbations of a `FREE` source, from the loss gradient with the true labels."""
     gradient = gradient.detach()
     return gradient.sign() if name == "sign" else gradient
+
+
+def only_where_finite(perturbation: Tensor, losses: Tensor, gradient: Tensor | None) -> Tensor:
+    """NaN for samples whose loss or gradient is not finite: signs and attacks make numbers of them that look sound."""
+    if perturbation.shape[:1] != losses.shape:
+        return perturbation  # a source of its own, which has no sample for each loss
+    finite = losses.isfinite()
+    if gradient is not None:
+        finite = finite & gradient.isfinite().flatten(1).all(1)
+    return torch.where(finite.view(-1, *(1,) * (perturbation.dim() - 1)), perturbation, torch.nan)
 
 
 # The attacks work on the model's own predictions. Pixels are not clipped: inputs may be standardized.

@@ -17,8 +17,9 @@ from sgr_kernels.toeplitz.constants import wide_dtype
 SAMPLINGS = ("importance", "uniform")
 
 POWER = 0.75
-"""Of omega in the sizes. The norm of its gradient in the parameters goes like omega to the 0.87 to 0.95 (MNIST's network
-after one, two, four epochs); this power had the least variance of 0.5, 0.75 and 1, close to that of the norms."""
+"""Of omega in the sizes. The norm of its gradient in the parameters goes like omega to the 0.87 to 0.95 (MNIST's
+network after one, two, four epochs); this power had the least variance of 0.5, 0.75 and 1, close to that of the norms.
+"""
 
 FLOOR = 0.03
 """Of the mean size: a sample's weight is at most about ``(1 + FLOOR) / FLOOR`` times that of a uniform draw."""

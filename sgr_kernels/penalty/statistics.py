@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # like torch.compiler.disable, but i
 
 from sgr_kernels.checks import warn_caller
 from sgr_kernels.covariance import Covariance
-from sgr_kernels.penalty.forward_mode import detached
+from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.way import Outcome
 from sgr_kernels.toeplitz.constants import recording
 

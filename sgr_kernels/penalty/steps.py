@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.penalty import sampling
-from sgr_kernels.penalty.forward_mode import detached
 from sgr_kernels.penalty.gradients import SpentPass, input_gradient, spend, substitute
+from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Pass
 from sgr_kernels.penalty.way import Outcome, Task, Way, mean
 
@@ -17,6 +17,7 @@ from sgr_kernels.penalty.way import Outcome, Task, Way, mean
 def plain(task: Task) -> Outcome:
     """Cross-entropy alone."""
     first = task.passes.first(task.images)
+    task.learn(first.losses.detach(), None)
     loss = mean(first.losses)
     return Outcome(loss, loss, None, first.outputs, None)
 
@@ -24,7 +25,7 @@ def plain(task: Task) -> Outcome:
 def learning(task: Task) -> Outcome:
     """Cross-entropy, and the gradient g from the same backward, to learn from."""
     first, spent = _spent(task)
-    task.learn(spent.gradient)
+    task.learn(first.losses, spent.gradient)
     value = mean(first.losses)
     return Outcome(_loss(value, None, spent), value, None, first.outputs, spent.gradient)
 
@@ -34,7 +35,7 @@ def evaluated(task: Task, penalized: bool) -> Outcome:
     leaf = task.images.detach().requires_grad_()
     first = task.passes.first(leaf)
     gradient = input_gradient(first.losses, leaf)
-    task.learn(gradient)
+    task.learn(first.losses.detach(), gradient)
     cross_entropy, penalty = mean(first.losses.detach()), None
     loss = cross_entropy
     if penalized:
@@ -51,7 +52,7 @@ def sampled(task: Task, way: Way, count: int, offset: Tensor, uniformly: bool) -
     that is not finite are left out of value and gradient.
     """
     first, spent = _spent(task)
-    task.learn(spent.gradient)
+    task.learn(first.losses, spent.gradient)
     with torch.no_grad():
         omegas = task.metric.omegas(spent.gradient)
         task.count_finite(omegas.sum())
@@ -62,7 +63,7 @@ def sampled(task: Task, way: Way, count: int, offset: Tensor, uniformly: bool) -
         passes=task.passes.part(chosen),
         images=task.images[chosen],
         shares=shares,
-        learn=lambda gradient: None,
+        learn=lambda losses, gradient: None,
         count_finite=lambda penalty: penalty.detach().isfinite(),
     )
     cross_entropy = mean(first.losses)

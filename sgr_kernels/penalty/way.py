@@ -51,7 +51,7 @@ class Task:
         images: Of those samples; with their graph where the loss is to have a gradient in them.
         metric: Gives Omega and its derivative.
         weight: Of the penalty in the loss.
-        learn: Called with the gradient g, without its graph, before the metric is used; or with None.
+        learn: Called with the losses and the gradient g, or None, without their graphs, before the metric is used.
         count_finite: Whether a penalty is finite, a flag on its device; keeps count.
         shares: Weight of each sample's omega in the penalty, (B,); None for the whole batch, where each has 1/B and
             the cross-entropy joins.
@@ -61,7 +61,7 @@ class Task:
     images: Tensor
     metric: Metric
     weight: float
-    learn: Callable[[Tensor | None], None] = lambda gradient: None
+    learn: Callable[[Tensor, Tensor | None], None] = lambda losses, gradient: None
     count_finite: Callable[[Tensor], Tensor] = lambda penalty: penalty.detach().isfinite()
     shares: Tensor | None = None
 

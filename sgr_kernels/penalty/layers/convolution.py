@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from sgr_kernels.penalty.layers.elementary import RULES
+
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
@@ -120,7 +122,7 @@ def _plain(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
 
 
 class DifferentiableTwice(TorchFunctionMode):
-    """While active, convolutions run as above.
+    """While active, convolutions run as above, and what has no second derivative by `RULES`.
 
     Attributes:
         skipped: Set while a backward is for the images alone. Custom functions are not told what a backward is for, so
@@ -132,9 +134,11 @@ class DifferentiableTwice(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a convolution of ordinary tensors differentiably, and everything else as it is."""
+        """Run a convolution of ordinary tensors differentiably, and what has no second derivative by its rule."""
         dims = _CONVOLUTIONS.get(func)
-        return func(*args, **(kwargs or {})) if dims is None else self._convolve(func, dims, *args, **(kwargs or {}))
+        if dims is not None:
+            return self._convolve(func, dims, *args, **(kwargs or {}))
+        return RULES.get(func, func)(*args, **(kwargs or {}))
 
     def _convolve(
         self,

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sgr_kernels.penalty.layers.elementary import RULES
+
 
 def _standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
@@ -112,9 +114,10 @@ def _attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
-        low = torch.finfo(scores.dtype).min
-        scores = torch.where(attn_mask, scores, low) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = _softmax(scores, -1)
+        scores = torch.where(attn_mask, scores, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    # A row of which everything is masked attends to nothing.
+    masked = (scores.detach() == -torch.inf).all(-1, keepdim=True)
+    weights = torch.where(masked, 0, _softmax(torch.where(masked, 0, scores), -1))
     return (F.dropout(weights, dropout_p) if dropout_p > 0 else weights) @ value
 
 
@@ -150,7 +153,29 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def _builtin_norm(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rule of batch or instance normalization behind the argument order of PyTorch's own function."""
+
+    def call(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        own: bool,
+        momentum: float,
+        eps: float,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
+        return rule(x, mean, variance, weight, bias, own, momentum, eps)
+
+    return call
+
+
+_aten = torch.ops.aten
 _RULES: dict[Any, Callable[..., Tensor]] = {
+    **RULES,
     **{function: _convolution(function) for function in (F.conv1d, F.conv2d, F.conv3d)},
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -162,6 +187,15 @@ _RULES: dict[Any, Callable[..., Tensor]] = {
     F.multi_head_attention_forward: _with(
         F.multi_head_attention_forward, scaled_dot_product_attention=_attention, softmax=_softmax
     ),
+    torch.batch_norm: _builtin_norm(_batch_norm),
+    torch.instance_norm: _builtin_norm(_instance_norm),
+    # What exported models call.
+    _aten.batch_norm.default: _builtin_norm(_batch_norm),
+    _aten.instance_norm.default: _builtin_norm(_instance_norm),
+    _aten.layer_norm.default: _layer_norm,
+    _aten.softmax.int: _builtin(_softmax),
+    _aten.log_softmax.int: _builtin(_log_softmax),
+    _aten.scaled_dot_product_attention.default: _attention,
     torch.softmax: _builtin(_softmax),
     Tensor.softmax: _builtin(_softmax),
     torch.log_softmax: _builtin(_log_softmax),
