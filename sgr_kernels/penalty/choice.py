@@ -135,7 +135,9 @@ def _remedy(failures: dict[str, str], trial: Trial) -> str:
         if name not in failures:
             try:
                 prove(name, trial)
-            except PenaltyGradientError:
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
                 continue
             working.append(repr(name))
     return f"use method={' or '.join(working)}" if working else "no method works on this model"
@@ -209,7 +211,9 @@ def _reference(trial: Trial, outcome: Outcome) -> list[Tensor]:
         if WAYS[name]().exact:
             try:
                 return _penalty_gradients(prove(name, trial), trial)[1]
-            except PenaltyGradientError:
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
                 continue
     place = trial.doubled() or trial
     assert outcome.gradient is not None

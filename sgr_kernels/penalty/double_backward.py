@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sgr_kernels.penalty.gradients import graph_nodes, input_gradient
 from sgr_kernels.penalty.layers.convolution import DifferentiableTwice
 from sgr_kernels.penalty.way import Outcome, Task
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, is_sharded, opened, unwrapped
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, hidden_compiler, is_sharded
 
 
 class DoubleBackward:
@@ -26,9 +26,7 @@ class DoubleBackward:
         """Parameters that come and go, and a compiled model that cannot be looked into."""
         if is_sharded(model):
             return "fully sharded parameters are freed before the second backward"
-        if is_compiled(unwrapped(opened(model))):
-            return "DistributedDataParallel around a compiled model hides it; compile what it returns instead"
-        return None
+        return hidden_compiler(model)
 
     def __call__(self, task: Task) -> Outcome:
         """Cross-entropy and penalty in one graph."""

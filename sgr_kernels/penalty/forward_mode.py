@@ -13,7 +13,7 @@ from sgr_kernels.penalty.layers.forward_rules import DifferentiableForwardMode
 from sgr_kernels.penalty.outputs import detached, map_tensors
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.way import Outcome, Task
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, opened, unwrapped
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, hidden_compiler
 
 
 class ForwardMode:
@@ -24,9 +24,7 @@ class ForwardMode:
 
     def obstacle(self, model: Any) -> str | None:
         """A compiled model that cannot be looked into."""
-        if is_compiled(unwrapped(opened(model))) and opened(model) is not unwrapped(opened(model)):
-            return "DistributedDataParallel around a compiled model hides it; compile what it returns instead"
-        return None
+        return hidden_compiler(model)
 
     def __call__(self, task: Task) -> Outcome:
         """Values from g, their gradients from the slopes."""

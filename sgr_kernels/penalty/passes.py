@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sgr_kernels import checks
 from sgr_kernels.penalty.layers.batch_norm import batch_statistics
-from sgr_kernels.penalty.wrappers import opened, uncompiled, unwrapped
+from sgr_kernels.penalty.wrappers import is_compiled, modules_in, opened, uncompiled, unwrapped
 
 Evaluate = Callable[[Any, Any], Tensor]
 """Losses of each sample, (B,), from outputs and labels."""
@@ -52,14 +52,21 @@ class Passes:
         self._random = _RandomStreams(device) if replays else None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
-        if replays and isinstance(model, nn.Module):
-            self._remember(uncompiled(model))
+        self._known = [uncompiled(model)] if isinstance(model, nn.Module) else []
+        if replays and not self._known:
+            # Compiled code bears no hooks: of a callable with some, what it plainly refers to.
+            modules = modules_in(opened(model))
+            if is_compiled(model) or any(map(is_compiled, modules)):
+                self._known = [opened(module) for module in modules]
+        if replays:
+            for module in self._known:
+                self._remember(module)
 
     @_disable_dynamo(recursive=False)
     def first(self, images: Tensor, inside: bool = False) -> Pass:
         """The plain pass; ``inside`` looks into a compiled model."""
         model = opened(self.model) if inside else self.model
-        hidden = self._replays and not isinstance(model, nn.Module) and not torch.compiler.is_compiling()
+        hidden = self._replays and not self._known and not torch.compiler.is_compiling()
         with _before_modules(self._remember) if hidden else contextlib.nullcontext():
             outputs = model(images)
         return Pass(outputs, self.evaluate(outputs, self.labels))
@@ -116,8 +123,9 @@ class Passes:
                         part.training = False
 
         try:
-            if isinstance(self.model, nn.Module):
-                lend(uncompiled(self.model))
+            if self._known:
+                for module in self._known:
+                    lend(module)
                 yield
             else:
                 with _before_modules(lend):

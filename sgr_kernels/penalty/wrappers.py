@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +34,50 @@ def uncompiled(model: Any) -> Any:
 def is_compiled(model: Any) -> bool:
     """Whether a model is the product of ``torch.compile``, inside DistributedDataParallel or out."""
     return opened(model) is not model or opened(unwrapped(model)) is not unwrapped(model)
+
+
+def hidden_compiler(model: Any) -> str | None:
+    """Why a compiled model cannot be looked into, if one is where only its wrapper is called."""
+    if isinstance(opened(model), nn.parallel.DistributedDataParallel) and is_compiled(unwrapped(opened(model))):
+        return "DistributedDataParallel around a compiled model hides it; compile what it returns instead"
+    if not isinstance(opened(model), nn.Module) and any(map(is_compiled, modules_in(opened(model)))):
+        return "the callable hides a compiled model; compile the callable instead"
+    return None
+
+
+def modules_in(function: Any) -> list[nn.Module]:
+    """The modules that a callable plainly refers to: in its closure, defaults, globals, arguments or attributes."""
+    found: dict[nn.Module, None] = {}
+    seen: set[int] = set()
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(value)
+        if isinstance(value, nn.Module) or depth == 0 or id(value) in seen:
+            return
+        seen.add(id(value))
+        for part in _parts(value):
+            look(part, depth - 1)
+
+    look(function, 4)
+    return list(found)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, types.FunctionType):
+        cells = inspect.getclosurevars(value)
+        return *cells.nonlocals.values(), *cells.globals.values(), *(value.__defaults__ or ())
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, dict):
+        return value.values()
+    return (
+        vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) else ()
+    )
 
 
 def is_sharded(model: Any) -> bool:
