@@ -88,7 +88,7 @@ def _sum_into_bins(table: Tensor, count: int, lower: bool) -> Tensor:
     """Sum ``table`` (..., h, w) over the cells of each bin, in a fixed order: (..., count)."""
     shape = (table.shape[-2], table.shape[-1])
     flat = table.flatten(-2)
-    if tracing():
+    if tracing() or table.is_cpu:  # where index_add adds in a fixed order
         index = (lower_bin if lower else nearest_bin)(shape, table.device).flatten()
         longer = flat.new_zeros(*flat.shape[:-1], max(count, bin_count(shape, "linear") + 1))
         return longer.index_add(-1, index, flat)[..., :count]
