@@ -8,14 +8,18 @@ NaN propagates. Accumulation is in float32, or in float64 for float64 gradients,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sgr_kernels import checks
 from sgr_kernels.backends import Request, choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.ops import call
-from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.toeplitz.constants import plainly, tracing, wide_dtype
 from sgr_kernels.toeplitz.geometry import (
     Size,
     bin_count,
@@ -51,23 +55,69 @@ def reach(table: Tensor, form: str) -> Size:
     return (height, width) if form == "even" else ((height + 1) // 2, (width + 1) // 2)
 
 
-def _arguments(gradient: Tensor, covariance: Tensor, form: str | None) -> tuple[Tensor, Tensor, str]:
-    """Check, and bring to the kernels' terms: images (B, C, H, W) and an even or signed table."""
-    checks.check_images("gradient", gradient)
-    form = checks.covariance_form(covariance, form)
-    checks.check_same_device("covariance", covariance, "gradient", gradient)
-    size = checks.image_size(gradient)
-    checks.check_table("covariance", covariance, gradient.shape[1], size, form)
-    if form == "radial":
+class _Operands:
+    """The checked arguments of a product or a quadratic form, and what the kernels want of them."""
+
+    def __init__(self, gradient: Tensor, covariance: Tensor, form: str | None) -> None:
+        checks.check_images("gradient", gradient)
+        self._given_form = checks.covariance_form(covariance, form)
+        checks.check_same_device("covariance", covariance, "gradient", gradient)
+        self._size = checks.image_size(gradient)
+        checks.check_table("covariance", covariance, gradient.shape[1], self._size, self._given_form)
+        self.images, self._covariance = checks.as_images(gradient), covariance
+        self.form = "even" if self._given_form == "radial" else self._given_form
+
+    def table(self) -> Tensor:
+        """An even or signed table."""
+        if self._given_form != "radial":
+            return self._covariance
         # Widened first: in the backward every bin sums many displacements, and only the sum is rounded.
-        wide = covariance.to(wide_dtype(covariance.device))
-        return checks.as_images(gradient), even_from_radial(wide, size), "even"
-    return checks.as_images(gradient), covariance, form
+        return even_from_radial(self._covariance.to(wide_dtype(self._covariance.device)), self._size)
+
+    def spectrum(self) -> Tensor:
+        """The table's spectrum, in the type that the kernels compute in."""
+        dtype = compute_dtype(self.images.dtype)
+
+        def derive() -> Tensor:
+            table = self.table()
+            frequencies = frequency_counts(self._size, reach(table, self.form))
+            return spectrum_from_table(table, frequencies, self.form, dtype)
+
+        return _recent(self._covariance, (self._given_form, self._size, dtype), derive)
 
 
-def _spectrum(images: Tensor, table: Tensor, form: str) -> Tensor:
-    frequencies = frequency_counts((images.shape[2], images.shape[3]), reach(table, form))
-    return spectrum_from_table(table, frequencies, form, compute_dtype(images.dtype))
+class _Recent:
+    """What was derived from the tensors last given, found again by their values; on CPUs, where looking is cheap."""
+
+    _COUNT, _LARGEST = 4, 1 << 20
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[tuple[Any, ...], Tensor, Tensor]] = []
+
+    def __call__(self, source: Tensor, options: tuple[Any, ...], derive: Callable[[], Tensor]) -> Tensor:
+        if not source.is_cpu or source.requires_grad or source.numel() > self._LARGEST or not _plain(source):
+            return derive()
+        key = (*options, source.dtype, source.shape)
+        for known, values, derived in self._entries:
+            if known == key and torch.equal(values, source):
+                return derived
+        with plainly():
+            values, derived = source.clone(), derive()
+        self._entries = [(key, values, derived), *self._entries[: self._COUNT - 1]]
+        return derived
+
+
+_recent = _Recent()
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values are all there is to it: no tracing, transform, tangent or subclass."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def product_from_spectrum(images: Tensor, spectrum: Tensor, backend: str) -> Tensor:
@@ -107,11 +157,12 @@ def covariance_product(
         ValueError: If shapes, form, devices or the backend's name do not fit.
         RuntimeError: If the named backend cannot run.
     """
-    images, table, form = _arguments(gradient, covariance, form)
-    name = choose(backend, request("product", images, form))
+    operands = _Operands(gradient, covariance, form)
+    images = operands.images
+    name = choose(backend, request("product", images, operands.form))
     if name == "reference":
-        return reference.product(images, table, form).view(gradient.shape)
-    return product_from_spectrum(images, _spectrum(images, table, form), name).view(gradient.shape)
+        return reference.product(images, operands.table(), operands.form).view(gradient.shape)
+    return product_from_spectrum(images, operands.spectrum(), name).view(gradient.shape)
 
 
 def covariance_quadratic_form(
@@ -136,11 +187,13 @@ def covariance_quadratic_form(
         ValueError: If shapes, form, devices or the backend's name do not fit.
         RuntimeError: If the named backend cannot run.
     """
-    images, table, form = _arguments(gradient, covariance, form)
-    name = choose(backend, request("quadratic_form", images, form))
+    operands = _Operands(gradient, covariance, form)
+    images = operands.images
+    name = choose(backend, request("quadratic_form", images, operands.form))
     if name == "reference":
-        return reference.quadratic_form(images, table, form).to(compute_dtype(gradient.dtype))
-    return quadratic_form_from_spectrum(images, _spectrum(images, table, form), name)
+        q = reference.quadratic_form(images, operands.table(), operands.form)
+        return q.to(compute_dtype(gradient.dtype))
+    return quadratic_form_from_spectrum(images, operands.spectrum(), name)
 
 
 def correlate(a: Tensor, b: Tensor, shape: Size, form: str, backend: str = "auto") -> Tensor:

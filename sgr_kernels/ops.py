@@ -4,9 +4,8 @@ The set is closed under differentiation: ``product`` and ``cross_spectrum`` are 
 derivative, of any order, is made of the same operators. ``quadratic_form`` returns its product as a second output;
 twice that, times the incoming gradient, is its backward, and differentiating it again is differentiating the product.
 
-Each ``torch.autograd.Function`` below is the autograd kernel of its registered operator. The functional layer calls the
-Function itself, except while a compiler traces (a Function with a ``jvp`` breaks the trace; the operator does not) or a
-transform of ``torch.func`` is active, so that both together meet the operator.
+Each class below holds the derivatives of one operator, and is its autograd kernel. Called on their own, the classes do
+what the operator does with less Python in between; a compiler, and ``torch.func``, meet the operator.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _within_transforms
+from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
+from torch._C._functorch import unwrap_if_dead
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -33,11 +34,19 @@ SPECTRAL_BACKENDS = ("torch", "native", "triton")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
+# An autograd.Function for one level of transforms: as the kernel of an operator it leaves the others to the dispatcher.
+Derivatives: Any = _SingleLevelFunction
+
+
 def _implementation(backend: str, operator: str, *args: Any) -> Any:
     """Run an operator's kernel, below autograd."""
+    function = getattr(torch.ops.sgr_kernels, f"{backend}_{operator}").default
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
+        if not _within_transforms():
+            with _BelowAutograd():
+                return function(*args)
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _BelowAutograd():  # as the levels below may want
+            return function(*args)
     except RuntimeError as error:
         failed = re.search(r"could not allocate (\d+) bytes", str(error))
         if failed is not None:
@@ -46,7 +55,7 @@ def _implementation(backend: str, operator: str, *args: Any) -> Any:
         raise
 
 
-class Product(Function):
+class Product(Derivatives):
     """``v = Sigma g``: (gradient (B, C, H, W), spectrum, backend, precision) -> like gradient."""
 
     @staticmethod
@@ -83,7 +92,7 @@ class Product(Function):
         return _sum(by_gradient, by_spectrum)
 
 
-class QuadraticForm(Function):
+class QuadraticForm(Derivatives):
     """``q_b = g_b^T Sigma g_b`` with ``v = Sigma g``, of the symmetric part of Sigma.
 
     (gradient (B, C, H, W), spectrum, with_product, backend, precision) -> (q (B,), v like gradient or (0,)).
@@ -150,7 +159,7 @@ class QuadraticForm(Function):
         return q_t, v_t
 
 
-class CrossSpectrum(Function):
+class CrossSpectrum(Derivatives):
     """``S[c, c', k, l] = sum Z^a_c Z^b_c'``: (a, b, rows, columns, signed, backend, precision) -> a spectrum."""
 
     @staticmethod
@@ -259,35 +268,22 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quadratic_form": _fake_quadratic_form,
     "cross_spectrum": _fake_cross_spectrum,
 }
-FUNCTIONS: dict[str, type[Function]] = {
+_DERIVATIVES: dict[str, Any] = {
     "product": Product,
     "quadratic_form": QuadraticForm,
     "cross_spectrum": CrossSpectrum,
 }
 
 
-def _for_one_level(function: type[Function]) -> Any:
-    """A Function as an autograd kernel within a transform: PyTorch unwraps and wraps the tensors of its one level."""
-
-    def forward(*args: Any) -> Any:
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):  # as the levels below may want
-            return function.forward(*args)
-
-    rules = {rule: staticmethod(getattr(function, rule)) for rule in ("setup_context", "backward", "jvp")}
-    return type(function.__name__, (_SingleLevelFunction,), {"forward": staticmethod(forward), **rules})
-
-
 def _define(backend: str, operator: str) -> None:
     name = f"{backend}_{operator}"
-    function = FUNCTIONS[operator]
-    one_level = _for_one_level(function)
+    function = _DERIVATIVES[operator]
 
     def autograd_kernel(*args: Any) -> Any:
-        *tensors_and_options, precision = args
-        if not torch._C._are_functorch_transforms_active():
-            return function.apply(*tensors_and_options, backend, precision)
+        if not _within_transforms():
+            return function.apply(*args[:-1], backend, args[-1])
         with enable_single_level_autograd_function():
-            return one_level.apply(*tensors_and_options, backend, precision)
+            return function.apply(*args[:-1], backend, args[-1])
 
     _library.define(name + SCHEMAS[operator], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, autograd_kernel, "Autograd")
@@ -306,6 +302,8 @@ triton_spectral.register_operators(_library)
 
 def call(operator: str, backend: str, *args: Any) -> Any:
     """Call an operator of a backend with its derivatives; ``args`` as in `SCHEMAS`."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or _within_transforms():
         return getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(*args)
-    return FUNCTIONS[operator].apply(*args[:-1], backend, args[-1])
+    # What a transform saved may outlive it, in its wrapper; the dispatcher takes that off by itself.
+    plain = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args[:-1])
+    return _DERIVATIVES[operator].apply(*plain, backend, args[-1])

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from sgr_kernels.toeplitz import hermitian
 from sgr_kernels.toeplitz.constants import recording, wide_dtype
+from sgr_kernels.toeplitz.cosines import periodic_frequencies
 from sgr_kernels.toeplitz.geometry import Size, signed_from_table
 
 
 def _blocks(table: Tensor, size: Size, form: str) -> Tensor:
-    """One C x C block a frequency, (2H-1, W, C, C); real for even tables, Hermitian for signed ones."""
-    signed = signed_from_table(table.to(wide_dtype(table.device)), size, form)
-    blocks = torch.fft.rfft2(torch.fft.ifftshift(signed, (-2, -1))).permute(2, 3, 0, 1)
-    # An even table's blocks repeat in mirrored rows; the real part drops rounding alone.
-    return blocks.real[: size[0]] if form == "even" else blocks
+    """One C x C block a frequency: real, (H, W, C, C), of even tables, Hermitian, (2H-1, W, C, C), of signed ones."""
+    wide = table.to(wide_dtype(table.device))
+    if form == "even":  # its blocks repeat in mirrored rows
+        return periodic_frequencies(periodic_frequencies(wide, size[1], -1), size[0], -2).permute(2, 3, 0, 1)
+    signed = signed_from_table(wide, size, form)
+    return torch.fft.rfft2(torch.fft.ifftshift(signed, (-2, -1))).permute(2, 3, 0, 1)
 
 
 def _mirror(blocks: Tensor, size: Size) -> Tensor:
@@ -49,12 +51,26 @@ def clip(table: Tensor, size: Size, form: str) -> Tensor:
         form: ``"even"`` or ``"signed"``.
     """
     height, width = size
+    if form == "even":
+        projected = _positive_part(_even_blocks(hermitian.pack(table.to(wide_dtype(table.device))), size))
+        return hermitian.unpack(_even_blocks(projected, size)) / ((2 * height - 1) * (2 * width - 1))
     eigenvalues, vectors = _eigh(_blocks(table, size, form))
     projected = (vectors * eigenvalues.clamp(min=0)[..., None, :]) @ vectors.mH
-    signed = torch.fft.irfft2(_mirror(projected, size), s=(2 * height - 1, 2 * width - 1))
-    if form == "even":
-        return signed[..., :height, :width]
+    signed = torch.fft.irfft2(projected.permute(2, 3, 0, 1), s=(2 * height - 1, 2 * width - 1))
     return torch.fft.fftshift(signed, (-2, -1))
+
+
+def _even_blocks(entries: Tensor, size: Size) -> Tensor:
+    """Entries (n, h, w) of even tables to those of their blocks, (n, H, W), or back, up to a factor of the period."""
+    return periodic_frequencies(periodic_frequencies(entries, size[1], -1), size[0], -2)
+
+
+def _positive_part(entries: Tensor) -> Tensor:
+    projected = hermitian.positive_part(entries)
+    if projected is not None:
+        return projected
+    eigenvalues, vectors = _eigh(hermitian.unpack(entries).permute(2, 3, 0, 1))
+    return hermitian.pack(((vectors * eigenvalues.clamp(min=0)[..., None, :]) @ vectors.mH).permute(2, 3, 0, 1))
 
 
 def square_root(table: Tensor, size: Size, form: str, tolerance: float = 1e-6) -> Tensor | None:

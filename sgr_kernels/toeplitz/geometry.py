@@ -88,7 +88,7 @@ def _sum_into_bins(table: Tensor, count: int, lower: bool) -> Tensor:
     """Sum ``table`` (..., h, w) over the cells of each bin, in a fixed order: (..., count)."""
     shape = (table.shape[-2], table.shape[-1])
     flat = table.flatten(-2)
-    if tracing():
+    if tracing() or table.is_cpu:  # where index_add adds in a fixed order
         index = (lower_bin if lower else nearest_bin)(shape, table.device).flatten()
         longer = flat.new_zeros(*flat.shape[:-1], max(count, bin_count(shape, "linear") + 1))
         return longer.index_add(-1, index, flat)[..., :count]
@@ -121,17 +121,24 @@ def radial_from_even(table_sums: Tensor, size: Size, bins: int, binning: str = "
     ``table_sums[c, c', |dy|, |dx|]`` is the sum over the ordered pairs at that displacement. Linear binning spreads
     each pair over its two bins.
     """
-    shape = (table_sums.shape[-2], table_sums.shape[-1])
-    counts = pair_counts(size, shape, table_sums.device).to(table_sums.dtype)
+    return _into_bins(table_sums, bins, binning) / bin_pair_counts(
+        size, (table_sums.shape[-2], table_sums.shape[-1]), bins, binning, table_sums.device
+    ).to(table_sums.dtype)
+
+
+@constant
+def bin_pair_counts(size: Size, shape: Size, bins: int, binning: str, device: torch.device) -> Tensor:
+    """Ordered pixel pairs of each bin, within displacements of ``shape``, (bins,), in the widest type."""
+    return _into_bins(pair_counts(size, shape, device).to(wide_dtype(device)), bins, binning)
+
+
+def _into_bins(sums: Tensor, bins: int, binning: str) -> Tensor:
+    """Sums over the bins of sums at each displacement; linear binning spreads them over two bins each."""
     if binning == "rounded":
-        return _sum_into_bins(table_sums, bins, False) / _sum_into_bins(counts, bins, False)
-    weight = upper_weight(shape, table_sums.device).to(table_sums.dtype)
-
-    def spread(sums: Tensor) -> Tensor:
-        upper = torch.nn.functional.pad(_sum_into_bins(sums * weight, bins, True), (1, 0))[..., :bins]
-        return _sum_into_bins(sums * (1 - weight), bins, True) + upper
-
-    return spread(table_sums) / spread(counts)
+        return _sum_into_bins(sums, bins, False)
+    weight = upper_weight((sums.shape[-2], sums.shape[-1]), sums.device).to(sums.dtype)
+    upper = torch.nn.functional.pad(_sum_into_bins(sums * weight, bins, True), (1, 0))[..., :bins]
+    return _sum_into_bins(sums * (1 - weight), bins, True) + upper
 
 
 def displacement_index(extent: int, device: torch.device) -> Tensor:

@@ -1,12 +1,19 @@
-"""Eigenvalues of many small Hermitian matrices without a word to the host, so that a CUDA graph can record them."""
+"""Many small Hermitian matrices without a word to the host: eigenvalues, and projection onto the semidefinite cone."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sgr_kernels.toeplitz.constants import constant
+
 SWEEPS = 8
 """Convergence is quadratic: of float64, 5 sweeps suffice for 2 x 2 to 4 x 4, 7 for 16 x 16."""
+_CHUNK = 1 << 13
+"""Matrices treated at a time on a CPU, so that what a formula makes on its way stays in cache."""
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,3 +51,122 @@ def _rotation(first: Tensor, last: Tensor, between: Tensor) -> tuple[Tensor, Ten
     tangent = torch.where(gap < 0, -2.0, 2.0) * torch.where(denominator > 0, size / denominator, 0)
     c = torch.rsqrt(tangent * tangent + 1)
     return c, c * tangent, phase
+
+
+def pack(matrices: Tensor) -> Tensor:
+    """The distinct entries of symmetric matrices (C, C, ...): the diagonals, then what is above them by rows."""
+    rows, columns = _distinct(matrices.shape[0], matrices.device)
+    return matrices[rows, columns]
+
+
+def unpack(entries: Tensor) -> Tensor:
+    """Symmetric matrices (C, C, ...) from their distinct entries."""
+    return entries[_place(math.isqrt(2 * entries.shape[0]), entries.device)]
+
+
+@constant
+def _distinct(count: int, device: torch.device) -> Tensor:
+    """Rows and columns of the distinct entries, (2, n)."""
+    diagonal = torch.arange(count, device=device).expand(2, -1)
+    return torch.cat([diagonal, torch.triu_indices(count, count, 1, device=device)], 1)
+
+
+@constant
+def _place(count: int, device: torch.device) -> Tensor:
+    """Where each entry of a matrix is among the distinct ones, (C, C)."""
+    rows, columns = _distinct(count, device)
+    place = torch.empty(count, count, dtype=torch.long, device=device)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows), device=device)
+    return place
+
+
+def positive_part(entries: Tensor) -> Tensor | None:
+    """The nearest positive semidefinite matrices of symmetric ones; None where there is no formula: from order 4 on.
+
+    Args:
+        entries: (C (C + 1) / 2, ...), as `pack` lays them out; float64.
+    """
+    formula = {1: _of_numbers, 3: _of_pairs, 6: _of_triples}.get(entries.shape[0])
+    if formula is None:
+        return None
+    flat = entries.flatten(1)
+    chunk = _CHUNK if flat.is_cpu else max(1, flat.shape[1])
+    return torch.cat([formula(part) for part in flat.split(chunk, 1)], 1).view_as(entries)
+
+
+def _of_numbers(entries: Tensor) -> Tensor:
+    return entries.clamp(min=0)
+
+
+def _scaled(formula: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply a formula to entries of size one: their cubes then neither overflow nor vanish."""
+
+    def apply(entries: Tensor) -> Tensor:
+        scale = entries.abs().amax(0)
+        return formula(entries / torch.where(scale > 0, scale, 1.0)) * scale
+
+    return apply
+
+
+@_scaled
+def _of_pairs(a: Tensor) -> Tensor:
+    return _positive_part_of_pair(a, _identity(a), a[:2].mean(0))
+
+
+@_scaled
+def _of_triples(a: Tensor) -> Tensor:
+    """The eigenvalue farther from the other two is found by Viete's formula and split off: what remains is of rank two.
+
+    Both steps lose no accuracy where eigenvalues meet.
+    """
+    middle, identity = a[:3].mean(0), _identity(a)
+    shifted = a - middle * identity
+    cofactors = _cofactors(shifted)
+    spread = _norm(shifted) / 6**0.5
+    determinant = shifted[0] * cofactors[0] + shifted[3] * cofactors[3] + shifted[4] * cofactors[4]
+    cosine = determinant / torch.where(spread > 0, 2 * spread**3, 1.0)
+    angle = cosine.abs().clamp(max=1).acos() / 3
+    extreme = torch.where(cosine < 0, -2.0, 2.0) * spread * angle.cos()
+    # The cofactors of (shifted - extreme): a multiple of the projector onto its eigenvector.
+    projector = cofactors + extreme * shifted + extreme**2 * identity
+    trace = projector[:3].sum(0)
+    projector = projector / torch.where(trace > 0, trace, 1.0)
+    projector[0] += (trace <= 0).to(a.dtype)  # of a multiple of the identity any direction will do
+    extreme = middle + extreme
+    rest = _positive_part_of_pair(a - extreme * projector, identity - projector, (3 * middle - extreme) / 2)
+    return rest + extreme.clamp(min=0) * projector
+
+
+def _positive_part_of_pair(a: Tensor, plane: Tensor, middle: Tensor) -> Tensor:
+    """Of matrices that vanish outside a plane (its projector), from the mean of their two eigenvalues in it."""
+    reach = _norm(a - middle * plane) / 2**0.5
+    low, high = middle - reach, middle + reach
+    share = torch.where(low < 0, high.clamp(min=0) / torch.where(reach > 0, 2 * reach, 1.0), 1.0)
+    return share * (a - torch.where(low < 0, low, 0.0) * plane)
+
+
+def _norm(a: Tensor) -> Tensor:
+    """Frobenius norms of symmetric matrices of order 2 or 3."""
+    order = 2 if a.shape[0] == 3 else 3
+    squares = a * a
+    return (squares[:order].sum(0) + 2 * squares[order:].sum(0)).sqrt()
+
+
+def _identity(a: Tensor) -> Tensor:
+    """Entries of the identity, (n, 1)."""
+    return (torch.arange(a.shape[0], device=a.device) < (2 if a.shape[0] == 3 else 3)).to(a.dtype)[:, None]
+
+
+def _cofactors(a: Tensor) -> Tensor:
+    """Of symmetric matrices of order 3."""
+    xx, yy, zz, xy, xz, yz = a.unbind(0)
+    return torch.stack(
+        [
+            yy * zz - yz * yz,
+            xx * zz - xz * xz,
+            xx * yy - xy * xy,
+            xz * yz - xy * zz,
+            xy * yz - xz * yy,
+            xy * xz - yz * xx,
+        ]
+    )

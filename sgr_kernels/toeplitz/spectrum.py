@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.toeplitz.constants import constant, wide_dtype
+from sgr_kernels.toeplitz.cosines import odd_displacements, odd_frequencies, plane_by_plane
 from sgr_kernels.toeplitz.geometry import Size
 
 
@@ -44,45 +45,43 @@ def basis(extent: int, frequencies: int, dtype: torch.dtype, device: torch.devic
     return (torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(frequencies)).to(dtype)
 
 
-@constant
-def _table_basis(reach: int, frequencies: int, part: str, device: torch.device) -> Tensor:
-    """How a table's displacements 0..reach-1 enter one part of the spectrum, (reach, F), float64.
-
-    ``w_d cos(theta_k d)`` for the even part and ``2 sin(theta_k d)`` for the odd one; w_0 = 1, w_d = 2.
-    """
-    angles = _angles(reach, frequencies, 0.0, device)
-    weighted = 2 * (angles.cos() if part == "even" else angles.sin())
-    return torch.cat([weighted[:1] / 2, weighted[1:]])
-
-
-@constant
-def _signed_basis(length: int, frequencies: int, part: str, device: torch.device) -> Tensor:
-    """As `_table_basis` for the displacements -reach+1..reach-1 of a signed table, (2 reach - 1, F)."""
-    angles = _angles(length, frequencies, (length - 1) / 2, device)
-    return angles.cos() if part == "even" else angles.sin()
-
-
 _SIGNED_PARTS = (("even", "even"), ("odd", "even"), ("even", "odd"), ("odd", "odd"))
 
 
-def spectrum_from_table(table: Tensor, frequencies: Size, form: str, dtype: torch.dtype) -> Tensor:
-    """Spectrum of an even (C, C, h, w) or a signed (C, C, 2h-1, 2w-1) table; linear, summed in float64.
+def _fold(table: Tensor, parts: tuple[str, str]) -> Tensor:
+    """Sums (even) or differences (odd) of a signed table's opposite displacements along both axes: (..., h, w)."""
+    for dim, part in zip((-2, -1), parts):
+        reach = (table.shape[dim] + 1) // 2
+        ahead, behind = table.narrow(dim, reach - 1, reach), table.narrow(dim, 0, reach).flip(dim)
+        # The transforms weight every displacement but zero twice.
+        table = (ahead + behind) / 2 if part == "even" else (ahead - behind) / 2
+    return table
 
-    Returns (C, C, Fh, Fw) for the even form and (4, C, C, Fh, Fw) for the signed one, in ``dtype``.
+
+def _unfold(table: Tensor, parts: tuple[str, str]) -> Tensor:
+    """The adjoint of `_fold`."""
+    for dim, part in zip((-2, -1), parts):
+        zero, ahead = table.narrow(dim, 0, 1), table.narrow(dim, 1, table.shape[dim] - 1) / 2
+        behind = ahead.flip(dim)
+        if part == "odd":
+            zero, behind = torch.zeros_like(zero), -behind
+        table = torch.cat([behind, zero, ahead], dim)
+    return table
+
+
+def spectrum_from_table(table: Tensor, frequencies: Size, form: str, dtype: torch.dtype) -> Tensor:
+    """Spectrum of an even (..., h, w) or a signed (..., 2h-1, 2w-1) table; linear, summed in float64.
+
+    Returns (..., Fh, Fw) for the even form and (4, ..., Fh, Fw) for the signed one, in ``dtype``.
     """
-    height, width = table.shape[-2:]
     wide = table.to(wide_dtype(table.device))
+
+    def transform(x: Tensor, parts: tuple[str, str]) -> Tensor:
+        return odd_frequencies(odd_frequencies(x, frequencies[1], parts[1], -1), frequencies[0], parts[0], -2)
+
     if form == "even":
-        rows = _table_basis(height, frequencies[0], "even", table.device)
-        columns = _table_basis(width, frequencies[1], "even", table.device)
-        return (rows.mT @ wide @ columns).to(dtype)
-    parts = [
-        _signed_basis(height, frequencies[0], p, table.device).mT
-        @ wide
-        @ _signed_basis(width, frequencies[1], r, table.device)
-        for p, r in _SIGNED_PARTS
-    ]
-    return torch.stack(parts).to(dtype)
+        return plane_by_plane(lambda x: transform(x, ("even", "even")).to(dtype), wide)
+    return torch.stack([transform(_fold(wide, parts), parts) for parts in _SIGNED_PARTS]).to(dtype)
 
 
 def table_from_cross_spectrum(cross_spectrum: Tensor, shape: Size, form: str) -> Tensor:
@@ -91,16 +90,15 @@ def table_from_cross_spectrum(cross_spectrum: Tensor, shape: Size, form: str) ->
     With the cross spectrum of a and b and a table of ``shape``, entry ``[c, c', d]`` is the sum over samples and
     ordered pixel pairs (i, j) at displacement d of ``a[c, i] b[c', j]``.
     """
-    device, (fh, fw) = cross_spectrum.device, cross_spectrum.shape[-2:]
-    wide = cross_spectrum.to(wide_dtype(device))
+    wide = cross_spectrum.to(wide_dtype(cross_spectrum.device))
+    reach = shape if form == "even" else ((shape[0] + 1) // 2, (shape[1] + 1) // 2)
+
+    def transform(y: Tensor, parts: tuple[str, str]) -> Tensor:
+        return odd_displacements(odd_displacements(y, reach[1], parts[1], -1), reach[0], parts[0], -2)
+
     if form == "even":
-        rows = _table_basis(shape[0], fh, "even", device)
-        return rows @ wide @ _table_basis(shape[1], fw, "even", device).mT
-    sums = [
-        _signed_basis(shape[0], fh, p, device) @ part @ _signed_basis(shape[1], fw, r, device).mT
-        for part, (p, r) in zip(wide, _SIGNED_PARTS)
-    ]
-    return torch.stack(sums).sum(0)
+        return plane_by_plane(lambda y: transform(y, ("even", "even")), wide)
+    return torch.stack([_unfold(transform(part, p), p) for part, p in zip(wide, _SIGNED_PARTS)]).sum(0)
 
 
 def transpose(spectrum: Tensor) -> Tensor:

@@ -269,3 +269,30 @@ def test_no_graph_is_kept_where_none_is_wanted(place):
     # What inference mode left in the caches must serve training afterwards.
     q = sgr.covariance_quadratic_form(g, f, backend=place.backend).sum()
     torch.autograd.grad(q, (g, f), create_graph=True)
+
+
+def test_a_covariance_that_changed_behind_the_back_of_autograd_is_seen(place):
+    """Spectra of the covariances last given are remembered; by their values, whatever wrote them."""
+    g = gradients((2, 2, *SIZE), device=place.device)
+    array = covariances("radial", 2, SIZE).numpy().copy()
+    f = torch.from_numpy(array)
+    on_device = f.to(place.device)
+
+    def check() -> None:
+        v = sgr.covariance_product(g, on_device, backend=place.backend)
+        torch.testing.assert_close(v.cpu(), dense_product(g, on_device, "radial")[0])
+
+    check()
+    check()
+    array[...] *= 2
+    on_device = f.to(place.device)  # on CPUs the same tensor, with the same version
+    check()
+    on_device.data.add_(1.0)
+    check()
+    with torch.inference_mode():
+        on_device = on_device + 0.5
+        check()
+    on_device = on_device.clone()
+    check()
+    q = sgr.covariance_quadratic_form(g.requires_grad_(), on_device, backend=place.backend)
+    torch.autograd.grad(q.sum(), g)

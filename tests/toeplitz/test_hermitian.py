@@ -43,7 +43,7 @@ def test_nan_stays_with_its_matrix():
 
 
 @pytest.mark.parametrize("form", ["even", "signed"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_clipping_is_the_same_while_a_graph_records(form, channels, monkeypatch):
     table = covariances(form, channels, (5, 4))
     other = table.transpose(0, 1)
@@ -52,3 +52,33 @@ def test_clipping_is_the_same_while_a_graph_records(form, channels, monkeypatch)
     monkeypatch.setattr(embedding, "recording", lambda: True)
     monkeypatch.setattr(torch.linalg, "eigh", None)
     torch.testing.assert_close(embedding.clip(table, (5, 4), form), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_positive_part_of_every_matrix(count, monkeypatch):
+    """The nearest semidefinite matrix: eigenvalues below zero become zero, also where eigenvalues meet or nearly do."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.cat([matrices(count, F64), -matrices(count, F64)])
+    rotation = torch.linalg.qr(torch.randn(count, count, dtype=F64, generator=generator)).Q
+    spectra = torch.tensor([[1, 1, -1], [1, -1, -1], [0, 0, 1], [0, 0, -1], [1, 1e-9, -1e-9], [2, 2, 2 + 1e-13]])
+    special = rotation @ torch.diag_embed(spectra.to(F64)[:, :count]) @ rotation.mT
+    a = torch.cat([a, special, 1e-200 * special, torch.full((1, count, count), 1e-320, dtype=F64)])
+    monkeypatch.setattr(hermitian, "_CHUNK", 50)
+    got = hermitian.unpack(hermitian.positive_part(hermitian.pack(a.permute(1, 2, 0)))).permute(2, 0, 1)
+    values, vectors = torch.linalg.eigh(a)
+    expected = (vectors * values.clamp(min=0)[:, None, :]) @ vectors.mT
+    size = a.abs().amax((1, 2))
+    assert ((got - expected).abs().amax((1, 2)) <= 1e-14 * size + 1e-307).all()
+    assert (torch.linalg.eigvalsh(got)[:, 0] >= -1e-15 * size - 1e-307).all()
+
+
+def test_there_is_no_formula_from_order_four_on():
+    assert hermitian.positive_part(hermitian.pack(torch.eye(4, dtype=F64))) is None
+
+
+def test_nan_stays_with_its_positive_part():
+    a = matrices(3, F64)
+    a[9, 1, 1] = torch.nan
+    got = hermitian.positive_part(hermitian.pack(a.permute(1, 2, 0)))
+    assert got[:, 9].isnan().all()
+    assert got[:, :9].isfinite().all()
