@@ -65,7 +65,7 @@ struct BasisTiles {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int m = (2 * (top + lane_row(lane, i)) + 1) * (2 * (left + lane_column(lane, n, j)) + 1);
-            tile.value[n][i][j] = sines ? sine(m, frequencies) : cosine(m, frequencies);
+            tile.at(n, i, j) = sines ? sine(m, frequencies) : cosine(m, frequencies);
           }
       store_tile(Forward::constant(tile), memory + index * kTileEntries, lane);
     }

@@ -15,7 +15,26 @@ constexpr int kLaneEntries = 8;
 constexpr int kTileEntries = kTile * kTile;
 
 struct Fragment {
-  float value[2][2][2];  // [n][i][j]
+  float value[kLaneEntries];
+
+  __device__ float& at(int n, int i, int j) { return value[4 * n + 2 * i + j]; }
+  __device__ float at(int n, int i, int j) const { return value[4 * n + 2 * i + j]; }
+  // The four entries of columns 8n to 8n + 7: an mma accumulator.
+  __device__ float* half(int n) { return value + 4 * n; }
+
+  __device__ void operator+=(const Fragment& other) {
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) value[e] += other.value[e];
+  }
+  __device__ void operator*=(float factor) {
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) value[e] *= factor;
+  }
+  // += a b, entry by entry.
+  __device__ void add_product(const Fragment& a, const Fragment& b) {
+#pragma unroll
+    for (int e = 0; e < kLaneEntries; ++e) value[e] += a.value[e] * b.value[e];
+  }
 };
 
 __device__ inline int lane_row(int lane, int i) { return (lane >> 2) + 8 * i; }
@@ -55,10 +74,10 @@ __device__ inline Fragment load_fragment(const float* memory, int lane) {
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const float4 vector = *reinterpret_cast<const float4*>(memory + pair_offset(lane, n, 0));
-    tile.value[n][0][0] = vector.x;
-    tile.value[n][0][1] = vector.y;
-    tile.value[n][1][0] = vector.z;
-    tile.value[n][1][1] = vector.w;
+    tile.at(n, 0, 0) = vector.x;
+    tile.at(n, 0, 1) = vector.y;
+    tile.at(n, 1, 0) = vector.z;
+    tile.at(n, 1, 1) = vector.w;
   }
   return tile;
 }
@@ -66,7 +85,7 @@ __device__ inline void store_fragment(const Fragment& tile, float* memory, int l
 #pragma unroll
   for (int n = 0; n < 2; ++n)
     *reinterpret_cast<float4*>(memory + pair_offset(lane, n, 0)) =
-        make_float4(tile.value[n][0][0], tile.value[n][0][1], tile.value[n][1][0], tile.value[n][1][1]);
+        make_float4(tile.at(n, 0, 0), tile.at(n, 0, 1), tile.at(n, 1, 0), tile.at(n, 1, 1));
 }
 
 // x = high + low / SCALE in two fp16 numbers: 22 bits. Three of the four partial products carry float32 accuracy.
@@ -85,8 +104,7 @@ struct SplitHalf {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        split(x.value[n][i][0], x.value[n][i][1], tile.word[2 * n + i], tile.word[4 + 2 * n + i]);
+      for (int i = 0; i < 2; ++i) split(x.at(n, i, 0), x.at(n, i, 1), tile.word[2 * n + i], tile.word[4 + 2 * n + i]);
     return tile;
   }
   __device__ static Tile data(const Fragment& x) {
@@ -94,8 +112,7 @@ struct SplitHalf {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
-        split(x.value[n][i][0], x.value[n][i][1], tile.word[2 * i + n], tile.word[4 + 2 * i + n]);
+      for (int n = 0; n < 2; ++n) split(x.at(n, i, 0), x.at(n, i, 1), tile.word[2 * i + n], tile.word[4 + 2 * i + n]);
     return tile;
   }
   // The words of row i of a data tile, [v][word], from its entries [n][j].
@@ -124,8 +141,8 @@ struct SplitHalf {
   __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      float (&high)[4] = reinterpret_cast<float (&)[4]>(d.high.value[m]);
-      float (&low)[4] = SCALE == 1 ? high : reinterpret_cast<float (&)[4]>(d.low.value[m]);
+      float* high = d.high.half(m);
+      float* low = SCALE == 1 ? high : d.low.half(m);
       const uint32_t high0 = b.word[2 * m], high1 = b.word[2 * m + 1];
       const uint32_t low0 = b.word[4 + 2 * m], low1 = b.word[5 + 2 * m];
       mma_m16n8k16_f16(low, a.word[0], a.word[1], a.word[2], a.word[3], low0, low1);
@@ -137,7 +154,7 @@ struct SplitHalf {
     Fragment result = d.high;
     if constexpr (SCALE != 1) {
 #pragma unroll
-      for (int e = 0; e < kLaneEntries; ++e) (&result.value[0][0][0])[e] += (&d.low.value[0][0][0])[e] * (1.0f / SCALE);
+      for (int e = 0; e < kLaneEntries; ++e) result.value[e] += d.low.value[e] * (1.0f / SCALE);
     }
     return result;
   }
@@ -161,13 +178,13 @@ struct TensorFloat {
   __device__ static Tile constant(const Fragment& x) {
     Tile tile;
 #pragma unroll
-    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e / 4][e % 2][e / 2 % 2]);
+    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.at(e / 4, e % 2, e / 2 % 2));
     return tile;
   }
   __device__ static Tile data(const Fragment& x) {
     Tile tile;
 #pragma unroll
-    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e / 4][e / 2 % 2][e % 2]);
+    for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e]);
     return tile;
   }
   __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
@@ -192,8 +209,8 @@ struct TensorFloat {
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        mma_m16n8k8_tf32(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[4 * n], a.word[4 * n + 1],
-                         a.word[4 * n + 2], a.word[4 * n + 3], b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
+        mma_m16n8k8_tf32(d.sum.half(m), a.word[4 * n], a.word[4 * n + 1], a.word[4 * n + 2], a.word[4 * n + 3],
+                         b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
   }
   __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
   __device__ static Fragment product(const Tile& a, const Tile& b) {
@@ -227,8 +244,7 @@ struct SplitTensorFloat {
     Fragment rest;
 #pragma unroll
     for (int e = 0; e < kLaneEntries; ++e) {
-      const float value = (&x.value[0][0][0])[e];
-      (&rest.value[0][0][0])[e] = value - __uint_as_float(round_to_tf32(value));
+      rest.value[e] = x.value[e] - __uint_as_float(round_to_tf32(x.value[e]));
     }
     return rest;
   }
@@ -244,13 +260,13 @@ struct BrainFloat {
   __device__ static Tile constant(const Fragment& x) {
     Tile tile;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.value[w / 2][w % 2][0], x.value[w / 2][w % 2][1]);
+    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w / 2, w % 2, 0), x.at(w / 2, w % 2, 1));
     return tile;
   }
   __device__ static Tile data(const Fragment& x) {
     Tile tile;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.value[w % 2][w / 2][0], x.value[w % 2][w / 2][1]);
+    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w % 2, w / 2, 0), x.at(w % 2, w / 2, 1));
     return tile;
   }
   __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
@@ -272,8 +288,7 @@ struct BrainFloat {
   __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-      mma_m16n8k16_bf16(reinterpret_cast<float (&)[4]>(d.sum.value[m]), a.word[0], a.word[1], a.word[2], a.word[3],
-                        b.word[2 * m], b.word[2 * m + 1]);
+      mma_m16n8k16_bf16(d.sum.half(m), a.word[0], a.word[1], a.word[2], a.word[3], b.word[2 * m], b.word[2 * m + 1]);
   }
   __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
 };

@@ -69,19 +69,14 @@ struct FusedCrossSpectrum {
 #pragma unroll
       for (int owned = 0; owned < kOwned; ++owned) {
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-#pragma unroll
-          for (int e = 0; e < kLaneEntries; ++e) (&z[owned][c].value[0][0][0])[e] *= unscale;
+        for (int c = 0; c < CHANNELS; ++c) z[owned][c] *= unscale;
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
           for (int d = c; d < CHANNELS; ++d) {
             const int pair = Layout::pair(c, d);
             if (kParts > 1 && pair / kPairs != part) continue;
-#pragma unroll
-            for (int e = 0; e < kLaneEntries; ++e)
-              (&sum[owned][pair % kPairs].value[0][0][0])[e] +=
-                  (&z[owned][c].value[0][0][0])[e] * (&z[owned][d].value[0][0][0])[e];
+            sum[owned][pair % kPairs].add_product(z[owned][c], z[owned][d]);
           }
       }
     }
@@ -134,12 +129,8 @@ struct FusedCrossSpectrum {
       __syncthreads();
 #pragma unroll
       for (int index = 0; index < kOwned * kPairs; ++index)
-        if (group == from - 1) {
-          const Fragment other = load_fragment(memory + offset(index % kPairs, index / kPairs), lane);
-#pragma unroll
-          for (int e = 0; e < kLaneEntries; ++e)
-            (&sum[index / kPairs][index % kPairs].value[0][0][0])[e] += (&other.value[0][0][0])[e];
-        }
+        if (group == from - 1)
+          sum[index / kPairs][index % kPairs] += load_fragment(memory + offset(index % kPairs, index / kPairs), lane);
       __syncthreads();
     }
   }

@@ -153,18 +153,14 @@ struct FusedProduct {
 #pragma unroll
       for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
         const Fragment lambda = load_fragment(spectrum + Spectrum::offset(Spectrum::pair(c, d), rows, columns), lane);
-#pragma unroll
-        for (int e = 0; e < kLaneEntries; ++e) {
-          const float entry = (&lambda.value[0][0][0])[e];
-          (&y[c].value[0][0][0])[e] += entry * (&z[d].value[0][0][0])[e];
-          if (SYMMETRIC && c != d) (&y[d].value[0][0][0])[e] += entry * (&z[c].value[0][0][0])[e];
-        }
+        y[c].add_product(lambda, z[d]);
+        if (SYMMETRIC && c != d) y[d].add_product(lambda, z[c]);
       }
     float form = 0.0f;
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-      for (int e = 0; e < kLaneEntries; ++e) form += (&y[c].value[0][0][0])[e] * (&z[c].value[0][0][0])[e];
+      for (int e = 0; e < kLaneEntries; ++e) form += y[c].value[e] * z[c].value[e];
     return form;
   }
 

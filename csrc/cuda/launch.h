@@ -32,17 +32,17 @@ class CudaLauncher {
     const int device = like.get_device_index();
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, reinterpret_cast<void**>(&stream_)));
     check_cuda(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device), "device");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "device");
   }
 
-  int shared_limit;
+  int shared_limit = 0, multiprocessors = 0;
 
   template <class Kernel>
   int64_t resident_blocks(Kernel kernel, int threads, int shared_bytes) const {
     allow_shared(kernel, shared_bytes);
     int blocks = 0;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
-    return static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors_;
+    return static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors;
   }
 
   template <class T>
@@ -75,7 +75,6 @@ class CudaLauncher {
   const Tensor& like_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 0;
   std::vector<Tensor> workspaces_;
 };
 

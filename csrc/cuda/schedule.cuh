@@ -1,7 +1,7 @@
 // Which kernels serve a call, in what order and with what workspace. LAUNCHER is the machine: CUDA's in
 // launch.h, the emulated one in the tests.
 //
-//   int shared_limit              bytes of shared memory that a block may have
+//   int shared_limit, multiprocessors      bytes of shared memory that a block may have; of the device
 //   int64_t resident_blocks(kernel, threads, shared bytes)   blocks that the device holds at a time
 //   T* workspace<T>(count)        device memory that lives as long as the launcher
 //   launch(kernel, blocks in x, blocks in y, threads, shared bytes, arguments...)
@@ -31,10 +31,9 @@ inline int fused_blocks(const Geometry& geometry) {
   return largest > 2 * kTile ? 2 : 1;
 }
 
-template <class PRECISION, int CHANNELS, int BLOCKS, bool SYMMETRIC, class LAUNCHER>
+template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
 bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
-  constexpr int kImages = CHANNELS > 1 ? 1 : (BLOCKS == 1 ? 4 : 2);
-  using Fused = FusedProduct<PRECISION, CHANNELS, kImages, BLOCKS, SYMMETRIC>;
+  using Fused = FusedProduct<PRECISION, CHANNELS, IMAGES, BLOCKS, SYMMETRIC>;
   if (Fused::kSharedBytes > launcher.shared_limit) return false;
   if constexpr (!Fused::kSpectrumShared) {
     using Tiles = typename Fused::Spectrum;
@@ -46,26 +45,48 @@ bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
     arguments.spectrum_exponent = exponent;
   }
   const int64_t resident = launcher.resident_blocks(fused_product<Fused>, Fused::kThreads, Fused::kSharedBytes);
-  const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, kImages), resident);
+  const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, IMAGES), resident);
   launcher.launch(fused_product<Fused>, blocks, 1, Fused::kThreads, Fused::kSharedBytes, arguments);
   return true;
 }
 
-template <class PRECISION, class LAUNCHER>
+// What a fused kernel serves: images of up to 32 `blocks` pixels a side, `images` of them per block of threads.
+template <class LAUNCHER>
+struct FusedProductRow {
+  int channels;
+  bool symmetric;
+  int blocks, images;
+  bool (*launch)(LAUNCHER&, ProductArguments);
+};
+
+template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
+constexpr FusedProductRow<LAUNCHER> fused_product_row() {
+  return {CHANNELS, SYMMETRIC, BLOCKS, IMAGES,
+          launch_fused_product<PRECISION, CHANNELS, SYMMETRIC, BLOCKS, IMAGES, LAUNCHER>};
+}
+
+// Launches the first row that serves. Several images per block share the constants' way through registers; they are
+// worth it once every multiprocessor has a block. A single channel is its own symmetric part.
+template <class P, class LAUNCHER>
 bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, bool symmetric) {
-  const int channels = arguments.geometry.channels;
-  const auto launch = [&](auto blocks) {
-    constexpr int kBlocks = decltype(blocks)::value;
-    if (channels == 1) return launch_fused_product<PRECISION, 1, kBlocks, true>(launcher, arguments);
-    if (channels <= 3)
-      return symmetric ? launch_fused_product<PRECISION, 3, kBlocks, true>(launcher, arguments)
-                       : launch_fused_product<PRECISION, 3, kBlocks, false>(launcher, arguments);
-    return symmetric ? launch_fused_product<PRECISION, 4, kBlocks, true>(launcher, arguments)
-                     : launch_fused_product<PRECISION, 4, kBlocks, false>(launcher, arguments);
+  using L = LAUNCHER;
+  static constexpr FusedProductRow<L> kRows[] = {
+      fused_product_row<P, 1, true, 1, 4, L>(),  fused_product_row<P, 1, true, 1, 1, L>(),
+      fused_product_row<P, 1, true, 2, 2, L>(),  fused_product_row<P, 1, true, 2, 1, L>(),
+      fused_product_row<P, 2, true, 1, 1, L>(),  fused_product_row<P, 2, true, 2, 1, L>(),
+      fused_product_row<P, 2, false, 1, 1, L>(), fused_product_row<P, 2, false, 2, 1, L>(),
+      fused_product_row<P, 3, true, 1, 1, L>(),  fused_product_row<P, 3, true, 2, 1, L>(),
+      fused_product_row<P, 3, false, 1, 1, L>(), fused_product_row<P, 3, false, 2, 1, L>(),
+      fused_product_row<P, 4, true, 1, 1, L>(),  fused_product_row<P, 4, true, 2, 1, L>(),
+      fused_product_row<P, 4, false, 1, 1, L>(), fused_product_row<P, 4, false, 2, 1, L>(),
   };
-  const int blocks = fused_blocks(arguments.geometry);
-  if (blocks == 1) return launch(std::integral_constant<int, 1>());
-  return blocks == 2 && launch(std::integral_constant<int, 2>());
+  const Geometry& geometry = arguments.geometry;
+  for (const FusedProductRow<L>& row : kRows)
+    if (row.channels == geometry.channels && row.blocks == fused_blocks(geometry) &&
+        row.symmetric == (symmetric || row.channels == 1) &&
+        (row.images == 1 || geometry.batch >= row.images * static_cast<int64_t>(launcher.multiprocessors)))
+      return row.launch(launcher, arguments);
+  return false;
 }
 
 template <class PRECISION, int CHANNELS, int BLOCKS, class LAUNCHER>
@@ -84,16 +105,14 @@ bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments argu
 
 template <class PRECISION, class LAUNCHER>
 bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& arguments, float* result) {
-  const int channels = arguments.geometry.channels;
-  const auto launch = [&](auto blocks) {
-    constexpr int kBlocks = decltype(blocks)::value;
-    if (channels == 1) return launch_fused_cross_spectrum<PRECISION, 1, kBlocks>(launcher, arguments, result);
-    if (channels <= 3) return launch_fused_cross_spectrum<PRECISION, 3, kBlocks>(launcher, arguments, result);
-    return launch_fused_cross_spectrum<PRECISION, 4, kBlocks>(launcher, arguments, result);
-  };
+  using L = LAUNCHER;
+  static constexpr bool (*kLaunch[2][4])(L&, CrossSpectrumArguments, float*) = {
+      {launch_fused_cross_spectrum<PRECISION, 1, 1, L>, launch_fused_cross_spectrum<PRECISION, 2, 1, L>,
+       launch_fused_cross_spectrum<PRECISION, 3, 1, L>, launch_fused_cross_spectrum<PRECISION, 4, 1, L>},
+      {launch_fused_cross_spectrum<PRECISION, 1, 2, L>, launch_fused_cross_spectrum<PRECISION, 2, 2, L>,
+       launch_fused_cross_spectrum<PRECISION, 3, 2, L>, launch_fused_cross_spectrum<PRECISION, 4, 2, L>}};
   const int blocks = fused_blocks(arguments.geometry);
-  if (blocks == 1) return launch(std::integral_constant<int, 1>());
-  return blocks == 2 && launch(std::integral_constant<int, 2>());
+  return blocks > 0 && kLaunch[blocks - 1][arguments.geometry.channels - 1](launcher, arguments, result);
 }
 
 template <class PRODUCT, class LAUNCHER>
@@ -210,20 +229,16 @@ void staged_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageVi
   }
 }
 
-template <class PRODUCT>
-struct ProductType {
-  using Product = PRODUCT;
-};
-
-// Calls action with the ProductType of the general path; bf16 would gain little there, so "medium" is tf32.
+// The arithmetic of the general path; bf16 would gain little there, so "medium" is tf32. Calls action with a product of
+// that type.
 template <class T, class Action>
 void with_product_of(Precision precision, Action action) {
   if constexpr (std::is_same_v<T, double>)
-    action(ProductType<WarpProductDouble>());
+    action(WarpProductDouble{});
   else if (precision == Precision::kHighest)
-    action(ProductType<WarpProduct<SplitTensorFloat>>());
+    action(WarpProduct<SplitTensorFloat>{});
   else
-    action(ProductType<WarpProduct<TensorFloat>>());
+    action(WarpProduct<TensorFloat>{});
 }
 
 // The operators, on checked arguments; the results of an empty batch are the caller's business.
@@ -235,14 +250,13 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
   if constexpr (std::is_same_v<T, float>) {
     if (spectrum.parts == 1) {
       const ProductArguments arguments{gradient, product, quadratic, spectrum, nullptr, nullptr, geometry};
-      if (precision == Precision::kHighest && fused_product_of<Highest>(launcher, arguments, symmetric)) return;
-      if (precision == Precision::kHigh && fused_product_of<High>(launcher, arguments, symmetric)) return;
-      if (precision == Precision::kMedium && fused_product_of<Medium>(launcher, arguments, symmetric)) return;
+      constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, bool) = {
+          fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
+      if (kFused[static_cast<int>(precision)](launcher, arguments, symmetric)) return;
     }
   }
-  with_product_of<T>(precision, [&](auto type) {
-    staged_product<typename decltype(type)::Product>(launcher, gradient, spectrum, product, quadratic, symmetric,
-                                                     geometry);
+  with_product_of<T>(precision, [&](auto arithmetic) {
+    staged_product<decltype(arithmetic)>(launcher, gradient, spectrum, product, quadratic, symmetric, geometry);
   });
 }
 
@@ -258,8 +272,8 @@ void compute_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageV
         return;
     }
   }
-  with_product_of<T>(precision, [&](auto type) {
-    staged_cross_spectrum<typename decltype(type)::Product>(launcher, a, b, same, parts, result, geometry);
+  with_product_of<T>(precision, [&](auto arithmetic) {
+    staged_cross_spectrum<decltype(arithmetic)>(launcher, a, b, same, parts, result, geometry);
   });
 }
 

@@ -51,13 +51,11 @@ struct WarpProduct {  // float32, by ARITHMETIC's products
       for (int tile = 0; tile < 2; ++tile) {
         if (warp / kSideTiles + 2 * tile >= row_tiles) continue;
         const auto a = ARITHMETIC::constant(load_fragment(constants + 2 * tile * kTileEntries, lane));
-        const Fragment product = ARITHMETIC::product(a, b);
-#pragma unroll
-        for (int e = 0; e < kLaneEntries; ++e) (&sum[parity][tile].value[0][0][0])[e] += (&product.value[0][0][0])[e];
+        sum[parity][tile] += ARITHMETIC::product(a, b);
       }
     }
   }
-  __device__ float value(int parity, int tile, int n, int i, int j) const { return sum[parity][tile].value[n][i][j]; }
+  __device__ float value(int parity, int tile, int n, int i, int j) const { return sum[parity][tile].at(n, i, j); }
 };
 
 __device__ inline int tile_position(int row, int column) {

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
     "agreement": "finite differences' gradients beside the exact ones, on a ReLU network",
+    "cuda-static": "what the CUDA kernels cost, counted without a GPU: instructions, bytes, launches, least times",
     "plot": "figures of the operators' results",
     "tables": "Markdown of the operators' results; writes the README's table",
 }
@@ -30,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run a benchmark."""
     checkout = Path(sgr_kernels.__file__).parent.parent
-    if not (checkout / "benchmarks" / f"{arguments.benchmark}.py").is_file():
+    module = arguments.benchmark.replace("-", "_")
+    if not (checkout / "benchmarks" / f"{module}.py").is_file():
         raise ValueError("benchmarks/ is part of a source checkout, not of an installed package: run sgr from there")
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    importlib.import_module(f"benchmarks.{arguments.benchmark}").main(arguments.options)
+    importlib.import_module(f"benchmarks.{module}").main(arguments.options)
     return 0

@@ -1,7 +1,9 @@
-// A CUDA device as far as the kernels in csrc/cuda need one, on the CPU: device.cuh includes this file where
-// the compiler is not nvcc. A block's threads are fibers of one OS thread; one runs until it reaches a barrier
-// or a warp collective. Blocks run one after the other. Shared memory starts as NaN and has its exact size, so
-// that AddressSanitizer and poisoned results tell what a kernel reads or leaves unwritten.
+// A CUDA device as far as the kernels in csrc/cuda need one, on the CPU:
+// device.cuh includes this file where the compiler is not nvcc. A block's
+// threads are fibers of one OS thread; one runs until it reaches a barrier or a
+// warp collective. Blocks run one after the other. Shared memory starts as NaN
+// and has its exact size, so that AddressSanitizer and poisoned results tell
+// what a kernel reads or leaves unwritten.
 #pragma once
 
 #include <ucontext.h>
@@ -95,7 +97,8 @@ class Device {
     for (size_t i = 0; i < fibers_.size(); ++i) fibers_[i].runnable = true;
   }
 
-  // Lanes deposit `count` words; the last to come computes all results, then everyone goes on.
+  // Lanes deposit `count` words; the last to come computes all results, then
+  // everyone goes on.
   template <class Compute>
   void collective(const char* name, uint32_t* words, int count, int results, Compute compute) {
     Rendezvous& meeting = warps_[current_ / kWarp];
@@ -210,8 +213,8 @@ To bits_of(From value) {
   return result;
 }
 
-// Rounds a float to a type of fewer mantissa bits and a smaller exponent range, ties to even, with gradual
-// underflow; the result is given as a float.
+// Rounds a float to a type of fewer mantissa bits and a smaller exponent range,
+// ties to even, with gradual underflow; the result is given as a float.
 inline float round_to(float value, int mantissa_bits, int minimum_exponent, float maximum) {
   if (!std::isfinite(value) || value == 0.0f) return value;
   const int exponent = std::max(std::ilogb(value), minimum_exponent);
@@ -220,8 +223,9 @@ inline float round_to(float value, int mantissa_bits, int minimum_exponent, floa
   return std::fabs(rounded) > maximum ? std::copysign(INFINITY, value) : rounded;
 }
 
-// The sum that a matrix unit forms: products are exact, all addends are aligned to the largest one and cut off
-// two bits below float's last, and the sum is rounded towards zero.
+// The sum that a matrix unit forms: products are exact, all addends are aligned
+// to the largest one and cut off two bits below float's last, and the sum is
+// rounded towards zero.
 inline float matrix_unit_sum(float start, const double* products, int count) {
   double largest = std::fabs(static_cast<double>(start)), plain = start;
   for (int i = 0; i < count; ++i) {
@@ -272,7 +276,8 @@ inline void sincospi(double x, double* sine, double* cosine) {
   *cosine = std::cos(kPi * x);
 }
 
-// A prefetched address must be a valid one here, although hardware would forgive it.
+// A prefetched address must be a valid one here, although hardware would
+// forgive it.
 inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
 
 template <class T>
@@ -322,13 +327,17 @@ inline uint32_t round_to_tf32(float value) {
 
 namespace emulation {
 
-// mma of a 16 x DEPTH and a DEPTH x 8 matrix. unpack(word, slot) gives an element of an operand word, of which
-// a word holds `per_word`; the layouts are those of the PTX manual for m16n8k16 (16 bits) and m16n8k8 (tf32).
+// mma of a 16 x DEPTH and a DEPTH x 8 matrix. unpack(word, slot) gives an
+// element of an operand word, of which a word holds `per_word`; the layouts are
+// those of the PTX manual for m16n8k16 (16 bits) and m16n8k8 (tf32).
 template <int DEPTH, class Unpack>
-void mma(const char* name, int per_word, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+void mma(const char* name, int per_word, float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
          uint32_t b1, Unpack unpack) {
+#ifdef SGR_COUNT_ONLY
+  return;
+#endif
   uint32_t words[10] = {a0, a1, a2, a3, b0, b1};
-  std::memcpy(words + 6, d, sizeof(d));
+  std::memcpy(words + 6, d, 4 * sizeof(float));
   device().collective(name, words, 10, 4, [=](auto& in, auto& out) {
     float a[16][DEPTH], b[DEPTH][8];
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -350,28 +359,25 @@ void mma(const char* name, int per_word, float (&d)[4], uint32_t a0, uint32_t a1
         out[lane][i] = bits_of<uint32_t>(sum);
       }
   });
-  std::memcpy(d, words, sizeof(d));
+  std::memcpy(d, words, 4 * sizeof(float));
 }
 
 }  // namespace emulation
 
 namespace sgr::cuda {
 
-inline void mma_m16n8k16_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+inline void mma_m16n8k16_f16(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::mma<16>("mma f16", 2, d, a0, a1, a2, a3, b0, b1, [](uint32_t word, int slot) {
     return half_to_float(static_cast<uint16_t>(slot ? word >> 16 : word));
   });
 }
-inline void mma_m16n8k16_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                              uint32_t b1) {
+inline void mma_m16n8k16_bf16(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::mma<16>("mma bf16", 2, d, a0, a1, a2, a3, b0, b1, [](uint32_t word, int slot) {
     return bfloat16_to_float(static_cast<uint16_t>(slot ? word >> 16 : word));
   });
 }
 // The unit reads the upper 19 bits of a tf32 operand, whatever the others are.
-inline void mma_m16n8k8_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+inline void mma_m16n8k8_tf32(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulation::mma<8>("mma tf32", 1, d, a0, a1, a2, a3, b0, b1,
                     [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
 }

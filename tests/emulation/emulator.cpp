@@ -1,10 +1,12 @@
-// Runs the CUDA kernels of csrc/cuda on the CPU: reads cases from a file, writes results to another. The
-// schedule (which kernels, in what order, with what workspace) is the product's own.
+// Runs the CUDA kernels of csrc/cuda on the CPU: reads cases from a file,
+// writes results to another. The schedule (which kernels, in what order, with
+// what workspace) is the product's own.
 //
 //   emulator CASES RESULTS [ascending|descending]
 //
-// A case is kFields int64 followed by the storages of a, of b (cross_spectrum of two tensors) and of the
-// spectrum. Results follow each other without headers: q, then v (contiguous), or S.
+// A case is kFields int64 followed by the storages of a, of b (cross_spectrum
+// of two tensors) and of the spectrum. Results follow each other without
+// headers: q, then v (contiguous), or S.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +21,8 @@ namespace {
 using namespace sgr::cuda;
 
 enum Field {
-  kOperator,  // 0 product, 1 quadratic_form, 2 quadratic_form without product, 3 cross_spectrum
+  kOperator,  // 0 product, 1 quadratic_form, 2 quadratic_form without product, 3
+              // cross_spectrum
   kPrecision,
   kElement,
   kBatch,
@@ -38,7 +41,8 @@ enum Field {
   kFields = kSpectrumStride + 4
 };
 
-// An allocation of exact size, so that AddressSanitizer guards its ends; filled with NaN.
+// An allocation of exact size, so that AddressSanitizer guards its ends; filled
+// with NaN.
 struct Buffer {
   explicit Buffer(int64_t bytes) : size(bytes), data(std::malloc(bytes), std::free) {
     std::memset(data.get(), 0xff, bytes);
@@ -57,10 +61,11 @@ void read(std::FILE* file, void* data, int64_t bytes) {
 struct EmulatedLauncher {
   int shared_limit;
   std::vector<Buffer> buffers;
+  int multiprocessors = 3;  // few, so that blocks work on several images one after the other
 
   template <class Kernel>
   int64_t resident_blocks(Kernel, int, int) {
-    return 3;  // few, so that blocks work on several images one after the other
+    return multiprocessors;
   }
   template <class T>
   T* workspace(int64_t count) {

@@ -1,0 +1,351 @@
+"""What the CUDA kernels cost, counted without a GPU: ``sgr bench cuda-static``.
+
+From the machine code (registers, spills, instructions that a warp issues) and from executing the schedule on the
+emulated device (launches, bytes of device memory), for the headline shapes; and the least time that each count allows.
+Needs nvcc, cuobjdump (the toolkit's, or Triton's) and g++. Counts are exact up to what is said here: instructions are
+those of four warps of a block, of three blocks where a block has one turn, times all; bytes of images above 64 pixels
+are those of one and two images, extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sass import Instruction, Machine, Walk, parse, walk
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "emulation"
+RESULT = Path(__file__).parent / "results" / "cuda-static.json"
+OPERATIONS = {"v+q": 1, "accumulation": 3}
+CASES = [
+    ("v+q", (128, 1, 28, 28)),
+    ("v+q", (1024, 1, 28, 28)),
+    ("v+q", (128, 3, 32, 32)),
+    ("v+q", (1024, 3, 32, 32)),
+    ("v+q", (256, 3, 64, 64)),
+    ("v+q", (64, 3, 224, 224)),
+    ("v+q", (8, 3, 512, 512)),
+    ("accumulation", (1024, 3, 32, 32)),
+]
+SAMPLED_BLOCKS = 3
+
+# Where the parameters of a kernel begin in the constant bank; registers, shared memory and warps of a multiprocessor.
+PARAMETERS = {"sm_80": 0x160, "sm_90": 0x210}
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10}
+MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
+# Assumed, to be replaced by measurements: cycles of a tensor-core instruction of 2048 (fp16) or 1024 (tf32) products,
+# bytes a second of the L2 cache and of device memory, seconds of a kernel that does nothing.
+TENSOR_CYCLES, L2_BYTES, LAUNCH = 6.5, 5.5e12, 1.2e-6
+MEMORY_BYTES = {"H100": 3.0e12, "H200": 4.3e12}
+
+
+@dataclass
+class Launch:
+    """One kernel launch of a call."""
+
+    kernel: str
+    symbol: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    parameters: bytes
+    bytes: Counter[str]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def name(self) -> str:
+        """Without namespaces and parameters."""
+        text = re.sub(r"sgr::cuda::", "", self.kernel.removeprefix("void "))
+        return re.sub(r" (?=>)", "", text[: text.rindex("(")])
+
+
+@dataclass
+class Code:
+    """A kernel's machine code for one architecture."""
+
+    registers: int
+    stack: int
+    instructions: list[Instruction]
+
+
+@dataclass
+class Tools:
+    """The programs that count, and what they have built in ``directory``."""
+
+    directory: Path
+    cuobjdump: str = field(default_factory=lambda: find_cuobjdump() or "")
+    nvcc: str = field(default_factory=lambda: shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or "")
+
+    def missing(self) -> str | None:
+        """Why nothing can be counted; None where it can."""
+        needed = {"nvcc": self.nvcc, "cuobjdump": self.cuobjdump, "g++": shutil.which("g++")}
+        absent = [name for name, path in needed.items() if not path]
+        return f"not found: {', '.join(absent)}" if absent else None
+
+    def build_tally(self) -> Path:
+        """Compile the emulated device that counts."""
+        target = self.directory / "tally"
+        flags = ["-std=c++17", "-O2", "-DSGR_COUNT_ONLY", "-fno-threadsafe-statics", f"-I{EMULATION}", f"-I{KERNELS}"]
+        source, partial = str(EMULATION / "tally.cpp"), str(target.with_suffix(".o"))
+        subprocess.run(["g++", *flags, "-fsanitize=thread", "-c", source, "-o", partial], check=True)
+        subprocess.run(["g++", "-rdynamic", partial, "-ldl", "-o", str(target)], check=True)
+        return target
+
+    def launches(
+        self, operation: str, shape: Iterable[int], execute: bool, resident: dict[str, int] | None = None
+    ) -> list[Launch]:
+        """The launches of a call; their bytes where it is executed."""
+        blocks = [text for pair in (resident or {}).items() for text in map(str, pair)]
+        command = [str(self.directory / "tally"), str(OPERATIONS[operation]), *map(str, shape), str(int(execute))]
+        text = subprocess.run([*command, *blocks], check=True, capture_output=True, text=True).stdout
+        found = []
+        for line in text.splitlines():
+            kernel, symbol, x, y, threads, shared, parameters, *counts = line.split("\t")
+            names = ("read", "written", "distinct read", "distinct written")
+            by_name = Counter({name: int(count) for name, count in zip(names, counts)})
+            sizes = (int(x), int(y)), int(threads), int(shared)
+            found.append(Launch(kernel, symbol, *sizes, bytes.fromhex(parameters), by_name))
+        return found
+
+    def compile(self, launches: list[Launch], architecture: str) -> dict[str, Code]:
+        """The machine code of the launched kernels, by symbol."""
+        symbols = {launch.symbol: launch for launch in launches}
+        with ThreadPoolExecutor(2) as pool:
+            codes = pool.map(lambda launch: self._compile_one(launch, architecture), symbols.values())
+        return dict(zip(symbols, codes))
+
+    def _compile_one(self, launch: Launch, architecture: str) -> Code:
+        stem = self.directory / f"{architecture}-{re.sub(r'[^A-Za-z0-9]+', '-', launch.name)}"
+        source, target = stem.with_suffix(".cu"), stem.with_suffix(".cubin")
+        if not target.exists():
+            name = launch.kernel.removeprefix("void ")
+            name = name[: name.rindex("(")]
+            source.write_text(f'#include "schedule.cuh"\nvoid* instance() {{ return (void*)&{name}; }}\n')
+            flags = ["-std=c++17", "-O3", f"-arch={architecture}", f"-I{KERNELS}", "-cubin"]
+            subprocess.run([self.nvcc, *flags, str(source), "-o", str(target)], check=True)
+        usage = self._dump("-res-usage", target)
+        numbers = re.search(rf"Function {launch.symbol}:\s*REG:(\d+) STACK:(\d+)", usage)
+        assert numbers is not None, usage
+        return Code(int(numbers[1]), int(numbers[2]), parse(self._dump("-sass", target, "-fun", launch.symbol)))
+
+    def _dump(self, what: str, file: Path, *more: str) -> str:
+        command = [self.cuobjdump, what, *more, str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        candidate = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(candidate) if candidate.exists() else None
+    return found
+
+
+def resident_blocks(launch: Launch, code: Code, architecture: str) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    warps = launch.threads // 32
+    by_registers = 65536 // (-(-code.registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED_MEMORY[architecture] // (-(-launch.shared // 1024) * 1024 + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def walk_warp(launch: Launch, code: Code, architecture: str, block: int, warp: int) -> Walk:
+    """What one warp issues."""
+    constants = bytearray(PARAMETERS[architecture])
+    constants[0:4] = launch.threads.to_bytes(4, "little")
+    constants[12:16] = launch.grid[0].to_bytes(4, "little")
+    constants[16:20] = launch.grid[1].to_bytes(4, "little")
+    place = block % launch.grid[0], block // launch.grid[0]
+    return walk(code.instructions, Machine(bytes(constants) + launch.parameters, 32 * warp, place))
+
+
+def sampled_warps(launch: Launch) -> list[int]:
+    """The outer and the middle ones."""
+    count = launch.threads // 32
+    return sorted({0, (count - 1) // 2, count // 2, count - 1})
+
+
+def walk_launch(launch: Launch, code: Code, architecture: str) -> dict[str, float]:
+    """What all warps issue, from a sample."""
+    count = min(launch.blocks, SAMPLED_BLOCKS)
+    blocks = {round(i * (launch.blocks - 1) / max(count - 1, 1)) for i in range(count)}
+    warps = sampled_warps(launch)
+    walks = [walk_warp(launch, code, architecture, block, warp) for block in sorted(blocks) for warp in warps]
+    scale = launch.blocks * (launch.threads // 32) / len(walks)
+    return {
+        "instructions": scale * sum(w.issued for w in walks),
+        "tensor-core instructions": scale * sum(w.tensor for w in walks),
+        "guessed branches": sum(w.guesses for w in walks),
+    }
+
+
+def walk_images(shape: tuple[int, ...], launch: Launch, code: Code, architecture: str) -> dict[str, float]:
+    """Of a kernel whose blocks go through images: what all warps issue; the slowest's for an image and around them."""
+    before = struct.pack("<qiii", *shape)  # Geometry begins so
+    assert launch.parameters.count(before) == 1
+
+    def walks(images: int) -> list[Walk]:
+        sizes = struct.pack("<qiii", images * launch.grid[0], *shape[1:])
+        same = dataclasses.replace(launch, parameters=launch.parameters.replace(before, sizes))
+        return [walk_warp(same, code, architecture, 0, warp) for warp in sampled_warps(launch)]
+
+    few, many = walks(4), walks(8)  # a block takes up to four images at a time
+    per_image = [(b.issued - a.issued) / 4 for a, b in zip(few, many)]
+    around = [2 * a.issued - b.issued for a, b in zip(few, many)]
+    tensor = [(b.tensor - a.tensor) / 4 for a, b in zip(few, many)]
+    scale = launch.grid[1] * (launch.threads // 32) / len(few)
+    return {
+        "instructions": scale * (shape[0] * sum(per_image) + launch.grid[0] * sum(around)),
+        "tensor-core instructions": scale * shape[0] * sum(tensor),
+        "guessed branches": sum(w.guesses for w in few),
+        "instructions a warp and image": max(per_image),
+        "instructions around them": max(around),
+    }
+
+
+def count_code(shape: tuple[int, ...], launches: list[Launch], codes: dict[str, Code], architecture: str) -> Any:
+    """By kernel: registers, shared memory, launches, instructions."""
+    kernels: dict[str, dict[str, Any]] = {}
+    walked: dict[tuple[str, tuple[int, int]], dict[str, float]] = {}
+    for launch in launches:
+        code = codes[launch.symbol]
+        key = launch.symbol, launch.grid
+        if key not in walked:
+            fused = launch.name.startswith(("fused_product", "fused_cross_spectrum"))
+            arguments = launch, code, architecture
+            walked[key] = walk_images(shape, *arguments) if fused else walk_launch(*arguments)
+        if launch.name not in kernels:
+            kernels[launch.name] = {
+                "registers": code.registers,
+                "spilled bytes": code.stack,
+                "shared bytes": launch.shared,
+                "resident blocks": resident_blocks(launch, code, architecture),
+                "warps": launch.threads // 32,
+                "launches": 1,
+                **walked[key],
+            }
+        else:
+            known = kernels[launch.name]
+            known["launches"] += 1
+            for name in ("instructions", "tensor-core instructions", "guessed branches"):
+                known[name] += walked[key][name]
+    return kernels
+
+
+def count_bytes(tools: Tools, operation: str, shape: tuple[int, ...], resident: dict[str, int]) -> dict[str, float]:
+    """Bytes of device memory that a call reads and writes."""
+    small = shape[2] * shape[3] <= 64 * 64
+    sums = [
+        sum((found.bytes for found in tools.launches(operation, (batch, *shape[1:]), True, resident)), Counter())
+        for batch in ((shape[0],) if small else (1, 2))
+    ]
+    return dict(sums[0]) if small else {k: sums[0][k] + (sums[1][k] - sums[0][k]) * (shape[0] - 1) for k in sums[0]}
+
+
+def count(tools: Tools, operation: str, shape: tuple[int, ...], architecture: str) -> dict[str, Any]:
+    """All counts of a call, and the least times that they allow."""
+    launches = tools.launches(operation, shape, False)
+    codes = tools.compile(launches, architecture)
+    resident = {found.symbol: resident_blocks(found, codes[found.symbol], architecture) for found in launches}
+    launches = tools.launches(operation, shape, False, resident)
+    kernels = count_code(shape, launches, codes, architecture)
+    instructions, tensor = (
+        sum(kernel[name] for kernel in kernels.values()) for name in ("instructions", "tensor-core instructions")
+    )
+    moved = count_bytes(tools, operation, shape, resident)
+    needed = 4 * shape[0] * shape[1] * shape[2] * shape[3] * (2 if operation == "v+q" else 1)
+    per_second = MULTIPROCESSORS * SCHEDULERS * CLOCK
+    return {
+        "launches": len(launches),
+        "instructions": instructions,
+        "tensor-core instructions": tensor,
+        "bytes": moved,
+        "floors in us": {
+            "issue": 1e6 * instructions / per_second,
+            "tensor cores": 1e6 * tensor * TENSOR_CYCLES / per_second,
+            "L2": 1e6 * (moved["read"] + moved["written"]) / L2_BYTES,
+            "launches": 1e6 * len(launches) * LAUNCH,
+            **{f"memory, {name}": 1e6 * needed / rate for name, rate in MEMORY_BYTES.items()},
+        },
+        "kernels": kernels,
+    }
+
+
+def label(operation: str, shape: tuple[int, ...]) -> str:
+    """How a case is named in the results."""
+    return f"{operation} ({','.join(map(str, shape))})"
+
+
+def report(tools: Tools, architectures: Iterable[str], cases: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """Counts by architecture and case."""
+    tools.build_tally()
+    return {
+        architecture: {label(*case): count(tools, *case, architecture) for case in cases}
+        for architecture in architectures
+    }
+
+
+def table(counts: dict[str, Any]) -> str:
+    """Markdown: a line per case."""
+    lines = ["| case | launches | instructions | MB, all / distinct | least time, us |", "|---|---|---|---|---|"]
+    for name, case in counts.items():
+        amount = case["bytes"]
+        moved = (amount["read"] + amount["written"]) / 1e6, (amount["distinct read"] + amount["distinct written"]) / 1e6
+        floors = ", ".join(f"{what} {time:.3g}" for what, time in case["floors in us"].items())
+        lines.append(
+            f"| {name} | {case['launches']} | {case['instructions']:.3g} | {moved[0]:.0f} / {moved[1]:.0f} | {floors} |"
+        )
+    return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """With four digits where a number is not whole."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(f"{value:.4g}")
+    return value
+
+
+def main(arguments: list[str]) -> None:
+    """Count, write JSON, print a table."""
+    parser = argparse.ArgumentParser(prog="sgr bench cuda-static", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        tools = Tools(Path(directory))
+        if problem := tools.missing():
+            raise SystemExit(f"cuda-static: {problem}")
+        counts = rounded(report(tools, PARAMETERS, CASES))
+    options.out.write_text(json.dumps(counts, indent=1) + "\n")
+    for architecture, cases in counts.items():
+        print(f"{architecture}\n{table(cases)}\n")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

@@ -1,0 +1,174 @@
+// What a call costs, counted by executing it: which kernels, in what grids,
+// with what arguments, and the bytes of device memory that each launch reads
+// and writes, all and distinct. Compiled with -fsanitize=thread and linked
+// without its library: the compiler then reports every access to the functions
+// below. Numbers are not computed.
+//
+//   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE [KERNEL BLOCKS]...
+//
+// OPERATOR as in emulator.cpp; KERNEL BLOCKS: how many blocks of a kernel, by
+// its symbol, a multiprocessor holds. A line per launch: kernel, symbol, grid,
+// threads, shared bytes, arguments in hex, bytes.
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "schedule.cuh"
+
+#define SGR_PLAIN __attribute__((no_sanitize("thread")))
+
+namespace {
+
+// A run of device memory, and which of its words the running launch has read and written. Plain arrays: functions of
+// the library would report their own accesses.
+struct Buffer {
+  int64_t size;
+  char* memory;
+  unsigned char* seen;
+};
+constexpr int kBuffers = 64;
+Buffer buffers[kBuffers];
+int buffer_count = 0;
+bool counting = false;
+int64_t bytes[2], distinct[2];  // read, written
+
+char* add_buffer(int64_t size) {
+  if (buffer_count == kBuffers) std::exit(4);
+  char* memory = static_cast<char*>(std::calloc(size, 1));
+  buffers[buffer_count] = {size, memory, static_cast<unsigned char*>(std::calloc(size / 4 + 1, 1))};
+  return buffers[buffer_count++].memory;
+}
+
+SGR_PLAIN void access(const void* address, int64_t size, int kind) {
+  if (!counting) return;
+  for (int b = 0; b < buffer_count; ++b) {
+    const int64_t offset = static_cast<const char*>(address) - buffers[b].memory;
+    if (offset < 0 || offset >= buffers[b].size) continue;
+    bytes[kind] += size;
+    for (int64_t word = offset / 4; word <= (offset + size - 1) / 4; ++word)
+      if (!(buffers[b].seen[word] & (1 << kind))) {
+        buffers[b].seen[word] |= 1 << kind;
+        distinct[kind] += 4;
+      }
+    return;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+#define SGR_ACCESS(size)                                                                  \
+  SGR_PLAIN void __tsan_read##size(void* address) { access(address, size, 0); }           \
+  SGR_PLAIN void __tsan_write##size(void* address) { access(address, size, 1); }          \
+  SGR_PLAIN void __tsan_unaligned_read##size(void* address) { access(address, size, 0); } \
+  SGR_PLAIN void __tsan_unaligned_write##size(void* address) { access(address, size, 1); }
+SGR_ACCESS(1)
+SGR_ACCESS(2)
+SGR_ACCESS(4)
+SGR_ACCESS(8)
+SGR_ACCESS(16)
+SGR_PLAIN void __tsan_read_range(void* address, unsigned long size) { access(address, size, 0); }
+SGR_PLAIN void __tsan_write_range(void* address, unsigned long size) { access(address, size, 1); }
+SGR_PLAIN void __tsan_init() {}
+SGR_PLAIN void __tsan_func_entry(void*) {}
+SGR_PLAIN void __tsan_func_exit() {}
+SGR_PLAIN void __tsan_vptr_update(void**, void*) {}
+SGR_PLAIN void __tsan_vptr_read(void**) {}
+}
+
+namespace {
+
+using namespace sgr::cuda;
+
+// Arguments as a kernel finds them: one after the other, each at its alignment.
+template <class T>
+void append(std::string& bytes, const T& value) {
+  bytes.resize((bytes.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  bytes.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+template <class... Parameters>
+std::string pack(void (*)(Parameters...), const Parameters&... arguments) {
+  std::string bytes;
+  (append(bytes, arguments), ...);
+  return bytes;
+}
+
+struct TallyLauncher {
+  bool execute;
+  std::map<std::string, int> resident;
+  int shared_limit = 227 << 10;
+  int multiprocessors = 132;
+
+  template <class Kernel>
+  static std::string symbol(Kernel kernel) {
+    Dl_info info{};
+    if (!dladdr(reinterpret_cast<void*>(kernel), &info) || !info.dli_sname) std::exit(3);
+    return info.dli_sname;
+  }
+  template <class Kernel>
+  int64_t resident_blocks(Kernel kernel, int, int) {
+    const auto found = resident.find(symbol(kernel));
+    return (found == resident.end() ? 1 : found->second) * static_cast<int64_t>(multiprocessors);
+  }
+  template <class T>
+  T* workspace(int64_t count) {
+    return reinterpret_cast<T*>(add_buffer(execute ? count * static_cast<int64_t>(sizeof(T)) : 16));
+  }
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
+              const Arguments&... arguments) {
+    for (int kind : {0, 1}) bytes[kind] = distinct[kind] = 0;
+    if (execute) {
+      for (int b = 0; b < buffer_count; ++b) std::memset(buffers[b].seen, 0, buffers[b].size / 4 + 1);
+      counting = true;
+      emulation::device().launch(kernel, blocks_x, blocks_y, threads, shared_bytes, arguments...);
+      counting = false;
+    }
+    const std::string name = symbol(kernel);
+    char* readable = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, nullptr);
+    std::printf("%s\t%s\t%ld\t%ld\t%d\t%d\t", readable, name.c_str(), blocks_x, blocks_y, threads, shared_bytes);
+    for (unsigned char byte : pack(kernel, static_cast<Parameters>(arguments)...)) std::printf("%02x", byte);
+    std::printf("\t%ld\t%ld\t%ld\t%ld\n", bytes[0], bytes[1], distinct[0], distinct[1]);
+    std::free(readable);
+  }
+};
+
+float* floats(bool execute, int64_t count) {
+  return reinterpret_cast<float*>(add_buffer(execute ? count * static_cast<int64_t>(sizeof(float)) : 16));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 7) return 2;
+  const int operation = std::atoi(argv[1]);
+  const Geometry geometry{std::atoll(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
+                          std::atoi(argv[5]),  std::atoi(argv[4]), std::atoi(argv[5])};
+  TallyLauncher launcher{std::atoi(argv[6]) != 0, {}};
+  for (int i = 7; i + 1 < argc; i += 2) launcher.resident[argv[i]] = std::atoi(argv[i + 1]);
+
+  const int64_t plane = static_cast<int64_t>(geometry.height) * geometry.width, channels = geometry.channels;
+  const auto images = [&](float* data) {
+    return ImageView{data, Element::kFloat32, {channels * plane, plane, geometry.width, 1}};
+  };
+  const ImageView gradient = images(floats(launcher.execute, geometry.batch * channels * plane));
+  float* spectrum = floats(launcher.execute, channels * channels * plane);
+  if (operation == 3) {
+    compute_cross_spectrum(launcher, gradient, gradient, true, 1, Precision::kHighest, spectrum, geometry);
+    return 0;
+  }
+  const SpectrumView<float> lambda{spectrum, 1, 0, {channels * plane, plane, geometry.width, 1}};
+  const bool wants_product = operation != 2, wants_quadratic = operation != 0;
+  const ImageView product =
+      images(wants_product ? floats(launcher.execute, geometry.batch * channels * plane) : nullptr);
+  compute_product(launcher, gradient, lambda, product,
+                  wants_quadratic ? floats(launcher.execute, geometry.batch) : nullptr, wants_quadratic,
+                  Precision::kHighest, geometry);
+  return 0;
+}

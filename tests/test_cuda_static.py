@@ -1,0 +1,63 @@
+"""The cost of the CUDA kernels, counted anew, beside the committed counts: none may worsen by five per cent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cuda_static import CASES, RESULT, Tools, count, count_bytes, label
+
+ARCHITECTURE = "sm_90"
+LIMIT = 1.05
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+    found = Tools(tmp_path_factory.mktemp("cuda-static"))
+    if problem := found.missing():
+        pytest.skip(problem)
+    found.build_tally()
+    return found
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return json.loads(Path(RESULT).read_text())[ARCHITECTURE]
+
+
+@pytest.mark.parametrize(("operation", "shape"), CASES, ids=[label(*case) for case in CASES])
+def test_launches_and_bytes(tools: Tools, committed: dict[str, Any], operation: str, shape: tuple[int, ...]) -> None:
+    before = committed[label(operation, shape)]
+    launches = tools.launches(operation, shape, False)
+    resident = {
+        found.symbol: before["kernels"][found.name]["resident blocks"]
+        for found in launches
+        if found.name in before["kernels"]
+    }
+    assert len(launches) <= before["launches"]
+    if shape[2] > 224:
+        return  # the same kernels once more
+    for name, amount in count_bytes(tools, operation, shape, resident).items():
+        assert amount <= LIMIT * before["bytes"][name], name
+
+
+FUSED = [case for case in CASES if case[1][2] in (32, 64)]
+
+
+@pytest.mark.parametrize(("operation", "shape"), FUSED, ids=[label(*case) for case in FUSED])
+def test_instructions_of_the_fused_kernels(
+    tools: Tools, committed: dict[str, Any], operation: str, shape: tuple[int, ...]
+) -> None:
+    before, after = committed[label(operation, shape)], count(tools, operation, shape, ARCHITECTURE)
+    for name in ("instructions", "tensor-core instructions"):
+        assert after[name] <= LIMIT * before[name], name
+    for name, kernel in after["kernels"].items():
+        old = before["kernels"][name]
+        assert kernel["resident blocks"] >= old["resident blocks"], name
+        for what in ("spilled bytes", "shared bytes", "instructions a warp and image", "instructions around them"):
+            assert kernel.get(what, 0) <= LIMIT * old.get(what, 0), (name, what)
