@@ -140,6 +140,34 @@ class _Checkpointed(nn.Module):
         return self.head(checkpoint(self.body, x, use_reentrant=False).flatten(1))
 
 
+class _CheckpointedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = _Tokens(_Attention())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def single_precision(build: Callable[[], nn.Module]) -> Case:
+    """In float32, beside the oracle in float64."""
+
+    def case(method: str) -> Outcome:
+        torch.manual_seed(0)
+        model = build().double()
+        images, labels = _batch()
+        expected = difference_of_losses(model, images, labels)
+        criterion(method, torch.float32)(model.float(), images.float(), labels).backward()
+        return Outcome(gradients(model), expected, tolerance=1e-2)
+
+    return case
+
+
+def _kinks() -> nn.Module:
+    layers = [nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+
 def compiled(method: str) -> Outcome:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -291,11 +319,14 @@ CASES: dict[str, Case] = {
     "scaled_dot_product_attention": plain(lambda: _head(_Tokens(_Attention()))),
     "nn.MultiheadAttention": plain(lambda: _head(_Tokens(nn.MultiheadAttention(6, 2, batch_first=True), True))),
     "LSTM": plain(lambda: _head(_Tokens(nn.LSTM(6, 6, batch_first=True)))),
+    "LSTM, float32": single_precision(lambda: _head(_Tokens(nn.LSTM(6, 6, batch_first=True)))),
+    "ReLU and max-pooling, float32": single_precision(_kinks),
     "torch.compile of the model": compiled,
     "torch.compile of the step": compiled_step,
     "autocast bfloat16": mixed_precision(torch.bfloat16),
     "autocast float16 with GradScaler": mixed_precision(torch.float16),
-    "activation checkpointing": plain(_Checkpointed),
+    "activation checkpointing, convolutions": plain(_Checkpointed),
+    "activation checkpointing, attention": plain(lambda: _head(_CheckpointedAttention())),
     "gradient accumulation": accumulation,
     "channels_last": channels_last,
     "several inputs (a closure)": several_inputs,

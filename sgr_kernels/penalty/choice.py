@@ -197,8 +197,8 @@ def _compare_difference(way: Way, trial: Trial) -> None:
     if cosine >= _COSINE:
         return
     message = (
-        f"method: the cosine between the penalty's gradient by finite-difference in {trial.images.dtype} and the exact "
-        f"one is {cosine:.2f} on this batch: differences see the kinks of ReLU and max-pooling"
+        "method: finite differences see the kinks of ReLU and max-pooling (the cosine between their gradient and the "
+        f"exact one is {cosine:.2f} on this batch, in {trial.images.dtype})"
     )
     if not trial.allow_kinks:
         raise PenaltyGradientError(f"{message}; allow_kinks=True uses them all the same")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,14 +136,30 @@ class _Substitute(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         scale, by_scalar = incoming * ctx.factor, incoming if ctx.needs_input_grad[1] else None
-        return None, by_scalar, None, None, *(_scaled(gradient, scale) for gradient in ctx.gradients)
+        # Where no other backward will follow, the gradients become the answer: another copy would be a model's size.
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        own = _in_one_piece_each(ctx.gradients) if last else [False] * len(ctx.gradients)
+        found = [_scaled(gradient, scale, mine) for gradient, mine in zip(ctx.gradients, own)]
+        if last:
+            ctx.gradients = None
+        return None, by_scalar, None, None, *found
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+def _in_one_piece_each(gradients: list[Tensor]) -> list[bool]:
+    """Which of them share memory with no other, nor within themselves."""
+    seen: Counter[int] = Counter(
+        gradient.untyped_storage().data_ptr() for gradient in gradients if gradient.layout == torch.strided
+    )
+    return [
+        g.layout == torch.strided and g.is_contiguous() and seen[g.untyped_storage().data_ptr()] == 1 for g in gradients
+    ]
+
+
+def _scaled(gradient: Tensor, scale: Tensor, in_place: bool) -> Tensor:
     """Their product, but zero times NaN is zero: a penalty left out leaves nothing behind."""
-    scale = scale.to(gradient.device)
-    product = gradient * scale
-    return product if product.layout != torch.strided else torch.where(scale == 0, 0.0, product)
+    scale = scale.to(gradient.device, gradient.dtype)
+    product = gradient.mul_(scale) if in_place else gradient * scale
+    return product if product.layout != torch.strided else product.masked_fill_(scale == 0, 0.0)
 
 
 @_disable_dynamo

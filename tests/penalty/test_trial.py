@@ -339,7 +339,9 @@ def test_finite_differences_on_a_network_with_kinks_say_their_cosine(caplog: pyt
     digits = load("mnist-sample").train.first(16)
     images, labels, model = digits.images.double() / 255, digits.labels, carlini_wagner("mnist")
     covariance = CovarianceFunction.exponential(1, 28, 3.0)
-    with pytest.raises(PenaltyGradientError, match=r"cosine .* is -?0\.\d+ on this batch.*allow_kinks=True.*'double"):
+    with pytest.raises(
+        PenaltyGradientError, match=r"kinks .*cosine .* is -?0\.\d+ on this batch.*allow_kinks=True.*'double"
+    ):
         SGRLoss(covariance, method="finite-difference")(model, images.float(), labels)
     with caplog.at_level(logging.WARNING, "sgr_kernels"):
         SGRLoss(covariance, method="finite-difference", allow_kinks=True)(model, images.float(), labels).backward()
