@@ -40,8 +40,7 @@ _DEFAULT_PERTURBATION: Final = "sign (default)"
 
 def linear_warmup(strength: float, steps: int) -> Callable[[int], float]:
     """A strength that grows linearly from ``strength / steps`` to ``strength`` over the first training steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive int, got {steps!r}")
+    _check_positive("steps", steps)
     return functools.partial(_warmed_up, strength, steps)
 
 
@@ -57,6 +56,11 @@ def _blame_devices(model: Any, images: Tensor, labels: Any, error: RuntimeError)
     if len(set().union(*found.values())) > 1:
         where = ", ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in found.items() if on)
         raise ValueError(f"device: got {where}; move them to one with .to(device) ({error})") from error
+
+
+def _check_positive(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{argument}: expected a positive int, got {value!r}")
 
 
 def _check_strength(strength: Any) -> None:
@@ -141,14 +145,9 @@ class SGRLoss(Recorded):
         count_calls: bool = True,
         nonfinite_patience: int = 10,
     ) -> None:
-        cadences = {
-            "update_every": update_every,
-            "penalty_every": penalty_every,
-            "nonfinite_patience": nonfinite_patience,
-        }
-        for name, value in cadences.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        _check_positive("update_every", update_every)
+        _check_positive("penalty_every", penalty_every)
+        _check_positive("nonfinite_patience", nonfinite_patience)
         super().__init__(nonfinite_patience)
         if not isinstance(covariance, Covariance):
             raise TypeError(f"covariance: expected a sgr_kernels covariance module, got {checks.describe(covariance)}")
