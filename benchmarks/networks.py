@@ -1,4 +1,4 @@
-"""Networks for the step benchmark, by their definitions: ResNet-18 for 32 x 32 images, a small vision transformer."""
+"""Networks for the step benchmark, by their definitions: residual networks and a small vision transformer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,37 @@ def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
+class _Bottleneck(nn.Module):
+    """Bottleneck residual block (He, Zhang, Ren, Sun 2016), the stride at its 3 x 3 convolution."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != 4 * width:
+            projection = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """ResNet-50 for images of 224 x 224."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    channels = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(_Bottleneck(channels, 64 * 2**stage, 2 if stage and not block else 1))
+            channels = 4 * 64 * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 class VisionTransformer(nn.Module):
     """A small vision transformer (Dosovitskiy et al. 2021): 4 x 4 patches, 6 layers, width 192, 3 heads."""
 
@@ -62,4 +93,5 @@ NETWORKS = {
     "carlini-wagner-cifar10": (lambda: sgr.models.carlini_wagner("cifar10"), (3, 32, 32)),
     "resnet18": (resnet18, (3, 32, 32)),
     "vit": (VisionTransformer, (3, 32, 32)),
+    "resnet50": (resnet50, (3, 224, 224)),
 }

@@ -35,6 +35,7 @@ WAYS = {
     "sgr, finite-difference": {"method": "finite-difference", "allow_kinks": True},
     "sgr, every 4th step": {"penalty_every": 4},
     "sgr, every 16th step": {"penalty_every": 16},
+    "sgr, a quarter by importance": {"fraction": 1 / 4},
     "sgr, an eighth by importance": {"fraction": 1 / 8},
     "sgr, a sixteenth by importance": {"fraction": 1 / 16},
     "sgr, a quarter at random": {"fraction": 1 / 4, "sampling": "uniform"},
@@ -208,9 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(
             name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help=f"of {listed}; none: all"
         )
-    parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit")
+    parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit, 8 for resnet50")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for resnet18 and vit")
+    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for resnet18, resnet50 and vit")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -218,11 +219,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_only:
         print(_memory(options.networks[0], options.ways[0], options.batch, device))
         return
-    large = {"resnet18", "vit"} if device.type == "cpu" else set()
+    large = {"resnet18": 16, "vit": 16, "resnet50": 8} if device.type == "cpu" else {}
     ways = list(dict.fromkeys(["clean", *options.ways]))
     rows: list[dict[str, Any]] = []
     for network in options.networks:
-        batch = options.batch or (16 if network in large else 128)
+        batch = options.batch or large.get(network, 128)
         rounds = options.rounds or (5 if network in large else 15)
         rows += measure(network, ways, batch, device, rounds)
         if options.out is not None:
