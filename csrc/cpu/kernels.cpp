@@ -146,7 +146,8 @@ class KernelsFor final : public Kernels<T> {
       const Panel<T> panel(plan, index);
       rows.forward(panel, workspace, rows.transformed);
       const T* spectrum = packed_spectrum + index * plan.spectrum_size / plan.row_panels;
-      const Vec<T> form = multiply<T>(plan, spectrum, rows.transformed, rows.mixed);
+      double form[lanes];
+      multiply<T>(plan, spectrum, rows.transformed, rows.mixed, form);
       if (forms != nullptr) {
         panel.sum_by_image(form, forms + index * plan.packed);
       }

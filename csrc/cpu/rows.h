@@ -35,12 +35,12 @@ struct Panel {
   }
 
   // sums[p] = the sum of the lanes that belong to packed image p.
-  void sum_by_image(Vec<T> values, double* sums) const {
+  void sum_by_image(const double (&values)[lanes], double* sums) const {
     for (int64_t p = 0; p < plan.packed; ++p) sums[p] = 0.0;
     for (int j = 0; j < valid;) {
       const int64_t p = image[j];
       double sum = 0.0;
-      for (; j < valid && image[j] == p; ++j) sum += static_cast<double>(values[j]);
+      for (; j < valid && image[j] == p; ++j) sum += values[j];
       sums[p] = sum;
     }
   }
@@ -102,11 +102,16 @@ constexpr bool turned_sign(int part, int i) { return (part & i) == 1 || (part & 
 // Offset of Z[i] at column frequency l within a channel's plane of transformed vectors.
 inline int64_t parity(const Shape& shape, int64_t l, int i) { return (l + (i / 2) * shape.columns) * kKinds + i % 2; }
 
-// transformed <- Lambda transformed, per frequency; returns Z . Lambda Z. C: the number of channels, 0
+// So many frequencies are summed in single precision before the sum goes on in double: long axes have thousands.
+constexpr int64_t kTermsOfSum = 32;
+
+// transformed <- Lambda transformed, per frequency; form: Z . Lambda Z, lane by lane. C: the number of channels, 0
 // if it is not known at compile time; mixed: four vectors per channel.
 template <class T, int C, int Parts>
-inline Vec<T> multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed) {
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
+                     double (&total)[Simd<T>::lanes]) {
   constexpr int lanes = Simd<T>::lanes;
+  for (double& lane : total) lane = 0.0;
   const int64_t channels = C ? C : plan.shape.channels, plane = 2 * plan.shape.columns * kKinds;
   Vec<T> fixed[C ? 4 * C : 1], form[4] = {};
   Vec<T>* y = C ? fixed : mixed;
@@ -133,19 +138,24 @@ inline Vec<T> multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed,
       for (int i = 0; i < 4; ++i) transformed[c * plane + position[i]] = y[c * 4 + i];
     }
     spectrum += Parts * channels * channels * lanes;
+    if ((l + 1) % kTermsOfSum == 0 || l + 1 == plan.shape.columns) {
+      const Vec<T> sum = (form[0] + form[1]) + (form[2] + form[3]);
+      for (int j = 0; j < lanes; ++j) total[j] += static_cast<double>(sum[j]);
+      for (Vec<T>& part : form) part = Vec<T>{};
+    }
   }
-  return (form[0] + form[1]) + (form[2] + form[3]);
 }
 
 template <class T>
-inline Vec<T> multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed) {
-  if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed);
+inline void multiply(const Plan& plan, const T* spectrum, Vec<T>* transformed, Vec<T>* mixed,
+                     double (&total)[Simd<T>::lanes]) {
+  if (plan.shape.parts == 4) return multiply<T, 0, 4>(plan, spectrum, transformed, mixed, total);
   switch (plan.shape.channels) {
-    case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed);
-    case 2: return multiply<T, 2, 1>(plan, spectrum, transformed, mixed);
-    case 3: return multiply<T, 3, 1>(plan, spectrum, transformed, mixed);
-    case 4: return multiply<T, 4, 1>(plan, spectrum, transformed, mixed);
-    default: return multiply<T, 0, 1>(plan, spectrum, transformed, mixed);
+    case 1: return multiply<T, 1, 1>(plan, spectrum, transformed, mixed, total);
+    case 2: return multiply<T, 2, 1>(plan, spectrum, transformed, mixed, total);
+    case 3: return multiply<T, 3, 1>(plan, spectrum, transformed, mixed, total);
+    case 4: return multiply<T, 4, 1>(plan, spectrum, transformed, mixed, total);
+    default: return multiply<T, 0, 1>(plan, spectrum, transformed, mixed, total);
   }
 }
 

@@ -3,7 +3,7 @@
 For every axis ``basis`` holds cosines and sines side by side, so that one product yields all parities:
 ``Z = A_h^T X A_w`` is (2Fh, 2Fw), its four quadrants the parities. Channels mix frequency by frequency, and
 ``V = A_h Y A_w^T`` comes back. (Splitting the parities before the products halves the arithmetic but costs two passes
-over memory; on CPUs that is no gain up to 64 x 64.)
+over memory; on CPUs that is no gain up to 64 x 64.) Long axes go through FFT instead, to the same quadrants.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from sgr_kernels.toeplitz import fourier
+from sgr_kernels.toeplitz.cosines import by_fft
 from sgr_kernels.toeplitz.spectrum import basis, symmetric_part
 
 P = ParamSpec("P")
@@ -22,6 +24,8 @@ T = TypeVar("T")
 
 # Of transforms in flight on a CPU: some spill from its second-level cache, but fewer and larger calls win (measured).
 _CHUNK_BYTES = 4 << 20
+# Frequencies of an axis from which FFT is faster than matrix products, with the passes over memory it costs (measured).
+_FFT_FROM = 192
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,12 +47,57 @@ def _without_autocast(kernel: Callable[Concatenate[Tensor, P], T]) -> Callable[C
     return run
 
 
+def _by_fft(frequencies: int, device: torch.device) -> bool:
+    """Whether an axis goes through FFT: on CPUs where that is faster, on GPUs (unmeasured) where matrices are huge."""
+    if device.type == "cpu":
+        return by_fft(frequencies, _FFT_FROM)
+    return device.type == "cuda" and frequencies >= 2048
+
+
 def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
     """Images whose transforms fit the cache on a CPU; on other devices, what keeps scratch below the input's size."""
     per_image = 8 * frequencies * itemsize * gradient.shape[1]
     if gradient.device.type == "cpu":
         return max(1, _CHUNK_BYTES // max(1, per_image))
     return max(1, (256 << 20) // max(1, per_image))
+
+
+class _Axis:
+    """One axis to its frequencies and back: by a matrix product, or by FFT where that is faster."""
+
+    def __init__(self, extent: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.extent, self.frequencies = extent, frequencies
+        self.matrix = None if _by_fft(frequencies, device) else basis(extent, frequencies, dtype, device)
+
+    def rows_forward(self, planes: Tensor, out: Tensor) -> None:
+        """(n, extent, w) to (n, 2F, w)."""
+        if self.matrix is None:
+            out.copy_(fourier.analyze(planes.mT, self.frequencies).mT)
+        else:
+            torch.bmm(self.matrix.mT.expand(planes.shape[0], -1, -1), planes, out=out)
+
+    def rows_inverse(self, planes: Tensor, out: Tensor) -> None:
+        """(n, 2F, w) to (n, extent, w)."""
+        if self.matrix is None:
+            out.copy_(fourier.synthesize(planes.mT, self.extent).mT)
+        else:
+            torch.bmm(self.matrix.expand(planes.shape[0], -1, -1), planes, out=out)
+
+    def columns_forward(self, lines: Tensor, out: Tensor) -> None:
+        """(n, extent) to (n, 2F)."""
+        if self.matrix is None:
+            out.copy_(fourier.analyze(lines, self.frequencies))
+        else:
+            torch.mm(lines, self.matrix, out=out)
+
+    def columns_inverse(self, lines: Tensor, out: Tensor) -> None:
+        """(n, 2F) to (n, extent), rounded to the type of ``out``."""
+        if self.matrix is None:
+            out.copy_(fourier.synthesize(lines, self.extent))
+        elif out.dtype == lines.dtype:
+            torch.mm(lines, self.matrix.mT, out=out)
+        else:
+            out.copy_(lines @ self.matrix.mT)
 
 
 class _Transform:
@@ -60,12 +109,12 @@ class _Transform:
     def __init__(self, gradient: Tensor, frequencies: tuple[int, int]) -> None:
         self.dtype = compute_dtype(gradient.dtype)
         height, width = gradient.shape[-2:]
-        self.rows = basis(height, frequencies[0], self.dtype, gradient.device)
-        self.columns = basis(width, frequencies[1], self.dtype, gradient.device)
+        self.rows = _Axis(height, frequencies[0], self.dtype, gradient.device)
+        self.columns = _Axis(width, frequencies[1], self.dtype, gradient.device)
         self.chunk = _chunk(gradient, frequencies[0] * frequencies[1], self.dtype.itemsize)
         self.quadrants = (2, frequencies[0], 2, frequencies[1])
         batch, channels = min(self.chunk, gradient.shape[0]), gradient.shape[1]
-        self._half = gradient.new_empty(batch * channels * height, 2 * frequencies[1], dtype=self.dtype)
+        self._half = gradient.new_empty(batch * channels, height, 2 * frequencies[1], dtype=self.dtype)
         self._whole = gradient.new_empty(batch, channels, 2 * frequencies[0], 2 * frequencies[1], dtype=self.dtype)
 
     @functools.cached_property
@@ -73,30 +122,20 @@ class _Transform:
         """Buffer for `_mix`."""
         return torch.empty_like(self._whole)
 
-    def _half_of(self, n: int, channels: int) -> Tensor:
-        return self._half[: n * channels * self.rows.shape[0]]
-
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W) to quadrants (n, C, 2, Fh, 2, Fw)."""
         n, channels, height, width = images.shape
-        half = self._half_of(n, channels)
-        torch.mm(images.to(self.dtype).reshape(n * channels * height, width), self.columns, out=half)
-        whole = self._whole[:n]
-        rows = self.rows.mT.expand(n * channels, -1, -1)
-        torch.bmm(rows, half.view(n * channels, height, self.columns.shape[1]), out=whole.flatten(0, 1))
+        half, whole = self._half[: n * channels], self._whole[:n]
+        self.columns.columns_forward(images.to(self.dtype).reshape(n * channels * height, width), half.flatten(0, 1))
+        self.rows.rows_forward(half, whole.flatten(0, 1))
         return whole.view(n, channels, *self.quadrants)
 
     def inverse(self, quadrants: Tensor, images: Tensor) -> None:
-        """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W), written into ``images``."""
-        n, channels = quadrants.shape[:2]
-        half = self._half_of(n, channels)
-        planes = quadrants.reshape(n * channels, self.rows.shape[1], self.columns.shape[1])
-        rows = self.rows.expand(n * channels, -1, -1)
-        torch.bmm(rows, planes, out=half.view(n * channels, self.rows.shape[0], self.columns.shape[1]))
-        if images.dtype == self.dtype:
-            torch.mm(half, self.columns.mT, out=images.view(half.shape[0], images.shape[3]))
-        else:
-            images.copy_((half @ self.columns.mT).view(images.shape))
+        """Quadrants (n, C, 2, Fh, 2, Fw) to images (n, C, H, W), contiguous, written into ``images``."""
+        n, channels, height, width = images.shape
+        half = self._half[: n * channels]
+        self.rows.rows_inverse(quadrants.reshape(n * channels, 2 * self.rows.frequencies, half.shape[2]), half)
+        self.columns.columns_inverse(half.flatten(0, 1), images.view(n * channels * height, width))
 
 
 def _turn(quadrants: Tensor, axis: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from sgr_kernels.toeplitz.constants import constant, tracing, wide_dtype
 
-# Measured on a CPU, in float64: from here on Fourier transforms of lengths with small factors are faster than matrices,
+# Measured on a CPU: from here on Fourier transforms of lengths with small factors are faster than float64's matrices,
 # and of any length. Where something traces, the length decides alone.
 _FFT_FROM, _FFT_ALWAYS_FROM = 96, 768
 _LARGE_PLANE = 1 << 14
@@ -31,11 +31,12 @@ def _largest_factor(n: int) -> int:
     return n
 
 
-def by_fft(length: int) -> bool:
-    """Whether transforms of a length go through FFT."""
+def by_fft(length: int, start: int | None = None) -> bool:
+    """Whether transforms of a length go through FFT, from ``start`` on if the length has small factors."""
     if tracing():
         return length >= _FFT_ALWAYS_FROM
-    return length >= _FFT_ALWAYS_FROM or (length >= _FFT_FROM and _largest_factor(length) <= 13)
+    start = _FFT_FROM if start is None else start
+    return length >= _FFT_ALWAYS_FROM or (length >= start and _largest_factor(length) <= 13)
 
 
 def _angles(positions: int, frequencies: int, device: torch.device) -> Tensor:

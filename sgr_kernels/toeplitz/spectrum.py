@@ -32,16 +32,13 @@ def frequency_counts(size: Size, table_shape: Size) -> Size:
     return frequency_count(size[0], table_shape[0]), frequency_count(size[1], table_shape[1])
 
 
-def _angles(positions: int, frequencies: int, offset: float, device: torch.device) -> Tensor:
-    dtype = wide_dtype(device)
-    theta = torch.arange(1, 2 * frequencies, 2, device=device, dtype=dtype) * (math.pi / (2 * frequencies))
-    return (torch.arange(positions, device=device, dtype=dtype) - offset)[:, None] * theta[None, :]
-
-
 @constant
 def basis(extent: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Orthonormal basis ``F^(-1/2) [cos(s theta) | sin(s theta)]``, (extent, 2F), s measured from the centre."""
-    angles = _angles(extent, frequencies, (extent - 1) / 2, device)
+    twice_s = 2 * torch.arange(extent, device=device) - (extent - 1)
+    k = torch.arange(1, 2 * frequencies, 2, device=device)
+    # Reduced in integers, so that the angles are exact to rounding.
+    angles = (twice_s[:, None] * k % (8 * frequencies)).to(wide_dtype(device)) * (math.pi / (4 * frequencies))
     return (torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(frequencies)).to(dtype)
 
 

@@ -69,6 +69,23 @@ def test_tiny_images_without_kernels_are_served_by_the_dense_matrix(operator, wi
     torch.testing.assert_close(chosen, spectral, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.skipif("native" not in backends.available(), reason="there are no compiled kernels")
+@pytest.mark.parametrize(
+    ("size", "chosen"),
+    [
+        ((1, 1024), "native"),
+        ((1, 16_000), "torch"),
+        ((1, 1021), "torch"),
+        ((1021, 1021), "native"),
+        ((4093, 64), "torch"),
+    ],
+)
+def test_long_axes_that_do_not_split_well_go_through_fft(size, chosen):
+    request = dataclasses.replace(request_for(4), size=size)
+    assert backends.choose("auto", request) == chosen
+    assert backends.choose("native", request) == "native"
+
+
 def test_a_device_that_was_not_measured_forms_no_matrix():
     assert crossovers.dense_up_to("meta", "torch", "product") == 0
 

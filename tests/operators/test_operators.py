@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sgr_kernels import functional as sgr
-from sgr_kernels.backends import oracle
-from tests.conftest import DEVICES, KNOWN_BACKENDS, unavailable
+from sgr_kernels.backends import oracle, torch_spectral
+from sgr_kernels.toeplitz import cosines
+from tests.conftest import DEVICES, KNOWN_BACKENDS, Place, unavailable
 from tests.helpers import (
     PRODUCT_TOLERANCE,
     QUADRATIC_TOLERANCE,
@@ -133,7 +134,23 @@ def test_displacement_covariance_agrees_with_the_mean_over_pairs(case, place):
             assert error <= limit * float((xi**2).mean()) * max(1, np.prod(case.shape[1:]) / 64)
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 129, 100), (3, 224, 224)])
+@pytest.mark.parametrize("case", [c for c in CASES if c.form != "radial"][::6], ids=str)
+def test_the_algorithm_through_fourier_transforms_is_the_same(case, monkeypatch):
+    """Every size, form and reach by FFT, which on its own begins with long axes."""
+    monkeypatch.setattr(torch_spectral, "_by_fft", lambda frequencies, device: True)
+    monkeypatch.setattr(cosines, "_FFT_FROM", 1)
+    place = Place("torch", torch.device("cpu"))
+    test_product_and_quadratic_form_agree_with_the_dense_matrix(case, place)
+    test_displacement_covariance_agrees_with_the_mean_over_pairs(case, place)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5003), (1, 4096, 3), (1, 2, 1009)])
+def test_long_axes(shape):
+    """By whatever backend is chosen for them."""
+    test_large_images(shape, Place("auto", torch.device("cpu")))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 129, 100), (3, 224, 224), (2, 1, 3072), (1, 2, 1009)])
 def test_large_images(shape, kernels):
     """Beyond what is formed densely: against Fourier transforms of the padded images."""
     g = gradients((3, *shape), dtype=torch.float32)
