@@ -26,6 +26,7 @@ T = TypeVar("T")
 _CHUNK_BYTES = 4 << 20
 # Frequencies of an axis from which FFT is faster than matrix products, with the passes over memory it costs (measured).
 _FFT_FROM = 192
+_PIECE = 1 << 16  # elements
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,6 +63,13 @@ def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
     return max(1, (256 << 20) // max(1, per_image))
 
 
+def _by_pieces(transform: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
+    """``out.copy_(transform(x))``, so many entries of the first dimension at a time that on CPUs they stay in cache."""
+    piece = max(1, _PIECE // max(1, x[:1].numel())) if x.is_cpu else max(1, len(x))
+    for part, into in zip(x.split(piece), out.split(piece)):
+        into.copy_(transform(part))
+
+
 class _Axis:
     """One axis to its frequencies and back: by a matrix product, or by FFT where that is faster."""
 
@@ -72,28 +80,28 @@ class _Axis:
     def rows_forward(self, planes: Tensor, out: Tensor) -> None:
         """(n, extent, w) to (n, 2F, w)."""
         if self.matrix is None:
-            out.copy_(fourier.analyze(planes.mT, self.frequencies).mT)
+            _by_pieces(lambda x: fourier.analyze(x.mT, self.frequencies).mT, planes, out)
         else:
             torch.bmm(self.matrix.mT.expand(planes.shape[0], -1, -1), planes, out=out)
 
     def rows_inverse(self, planes: Tensor, out: Tensor) -> None:
         """(n, 2F, w) to (n, extent, w)."""
         if self.matrix is None:
-            out.copy_(fourier.synthesize(planes.mT, self.extent).mT)
+            _by_pieces(lambda x: fourier.synthesize(x.mT, self.extent).mT, planes, out)
         else:
             torch.bmm(self.matrix.expand(planes.shape[0], -1, -1), planes, out=out)
 
     def columns_forward(self, lines: Tensor, out: Tensor) -> None:
         """(n, extent) to (n, 2F)."""
         if self.matrix is None:
-            out.copy_(fourier.analyze(lines, self.frequencies))
+            _by_pieces(lambda x: fourier.analyze(x, self.frequencies), lines, out)
         else:
             torch.mm(lines, self.matrix, out=out)
 
     def columns_inverse(self, lines: Tensor, out: Tensor) -> None:
         """(n, 2F) to (n, extent), rounded to the type of ``out``."""
         if self.matrix is None:
-            out.copy_(fourier.synthesize(lines, self.extent))
+            _by_pieces(lambda x: fourier.synthesize(x, self.extent), lines, out)
         elif out.dtype == lines.dtype:
             torch.mm(lines, self.matrix.mT, out=out)
         else:
