@@ -2,6 +2,7 @@
 
 from sgr_kernels.checks.arguments import (
     as_images,
+    check_floating_point,
     check_form,
     check_images,
     check_in_graph,
@@ -16,6 +17,7 @@ from sgr_kernels.checks.caller import warn_caller
 
 __all__ = [
     "as_images",
+    "check_floating_point",
     "check_form",
     "check_images",
     "check_in_graph",

@@ -15,12 +15,17 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def check_floating_point(name: str, value: Tensor) -> None:
+    """Expect a real floating-point tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        bytes_given = isinstance(value, Tensor) and value.dtype == torch.uint8
+        hint = f"; for bytes, {name}.float() / 255" if bytes_given else ""
+        raise TypeError(f"{name}: expected a real floating-point tensor, got {describe(value)}{hint}")
+
+
 def check_images(name: str, value: Tensor) -> None:
     """Expect a real floating-point tensor (B, C, H, W) or (B, C, L) with at least one channel and pixel."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a real floating-point tensor, got {describe(value)}")
+    check_floating_point(name, value)
     if value.dim() not in (3, 4):
         raise ValueError(f"{name}: expected shape (B, C, H, W) or (B, C, L), got {describe(value)}")
     if 0 in value.shape[1:]:
@@ -46,10 +51,7 @@ def check_form(form: str | None) -> None:
 def covariance_form(covariance: Tensor, form: str | None, name: str = "covariance") -> str:
     """The form of a covariance argument: as named, else radial for rank 3 and even for rank 4."""
     check_form(form)
-    if not isinstance(covariance, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(covariance)}")
-    if not covariance.is_floating_point():
-        raise TypeError(f"{name}: expected a real floating-point tensor, got {describe(covariance)}")
+    check_floating_point(name, covariance)
     rank = 3 if form == "radial" else 4
     if covariance.dim() not in ((3, 4) if form is None else (rank,)):
         expected = "(C, C, K) or (C, C, H, W)" if form is None else f"rank {rank} for form {form!r}"

@@ -87,6 +87,7 @@ class Estimate(Covariance):
         self.process_group = process_group
         self.frozen = False
         self._skipped_reported = 0
+        self._has_mean = True
         values = values.to(compute_dtype(values.dtype))  # the default dtype may be a low-precision one
         self.register_buffer("values", values)
         self.register_buffer("mean", values.new_zeros(shape))
@@ -171,9 +172,16 @@ class Estimate(Covariance):
         skipped = (packed[-1] * total.clamp(min=1)).round().long()
         return packed[:cut].view(moment.shape), packed[cut:-2].view(mean.shape), total, skipped
 
-    def scaled_mean(self) -> Tensor:
-        """Running mean perturbation in the scale of Sigma, that is, times the square root of its scale factor."""
-        return self.mean * self.scale.sqrt()
+    def scaled_mean(self) -> Tensor | None:
+        """Running mean perturbation in the scale of Sigma, that is, times the square root of its scale factor.
+
+        None where there is none and never will be: of a frozen covariance that was made without one.
+        """
+        return self.mean * self.scale.sqrt() if self._has_mean else None
+
+    def _look_for_mean(self) -> None:
+        """A frozen covariance whose mean is zero has none; asked where it is frozen or loaded, not at every step."""
+        self._has_mean = not self.frozen or bool(self.mean.any())
 
     def warn_if_skipped(self) -> None:
         """Warn of batches that were skipped since the last warning; synchronizes with the device."""
@@ -186,8 +194,7 @@ class Estimate(Covariance):
             )
 
     def _check(self, name: str, value: Tensor) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name}: expected a real floating-point tensor, got {checks.describe(value)}")
+        checks.check_floating_point(name, value)
         if value.dim() == 0 or tuple(value.shape[1:]) != self.shape:
             expected = ", ".join(map(str, ("B", *self.shape)))
             raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
@@ -236,6 +243,7 @@ class Estimate(Covariance):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply(lambda tensor: tensor)  # where tensors were assigned, they may be of low precision
+        self._look_for_mean()
         with torch.no_grad():
             self._refresh()
 

@@ -64,14 +64,18 @@ def moments_of_images(images: Tensor, layout: Layout, center: bool, chunk: int) 
     return (total / images.shape[0]).to(dtype), mean.to(dtype)
 
 
-def check_data_set(images: Tensor) -> None:
-    """Expect images (n, C, H, W) or (n, C, L), floating point or uint8, at least one.
+def check_data_set(images: Tensor, chunk: int) -> None:
+    """Expect images (n, C, H, W) or (n, C, L), floating point or uint8, at least one, and a number taken at a time.
 
     Raises:
         TypeError: If they are neither floating point nor uint8.
-        ValueError: If their shape does not fit, or there are none.
+        ValueError: If their shape does not fit, there are none, or the chunk is not positive.
     """
-    if not (isinstance(images, Tensor) and images.dtype == torch.uint8):
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        checks.check_images("images", images[:0].float())
+    else:
         checks.check_images("images", images)
     if images.shape[0] == 0:
         raise ValueError("images: expected at least one image, got none")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk: expected a positive int, got {chunk!r}")

@@ -147,8 +147,7 @@ class IdentityCovariance(Covariance):
         return gradient.flatten(1).to(compute_dtype(gradient.dtype)).square().sum(1) * self.variance
 
     def _check(self, gradient: Tensor) -> None:
-        if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
-            raise TypeError(f"gradient: expected a real floating-point tensor, got {checks.describe(gradient)}")
+        checks.check_floating_point("gradient", gradient)
         if gradient.dim() < 2 or (self.shape is not None and tuple(gradient.shape[1:]) != self.shape):
             raise ValueError(f"gradient: expected (B, C, H, W), got {tuple(gradient.shape)}")
 

@@ -109,7 +109,8 @@ class CovarianceFunction(Estimate):
 
         Raises:
             TypeError: If the values are not a real floating-point tensor.
-            ValueError: If they are not finite, not symmetric, or of a shape that does not fit.
+            ValueError: If they are not finite, not symmetric, of a shape that does not fit, or without a positive
+                variance to bring to a target.
         """
         binning = options.setdefault(
             "binning", "rounded" if isinstance(values, Tensor) and values.dim() == 3 else "even"
@@ -169,9 +170,10 @@ class CovarianceFunction(Estimate):
 
         Raises:
             TypeError: If the images are neither floating point nor uint8.
-            ValueError: If there are no images, or a value is not finite.
+            ValueError: If there are no images, or a value is not finite, or all are the same and a target variance is
+                asked for.
         """
-        construction.check_data_set(images)
+        construction.check_data_set(images, chunk)
         covariance = cls(images.shape[1], tuple(images.shape[2:]), **options)
         values, mean = construction.moments_of_images(images.detach(), covariance.layout, center, chunk)
         covariance.to(values.device, values.dtype)
@@ -182,8 +184,19 @@ class CovarianceFunction(Estimate):
         return covariance.freeze()
 
     def freeze(self) -> CovarianceFunction:
-        """Take no more updates; returns the covariance itself."""
+        """Take no more updates; returns the covariance itself.
+
+        Raises:
+            ValueError: If no variance is there to be brought to a target: the penalty would be zero for ever.
+        """
+        variance = float(self._average_variance())
+        if self.target_variance is not None and not variance > 0:
+            raise ValueError(
+                f"target_variance: expected values with a positive variance to bring to {self.target_variance:g}, "
+                f"got an average of {variance:g}; the penalty would always be zero"
+            )
         self.frozen = True
+        self._look_for_mean()
         with torch.no_grad():
             self._refresh()
         return self
@@ -273,6 +286,7 @@ class CovarianceFunction(Estimate):
         other.updates.copy_(self.updates)
         other.skipped.copy_(self.skipped)
         other.frozen = self.frozen
+        other._look_for_mean()
         with torch.no_grad():
             other._refresh()
         return other

@@ -177,6 +177,59 @@ def test_images_given(images, kind, words):
     _names(error, words)
 
 
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        lambda **o: CovarianceFunction.from_values(torch.zeros(1, 1, 3), 4, **o),
+        lambda **o: CovarianceFunction.from_values(-torch.eye(2)[:, :, None], 4, **o),
+        lambda **o: CovarianceFunction.from_values(torch.zeros(1, 1, 7, 7), 4, binning="offset", **o),
+        lambda **o: CovarianceFunction.from_images(torch.ones(5, 1, 4, 4), **o),
+        lambda **o: CovarianceFunction(1, 4, **o).freeze(),
+    ],
+)
+def test_a_variance_that_cannot_be_brought_to_a_target(freeze):
+    """The penalty would be zero for ever. As it is, without a target, it may be asked for."""
+    with pytest.raises(ValueError, match=r"target_variance: expected values with a positive variance .* to 0\.5, got"):
+        freeze(target_variance=0.5)
+    freeze(psd="none")
+
+
+def test_bytes_are_told_what_to_do():
+    covariance, images = CovarianceFunction(1, 4), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for name, use in (
+        ("perturbation", covariance.update),
+        ("gradient", covariance.product),
+        ("gradient", IdentityCovariance().product),
+        ("gradient", lambda g: covariance_product(g, torch.ones(1, 1, 2))),
+        ("perturbation", displacement_covariance),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{name}: expected a real floating-point .*uint8; for bytes, {name}\.float"
+        ):
+            use(images)
+    with pytest.raises(ValueError, match="chunk: expected a positive int, got 0"):
+        CovarianceFunction.from_images(images, chunk=0)
+    with pytest.raises(ValueError, match=r"images: expected shape \(B, C, H, W\)"):
+        CovarianceFunction.from_images(images[0, 0])
+
+
+def test_a_mean_correction_needs_a_mean():
+    """A frozen covariance has one if it was learnt, or loaded."""
+    learnt = CovarianceFunction(1, 4)
+    SGRLoss(learnt, mean_correction=True)
+    learnt.update(torch.rand(3, 1, 4, 4))
+    SGRLoss(learnt.freeze(), mean_correction=True)
+    images = torch.rand(5, 1, 4, 4)
+    SGRLoss(CovarianceFunction.from_images(images, center=False), mean_correction=True)
+    without = CovarianceFunction.exponential(1, 4, 2.0)
+    for covariance in (without, CovarianceFunction.from_images(images), without.resize(5)):
+        with pytest.raises(ValueError, match="mean_correction: CovarianceFunction keeps no mean"):
+            SGRLoss(covariance, mean_correction=True)
+    loaded = CovarianceFunction.from_values(torch.ones(1, 1, 5), 4)
+    loaded.load_state_dict(learnt.state_dict())
+    SGRLoss(loaded, mean_correction=True)
+
+
 def test_exponentials():
     with pytest.raises(ValueError, match="decay_length: expected a positive number of pixels, got 0"):
         CovarianceFunction.exponential(1, 8, 0)

@@ -206,6 +206,22 @@ def test_low_precision_gradients_and_perturbations():
         torch.testing.assert_close(covariance.quadratic_form(g).double(), wide, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_perturbations_of_low_precision_are_widened_before_they_are_summed(dtype, autocast):
+    """Their moment and mean are those of the same numbers in float64, up to float32's rounding."""
+    xi = (50 * gradients((64, 2, *SIZE), dtype=torch.float32) + 100).to(dtype)
+    for covariance, wide in zip(_estimates(), _estimates()):
+        wide.double().update(xi.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            covariance.update(xi)
+        torch.testing.assert_close(covariance.values.double(), wide.values, rtol=2e-6, atol=2e-6 * 12_500)
+        torch.testing.assert_close(covariance.mean.double(), wide.mean, rtol=2e-6, atol=1e-4)
+    frozen, wide = (CovarianceFunction.from_images(x, center=False) for x in (xi, xi.double()))
+    torch.testing.assert_close(frozen.values.double(), wide.values, rtol=2e-6, atol=2e-6 * 12_500)
+    torch.testing.assert_close(frozen.mean.double(), wide.mean, rtol=2e-6, atol=1e-4)
+
+
 def test_state_dict_restores_everything():
     for options in ({}, {"target_variance": 2.0}):
         for trained, fresh in zip(_estimates(**options), _estimates(**options)):
