@@ -65,6 +65,7 @@ class Estimate(Covariance):
     updates: Tensor
     skipped: Tensor
     scale: Tensor
+    _has_mean: bool = True
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class Estimate(Covariance):
         self.process_group = process_group
         self.frozen = False
         self._skipped_reported = 0
-        self._has_mean = True
         values = values.to(compute_dtype(values.dtype))  # the default dtype may be a low-precision one
         self.register_buffer("values", values)
         self.register_buffer("mean", values.new_zeros(shape))
