@@ -17,13 +17,13 @@ Parameters = dict[str, Tensor]
 
 
 def compiled_step(
-    model: nn.Module, covariance: Tensor, strength: float, backend: str = "inductor"
+    model: nn.Module, covariance: sgr.Covariance, strength: float, backend: str = "inductor"
 ) -> Callable[[Parameters, Tensor, Tensor], tuple[Parameters, Tensor]]:
     """A function of (parameters, images, labels) that returns (gradients, loss).
 
     Args:
         model: Maps images (B, C, H, W) to logits; without state that changes, such as BatchNorm's in training mode.
-        covariance: As for `sgr.functional.covariance_quadratic_form`; constant.
+        covariance: Of the perturbations; every call takes it as it is then. Its updates are made outside.
         strength: Of the penalty.
         backend: Of ``torch.compile``.
     """
@@ -36,7 +36,7 @@ def compiled_step(
 
         # of the sum: every image's own gradient
         gradient, losses = torch.func.grad(total, has_aux=True)(images)
-        penalty = sgr.functional.covariance_quadratic_form(gradient, covariance).mean() / 2  # Eq. 11
+        penalty = covariance.quadratic_form(gradient).mean() / 2  # Eq. 11
         return losses.mean() + strength * penalty
 
     return torch.compile(torch.func.grad_and_value(loss), fullgraph=True, backend=backend)
@@ -44,7 +44,7 @@ def compiled_step(
 
 def train(
     model: nn.Module,
-    covariance: Tensor,
+    covariance: sgr.Covariance,
     batches: list[tuple[Tensor, Tensor]],
     strength: float = 1.0,
     lr: float = 1e-3,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgr_kernels import CovarianceFunction
+from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels import functional as sgr
 from tests.helpers import covariances, gradients
 
@@ -89,11 +89,9 @@ def _sum_of_squares(x: Tensor, f: Tensor) -> Tensor:
 
 
 COMPOSED = {
-    "grad": torch.func.grad(_scalar, (0, 1)),
     "grad_and_value": torch.func.grad_and_value(_scalar, (0, 1)),
     "grad of grad": torch.func.grad(_sum_of_squares, (0, 1)),
     "grad of jvp": torch.func.grad(lambda x, f: torch.func.jvp(lambda y: _scalar(y, f), (x,), (x.sin(),))[1]),
-    "vjp": lambda x, f: torch.func.vjp(_scalar, x, f)[1](x.new_ones(())),
     "vmap": lambda x, f: torch.func.vmap(_scalar, (3, None))(torch.stack([x, 2 * x], 3), f),
     "vmap of grad": lambda x, f: torch.func.vmap(torch.func.grad(_scalar, (0, 1)), (None, 2))(x, f[:, :, None]),
     "jvp": lambda x, f: torch.func.jvp(_scalar, (x, f), (x.cos(), f.sin())),
@@ -123,3 +121,20 @@ def test_the_registered_operators_within_transforms():
     for name in ("grad", "vmap", "jvp", "jacrev", "jacfwd", "hessian"):
         expected = TRANSFORMS[name](lambda x: (x.flatten() @ dense.mT).view_as(x), g)
         torch.testing.assert_close(TRANSFORMS[name](direct, g), expected)
+
+
+@pytest.mark.parametrize("build", [CovarianceFunction, FullCovariance, lambda *_: IdentityCovariance(2.0)])
+def test_covariances_within_compiled_transforms(build):
+    """One graph for all updates: each call takes the covariance as it is then."""
+    torch._dynamo.reset()
+    covariance, x = build(1, (3, 4)), gradients((2, 1, 3, 4), dtype=torch.float32)
+
+    def penalty(y: Tensor) -> Tensor:
+        return covariance.quadratic_form(y).square().sum()
+
+    twice = torch.func.grad(lambda y: torch.func.grad(penalty)(y).square().sum())
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        if not covariance.frozen:
+            covariance.update(gradients((2, 1, 3, 4), seed=seed, dtype=torch.float32))
+        torch.testing.assert_close(compiled(x), twice(x))
