@@ -138,3 +138,27 @@ def test_covariances_within_compiled_transforms(build):
         if not covariance.frozen:
             covariance.update(gradients((2, 1, 3, 4), seed=seed, dtype=torch.float32))
         torch.testing.assert_close(compiled(x), twice(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
+def test_the_engines_other_ways_backward(kernels):
+    """Batched gradients, a pullback used after its transform, and compiled autograd."""
+    torch._dynamo.reset()
+    x, f = gradients((2, 1, 3, 4), device=kernels.device), covariances("radial", 1, (3, 4)).to(kernels.device)
+
+    def q(y: Tensor) -> Tensor:
+        return sgr.covariance_quadratic_form(y, f, backend=kernels.backend)
+
+    expected = torch.autograd.functional.jacobian(q, x)
+    for strategy in ("reverse-mode", "forward-mode"):
+        batched = torch.autograd.functional.jacobian(q, x, vectorize=True, strategy=strategy)
+        torch.testing.assert_close(batched, expected)
+    _, pullback = torch.func.vjp(q, x)
+    weights = x.new_ones(2).requires_grad_()
+    (twice,) = torch.autograd.grad((pullback(weights)[0] * x).sum(), weights)
+    torch.testing.assert_close(twice, 2 * q(x))
+    leaf = x.clone().requires_grad_()
+    loss = q(leaf).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(leaf.grad, expected.sum(0))
