@@ -42,6 +42,7 @@ CASES = [
     ("accumulation", (1024, 3, 32, 32)),
 ]
 SAMPLED_BLOCKS = 3
+TURN = 12  # images that a block takes in whole turns: it has one to four at a time
 
 # Where the parameters of a kernel begin in the constant bank; registers, shared memory and warps of a multiprocessor.
 PARAMETERS = {"sm_80": 0x160, "sm_90": 0x210}
@@ -212,10 +213,10 @@ def walk_images(shape: tuple[int, ...], launch: Launch, code: Code, architecture
         same = dataclasses.replace(launch, parameters=launch.parameters.replace(before, sizes))
         return [walk_warp(same, code, architecture, 0, warp) for warp in sampled_warps(launch)]
 
-    few, many = walks(4), walks(8)  # a block takes up to four images at a time
-    per_image = [(b.issued - a.issued) / 4 for a, b in zip(few, many)]
+    few, many = walks(TURN), walks(2 * TURN)
+    per_image = [(b.issued - a.issued) / TURN for a, b in zip(few, many)]
     around = [2 * a.issued - b.issued for a, b in zip(few, many)]
-    tensor = [(b.tensor - a.tensor) / 4 for a, b in zip(few, many)]
+    tensor = [(b.tensor - a.tensor) / TURN for a, b in zip(few, many)]
     scale = launch.grid[1] * (launch.threads // 32) / len(few)
     return {
         "instructions": scale * (shape[0] * sum(per_image) + launch.grid[0] * sum(around)),

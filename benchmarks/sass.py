@@ -139,6 +139,8 @@ class Machine:
 
 def _sum(machine: Machine, terms: list[str], carries: list[str], extended: bool) -> Value:
     values = [machine.read(term) for term in terms]
+    # What is subtracted comes as complement and one: less nothing carries.
+    values = [1 << 32 if v == 0 and term.startswith("-") else v for term, v in zip(terms, values)]
     if extended:
         values += [None if (bit := machine.test(carry)) is None else int(bit) for carry in carries]
     known = [value for value in values if value is not None]
@@ -312,7 +314,8 @@ def _execute(machine: Machine, instruction: Instruction) -> None:
         machine.write(operands[0], machine.read(operands[1]), "32" not in modifiers)
     elif name in ("LDC", "ULDC"):
         wide = "64" in modifiers
-        machine.write(operands[0], machine.pair(operands[1]) if wide else machine.read(operands[1]), wide)
+        value = machine.pair(operands[1]) if wide else machine.read(operands[1])
+        machine.write(operands[0], value and value & 0xFF if "U8" in modifiers else value, wide)
     elif name in ("STL", "LDL"):
         match = re.search(r"\[\w+(?:\+(0x[0-9a-f]+))?\]", " ".join(operands))
         place = int(match[1], 16) if match and match[1] else 0

@@ -8,21 +8,12 @@
 // with C[t,k] = cos(pi (2t+1)(2k+1) / (4F)), S likewise: two symmetric matrices are all there is.
 #pragma once
 
+#include <vector>
+
+#include "../plan.h"
 #include "fragment.cuh"
 
 namespace sgr::cuda {
-
-// cos(pi m / (4F)), m >= 0, its argument reduced exactly in integers.
-__device__ inline float cosine(int m, int frequencies) {
-  m %= 8 * frequencies;
-  if (m > 4 * frequencies) m = 8 * frequencies - m;
-  const bool negative = m > 2 * frequencies;
-  if (negative) m = 4 * frequencies - m;
-  const float half_turn = 4.0f * frequencies;
-  const float value = m <= frequencies ? cospif(m / half_turn) : sinpif((2 * frequencies - m) / half_turn);
-  return negative ? -value : value;
-}
-__device__ inline float sine(int m, int frequencies) { return cosine(m + 6 * frequencies, frequencies); }
 
 // Frequencies of one axis in 2 BLOCKS blocks of 16: the low half, then the high half counted from above.
 template <int BLOCKS>
@@ -40,7 +31,7 @@ struct FrequencyAxis {
   }
 };
 
-// The constant tiles of both axes in shared memory, as operands of PRECISION::Forward.
+// The constant tiles of both axes in shared memory.
 template <class PRECISION, int BLOCKS>
 struct BasisTiles {
   using Forward = typename PRECISION::Forward;
@@ -48,27 +39,32 @@ struct BasisTiles {
   using Axis = FrequencyAxis<BLOCKS>;
   static constexpr int kTiles = 2 * 2 * BLOCKS * BLOCKS;  // axis, C or S, tile row, tile column
   static constexpr int kWords = kTiles * kTileEntries;
+  static constexpr int kKind = 8 * Forward::kKind + BLOCKS;  // tells tables of the same sizes apart
 
   uint32_t* memory;
   int lane;
 
-  __device__ void fill(int rows, int columns, int warp, int warps) const {
-    for (int index = warp; index < kTiles; index += warps) {
-      const int frequencies = index / (kTiles / 2) == 0 ? rows : columns;
+  // The tiles for these numbers of frequencies, as they lie in shared memory; built by the host.
+  static std::vector<uint32_t> table(int rows, int columns) {
+    std::vector<uint32_t> words(kWords);
+    for (int index = 0; index < kTiles; ++index) {
+      const Angles angles(2 * (index / (kTiles / 2) == 0 ? rows : columns));
       const bool sines = index / (BLOCKS * BLOCKS) % 2;
       const int top = kTile * (index / BLOCKS % BLOCKS), left = kTile * (index % BLOCKS);
-      Fragment tile;
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int m = (2 * (top + lane_row(lane, i)) + 1) * (2 * (left + lane_column(lane, n, j)) + 1);
-            tile.at(n, i, j) = sines ? sine(m, frequencies) : cosine(m, frequencies);
-          }
-      store_tile(Forward::constant(tile), memory + index * kTileEntries, lane);
+      for (int lane = 0; lane < kWarp; ++lane) {
+        double entries[kLaneEntries];
+        for (int e = 0; e < kLaneEntries; ++e) {
+          const int64_t row = top + lane / 4 + 8 * (e / 2 % 2), column = left + 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+          const int64_t m = (2 * row + 1) * (2 * column + 1);
+          entries[e] = sines ? angles.sine(m) : angles.cosine(m);
+        }
+        uint32_t of_lane[Forward::kWords];
+        Forward::constant_words(entries, of_lane);
+        for (int w = 0; w < Forward::kWords; ++w)
+          words[index * kTileEntries + (w / 4 * kWarp + lane) * 4 + w % 4] = of_lane[w];
+      }
     }
+    return words;
   }
 
   // Rows are the frequencies of `block`, columns the pixels of tile `pixels`: for the forward transform.
@@ -82,7 +78,6 @@ struct BasisTiles {
   __device__ typename Inverse::Tile inverse(int axis, int parity, int block, int pixels) const {
     typename Inverse::Tile tile;
     load_tile(tile, address(axis, parity, block, pixels, Axis::tile_index(block)), lane);
-    Inverse::rescale_constant(tile);
     if (Axis::is_high(block)) Inverse::negate_odd_rows(tile, lane);
     return tile;
   }

@@ -27,29 +27,98 @@ __device__ inline uint32_t half_pair(float even, float odd) {
 __device__ inline float2 half_pair_to_floats(uint32_t word) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
-__device__ inline uint32_t scale_half_pair(uint32_t word, float factor) {
-  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&word), __float2half2_rn(factor));
-  return *reinterpret_cast<const uint32_t*>(&product);
-}
 __device__ inline uint32_t bfloat16_pair(float even, float odd) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(even, odd);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 __device__ inline uint32_t round_to_tf32(float value) {
   uint32_t word;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));  // one instruction; the other takes three
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+#endif
   return word;
 }
 
 // threadIdx.x, read anew each time: what is computed from it does not occupy registers across a loop.
-__device__ inline int fresh_thread_index() {
-  int index;
+__device__ inline unsigned fresh_thread_index() {
+  unsigned index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
-__device__ inline void prefetch(const void* address) {  // into the L2 cache
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+
+// *shared = max(*shared, value), by one thread of a warp.
+__device__ inline void raise(unsigned* shared, unsigned value) {
+  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(value)
+               : "memory");
 }
+
+// Runs of device memory on their way into shared memory. A block's threads call everything together: expect() and the
+// copies it announces, later wait(), then again. Addresses and sizes are multiples of 16 bytes, and what is
+// overwritten has been read before the last __syncthreads(). Hopper's copy engine does it, elsewhere all threads.
+struct Arrival {
+  uint64_t* barrier;  // in shared memory
+  unsigned phase = 0;
+
+  // By each thread that has written what is overwritten, before the __syncthreads().
+  __device__ static void release() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __device__ static unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+  }
+  __device__ void prepare() const {  // before a __syncthreads()
+    if (threadIdx.x > 0) return;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __device__ void expect(int bytes) const {
+    if (threadIdx.x > 0) return;
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+  }
+  __device__ void copy(void* target, const void* source, int bytes) const {
+    if (threadIdx.x > 0) return;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(target)),
+                 "l"(source), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+  }
+  __device__ void wait() {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(phase)
+        : "memory");
+    phase ^= 1;
+  }
+#else
+  __device__ void prepare() const {}
+  __device__ void expect(int) const {}
+  __device__ void copy(void* target, const void* source, int bytes) const {
+    unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(target)) + 16 * threadIdx.x;
+    const char* from = static_cast<const char*>(source) + 16 * threadIdx.x;
+    for (int left = bytes - 16 * static_cast<int>(threadIdx.x); left > 0; left -= 16 * blockDim.x) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+      to += 16 * blockDim.x;
+      from += 16 * blockDim.x;
+    }
+  }
+  __device__ void wait() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+  }
+#endif
+};
 
 // Warp-wide d += a b for the 16x8 tile d, a row-major, b column-major, in PTX's fragment layouts.
 __device__ inline void mma_m16n8k16_f16(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -95,6 +164,12 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
+// Raises *maximum, in shared memory and zero before, to the largest magnitude of all threads' values.
+__device__ inline void raise_maximum(unsigned* maximum, float magnitude) {
+  const unsigned bits = __reduce_max_sync(kAllLanes, __float_as_uint(magnitude));
+  if (threadIdx.x % kWarp == 0) raise(maximum, bits);
+}
+
 __device__ inline float power_of_two(int exponent) {  // -126 <= exponent <= 127
   return __int_as_float((exponent + 127) << 23);
 }
@@ -108,14 +183,14 @@ __device__ inline int scaling_exponent(unsigned magnitude_bits, int ceiling) {
   return exponent > 126 ? 126 : (exponent < -126 ? -126 : exponent);
 }
 
-// 2^exponent as two factors, to be applied one after the other, as it may exceed float's range.
+// 2^exponent as two factors, to be applied one after the other, as it may exceed float's range; mostly the second is 1.
 struct PowerOfTwo {
   float first, second;
 
   __device__ explicit PowerOfTwo(int exponent) {
-    exponent = exponent > 252 ? 252 : (exponent < -252 ? -252 : exponent);
-    first = power_of_two(exponent / 2);
-    second = power_of_two(exponent - exponent / 2);
+    const int bounded = exponent > 100 ? 100 : (exponent < -100 ? -100 : exponent), rest = exponent - bounded;
+    first = power_of_two(bounded);
+    second = power_of_two(rest > 126 ? 126 : (rest < -126 ? -126 : rest));
   }
   __device__ float operator*(float value) const { return value * first * second; }
 };

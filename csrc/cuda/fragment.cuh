@@ -7,6 +7,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "rounding.h"
 
 namespace sgr::cuda {
 
@@ -88,24 +89,29 @@ __device__ inline void store_fragment(const Fragment& tile, float* memory, int l
         make_float4(tile.at(n, 0, 0), tile.at(n, 0, 1), tile.at(n, 1, 0), tile.at(n, 1, 1));
 }
 
-// x = high + low / SCALE in two fp16 numbers: 22 bits. Three of the four partial products carry float32 accuracy.
-// SCALE > 1 keeps small residuals out of fp16's subnormal range; their products are then summed apart. The forward half
+// x = high + low in two fp16 numbers: 22 bits. Three of the four partial products carry float32 accuracy. Of data, low
+// parts are kept SCALE times as large: SCALE > 1 keeps small residuals out of fp16's subnormal range; their products
+// are then summed apart. The forward half
 // needs no such care (its inputs are scaled to their maximum); a spectrum spans many powers of ten, and the inverse
 // half does.
 template <int SCALE>
 struct SplitHalf {
-  using Tile = Words<8>;  // four words of high parts, four of low ones
+  static constexpr int kWords = 8, kKind = 1;
+  using Tile = Words<kWords>;  // four words of high parts, four of low ones
   struct Accumulator {
     Fragment high, low;
   };
 
-  __device__ static Tile constant(const Fragment& x) {
-    Tile tile;
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) split(x.at(n, i, 0), x.at(n, i, 1), tile.word[2 * n + i], tile.word[4 + 2 * n + i]);
-    return tile;
+  static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[8]) {
+    for (int pair = 0; pair < 4; ++pair) {
+      uint16_t high[2], low[2];
+      for (int j = 0; j < 2; ++j) {
+        high[j] = half_bits(x[2 * pair + j]);
+        low[j] = half_bits(x[2 * pair + j] - half_value(high[j]));
+      }
+      words[pair] = high[0] | static_cast<uint32_t>(high[1]) << 16;
+      words[4 + pair] = low[0] | static_cast<uint32_t>(low[1]) << 16;
+    }
   }
   __device__ static Tile data(const Fragment& x) {
     Tile tile;
@@ -115,17 +121,9 @@ struct SplitHalf {
       for (int n = 0; n < 2; ++n) split(x.at(n, i, 0), x.at(n, i, 1), tile.word[2 * i + n], tile.word[4 + 2 * i + n]);
     return tile;
   }
-  // The words of row i of a data tile, [v][word], from its entries [n][j].
-  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
-    split(entries[0][0], entries[0][1], words[0].x, words[1].x);
-    split(entries[1][0], entries[1][1], words[0].y, words[1].y);
-  }
-  // A constant stored with SCALE = 1, made ready for this one.
-  __device__ static void rescale_constant(Tile& tile) {
-    if constexpr (SCALE != 1) {
-#pragma unroll
-      for (int w = 4; w < 8; ++w) tile.word[w] = scale_half_pair(tile.word[w], SCALE);
-    }
+  // A pair of a data tile that lies in memory as store_tile does it.
+  __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
+    split(even, odd, memory[pair_offset(lane, 0, i) + n], memory[pair_offset(lane, 1, i) + n]);
   }
   __device__ static void negate_odd_columns(Tile& tile) {
 #pragma unroll
@@ -146,7 +144,7 @@ struct SplitHalf {
       const uint32_t high0 = b.word[2 * m], high1 = b.word[2 * m + 1];
       const uint32_t low0 = b.word[4 + 2 * m], low1 = b.word[5 + 2 * m];
       mma_m16n8k16_f16(low, a.word[0], a.word[1], a.word[2], a.word[3], low0, low1);
-      mma_m16n8k16_f16(low, a.word[4], a.word[5], a.word[6], a.word[7], high0, high1);
+      mma_m16n8k16_f16(high, a.word[4], a.word[5], a.word[6], a.word[7], high0, high1);
       mma_m16n8k16_f16(high, a.word[0], a.word[1], a.word[2], a.word[3], high0, high1);
     }
   }
@@ -170,7 +168,8 @@ struct SplitHalf {
 // One rounding to tf32. Within each group of eight, mma's k index is permuted so that a lane's pair of adjacent columns
 // serves as its two k slots.
 struct TensorFloat {
-  using Tile = Words<8>;
+  static constexpr int kWords = 8, kKind = 2;
+  using Tile = Words<kWords>;
   struct Accumulator {
     Fragment sum;
   };
@@ -187,11 +186,12 @@ struct TensorFloat {
     for (int e = 0; e < kLaneEntries; ++e) tile.word[e] = round_to_tf32(x.value[e]);
     return tile;
   }
-  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
-    words[0] = make_uint2(round_to_tf32(entries[0][0]), round_to_tf32(entries[0][1]));
-    words[1] = make_uint2(round_to_tf32(entries[1][0]), round_to_tf32(entries[1][1]));
+  static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[8]) {
+    for (int e = 0; e < kLaneEntries; ++e) words[e] = tf32_bits(x[e / 4 * 4 + e % 2 * 2 + e / 2 % 2]);
   }
-  __device__ static void rescale_constant(Tile&) {}
+  __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
+    *reinterpret_cast<uint2*>(memory + pair_offset(lane, n, i)) = make_uint2(round_to_tf32(even), round_to_tf32(odd));
+  }
   __device__ static void negate_odd_columns(Tile& tile) {
 #pragma unroll
     for (int w = 0; w < 8; ++w)
@@ -252,16 +252,15 @@ struct SplitTensorFloat {
 
 // One rounding to bf16.
 struct BrainFloat {
-  using Tile = Words<4>;
+  static constexpr int kWords = 4, kKind = 3;
+  using Tile = Words<kWords>;
   struct Accumulator {
     Fragment sum;
   };
 
-  __device__ static Tile constant(const Fragment& x) {
-    Tile tile;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w / 2, w % 2, 0), x.at(w / 2, w % 2, 1));
-    return tile;
+  static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[4]) {
+    for (int pair = 0; pair < 4; ++pair)
+      words[pair] = bfloat16_bits(x[2 * pair]) | static_cast<uint32_t>(bfloat16_bits(x[2 * pair + 1])) << 16;
   }
   __device__ static Tile data(const Fragment& x) {
     Tile tile;
@@ -269,11 +268,9 @@ struct BrainFloat {
     for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w % 2, w / 2, 0), x.at(w % 2, w / 2, 1));
     return tile;
   }
-  __device__ static void row_words(const float (&entries)[2][2], uint2 (&words)[2]) {
-    words[0] = make_uint2(bfloat16_pair(entries[0][0], entries[0][1]), bfloat16_pair(entries[1][0], entries[1][1]));
-    words[1] = make_uint2(0, 0);
+  __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
+    memory[pair_offset(lane, 0, i) + n] = bfloat16_pair(even, odd);
   }
-  __device__ static void rescale_constant(Tile&) {}
   __device__ static void negate_odd_columns(Tile& tile) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) tile.word[w] ^= 0x80000000u;

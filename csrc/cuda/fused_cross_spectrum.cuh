@@ -12,7 +12,8 @@ namespace sgr::cuda {
 
 struct CrossSpectrumArguments {
   ImageView perturbation;
-  float* partial;  // [gridDim.x][pair][row block][column block][16x16 as store_fragment]
+  float* partial;         // [gridDim.x][pair][row block][column block][16x16 as store_fragment]
+  const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
 };
 
@@ -27,22 +28,23 @@ struct FusedCrossSpectrum {
   static constexpr int kWarps = 8;
   static constexpr int kWarpsPerImage = kBlocks * kBlocks / kOwned;
   static constexpr int kImages = kWarps / kWarpsPerImage;  // at a time
-  static constexpr int kPlanes = kImages * CHANNELS;
   static constexpr int kThreads = kWarps * kWarp;
   // Four channels have more pairs than registers: two blocks of threads share them out.
   static constexpr int kParts = CHANNELS > 3 ? 2 : 1;
   static constexpr int kPairs = Layout::kPairs / kParts;
-  using Images = ImageTiles<kPlanes, CHANNELS, BLOCKS, kThreads>;
+  using Images = ImageTiles<kImages, CHANNELS, BLOCKS, kThreads>;
 
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
   static constexpr int kReductionWords = kImages > 1 ? Layout::kEntries / kParts : 0;
   static constexpr int kDataWords = kImageWords > kReductionWords ? kImageWords : kReductionWords;
-  static constexpr int kSharedBytes = 4 * (kDataWords + Basis::kWords + 2 * kImages);
+  static constexpr int kSharedBytes = 4 * (kDataWords + kImages * Images::kRoom + Basis::kWords + 4 + 2 * kImages);
   static constexpr int kCeiling = BLOCKS == 1 ? 8 : 7;
 
   uint32_t* data;
+  float* staging;
   Basis basis;
-  unsigned* maxima;  // [2][kImages]
+  uint64_t* barriers;  // of the arriving images and of the basis
+  unsigned* maxima;    // [2][kImages]
   int lane, group, row_member, column_block, part;
 
   __device__ FusedCrossSpectrum(unsigned char* shared) {
@@ -53,9 +55,11 @@ struct FusedCrossSpectrum {
     column_block = warp % kBlocks;
     part = blockIdx.y;
     data = reinterpret_cast<uint32_t*>(shared);
-    basis.memory = data + kDataWords;
+    staging = reinterpret_cast<float*>(data + kDataWords);
+    basis.memory = reinterpret_cast<uint32_t*>(staging + kImages * Images::kRoom);
     basis.lane = lane;
-    maxima = basis.memory + Basis::kWords;
+    barriers = reinterpret_cast<uint64_t*>(basis.memory + Basis::kWords);
+    maxima = reinterpret_cast<unsigned*>(barriers + 2);
   }
 
   static_assert(kPairs * kParts == Layout::kPairs);
@@ -140,21 +144,27 @@ struct FusedCrossSpectrum {
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kImages;
     int64_t first = static_cast<int64_t>(blockIdx.x) * kImages;
 
-    Images::prefetch_rows(arguments.perturbation, geometry, first);
+    Arrival arrival{barriers}, constants{barriers + 1};
+    arrival.prepare();
+    constants.prepare();
     if (threadIdx.x < 2 * kImages) maxima[threadIdx.x] = 0;
-    basis.fill(geometry.rows, geometry.columns, threadIdx.x / kWarp, kThreads / kWarp);
     __syncthreads();
+    constants.expect(4 * Basis::kWords);
+    constants.copy(basis.memory, arguments.basis, 4 * Basis::kWords);
+    Images::send(staging, arguments.perturbation, geometry, first, arrival);
+    constants.wait();
 
     Fragment sum[kOwned][kPairs] = {};
     unsigned* maximum = maxima;
     while (first < geometry.batch) {
+      Images::receive(staging, arguments.perturbation, geometry, first, arrival);
       typename Images::Entries entries;
-      Images::load(entries, maximum, arguments.perturbation, geometry, first);
+      Images::load(entries, maximum, staging, geometry, first);
       __syncthreads();
+      Images::send(staging, arguments.perturbation, geometry, first + stride, arrival);
       Images::template store<Forward>(entries, maximum, kCeiling, data);
       unsigned* next_maximum = maximum == maxima ? maxima + kImages : maxima;
       if (threadIdx.x < kImages) next_maximum[threadIdx.x] = 0;
-      Images::prefetch_rows(arguments.perturbation, geometry, first + stride);
       __syncthreads();
       add_image(sum, power_of_two(-scaling_exponent(maximum[group], kCeiling)));
       first += stride;

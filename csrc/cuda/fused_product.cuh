@@ -17,6 +17,7 @@ struct ProductArguments {
   SpectrumView<float> spectrum;
   const float* spectrum_tiles;  // BLOCKS = 2 only: what arrange_spectrum wrote
   const int* spectrum_exponent;
+  const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
 };
 
@@ -29,39 +30,42 @@ struct FusedProduct {
   using Basis = BasisTiles<PRECISION, BLOCKS>;
   static constexpr int kPlanes = IMAGES * CHANNELS;
   static constexpr int kBlocks = Axis::kBlocks;
-  static constexpr int kOwned = BLOCKS;  // blocks of row frequencies per warp
-  static constexpr int kWarpsPerParity = kBlocks / kOwned;
+  static constexpr int kOwned = 2;                          // blocks of row frequencies per warp
+  static constexpr int kWarpsPerParity = kBlocks / kOwned;  // = BLOCKS
   static constexpr int kWarps = kParities * kWarpsPerParity;
   static constexpr int kThreads = kWarps * kWarp;
-  using Images = ImageTiles<kPlanes, CHANNELS, BLOCKS, kThreads>;
+  using Images = ImageTiles<IMAGES, CHANNELS, BLOCKS, kThreads>;
 
-  // Small images keep the spectrum in shared memory and recompute U in each of the two warps that need it;
-  // large ones read the spectrum through the cache and exchange U, since four warps need it.
+  // Of small images a warp has all frequencies of its parity: it keeps U and W in registers, and the spectrum has room
+  // in shared memory. Large ones read the spectrum through the cache, and a parity's warps exchange U and W.
   static constexpr bool kSpectrumShared = BLOCKS == 1;
-  static constexpr bool kExchangeRows = BLOCKS > 1;
+  static constexpr bool kExchange = BLOCKS > 1;
 
-  // Shared memory in words. X and later V lie in `image`, U and later W in `exchange`.
+  // Shared memory in words. X and later V lie in `image`, U and later W in `exchange`; arriving images in `staging`,
+  // which large ones have where later U is.
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
   static constexpr int kExchangeTiles = kPlanes * kBlocks * BLOCKS;  // of one parity
-  static constexpr int kExchangeWords = kParities * kExchangeTiles * kTileEntries;
+  static constexpr int kExchangeWords = kExchange ? kParities * kExchangeTiles * kTileEntries : IMAGES * Images::kRoom;
   static constexpr int kSpectrumWords = kSpectrumShared ? Spectrum::kEntries : 0;
-  static constexpr int kScalarWords = 2 * IMAGES + IMAGES * kWarps + 2;
+  static constexpr int kScalarWords = 4 + 2 * IMAGES + IMAGES * kWarps + 2;
   static constexpr int kSharedBytes =
       4 * (kImageWords + kExchangeWords + kSpectrumWords + Basis::kWords + kScalarWords);
 
-  // Two blocks per multiprocessor where they fit, so that one loads while the other computes.
-  static constexpr int kResidentBlocks = BLOCKS == 1 && CHANNELS <= 3 ? 2 : 1;
+  // Several blocks per multiprocessor where they fit, so that some load while others compute.
+  static constexpr int kResidentBlocks = BLOCKS > 1 ? 1 : (CHANNELS > 3 ? 2 : 3);
 
   // The largest magnitude is brought to 2^kCeiling: then nothing in the chain reaches fp16's 2^16, since
   // |W| <= sqrt(F/2) ||X|| <= sqrt(F/2) 32 BLOCKS 2^kCeiling.
   static constexpr int kCeiling = BLOCKS == 1 ? 8 : 7;
 
   float* image;
+  float* staging;
   uint32_t* exchange;
   float* spectrum;
   Basis basis;
-  unsigned* maxima;  // [2][IMAGES], bits of each image's largest magnitude, this iteration's and the next's
-  float* partial;    // [IMAGES][kWarps], of q
+  uint64_t* barriers;  // of the arriving images and of the basis
+  unsigned* maxima;    // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
+  float* partial;      // [IMAGES][kWarps], of q
   unsigned* spectrum_maximum;
   int* spectrum_exponent;          // in shared memory: registers are scarce in the chain
   int warp, lane, parity, member;  // of this thread's warp; member counts the warps of a parity
@@ -73,10 +77,12 @@ struct FusedProduct {
     member = warp % kWarpsPerParity;
     image = reinterpret_cast<float*>(shared);
     exchange = reinterpret_cast<uint32_t*>(image + kImageWords);
+    staging = reinterpret_cast<float*>(exchange);
     spectrum = reinterpret_cast<float*>(exchange + kExchangeWords);
     basis.memory = reinterpret_cast<uint32_t*>(spectrum + kSpectrumWords);
     basis.lane = lane;
-    maxima = basis.memory + Basis::kWords;
+    barriers = reinterpret_cast<uint64_t*>(basis.memory + Basis::kWords);
+    maxima = reinterpret_cast<unsigned*>(barriers + 2);
     partial = reinterpret_cast<float*>(maxima + 2 * IMAGES);
     spectrum_maximum = reinterpret_cast<unsigned*>(partial + IMAGES * kWarps);
     spectrum_exponent = reinterpret_cast<int*>(spectrum_maximum + 1);
@@ -86,27 +92,27 @@ struct FusedProduct {
     return (parity * kExchangeTiles + (plane * kBlocks + block_index) * BLOCKS + pixels) * kTileEntries;
   }
 
-  // Brings the basis, the spectrum and its exponent into shared memory.
-  __device__ void prepare(const ProductArguments& arguments) {
-    basis.fill(arguments.geometry.rows, arguments.geometry.columns, warp, kWarps);
-    if constexpr (!kSpectrumShared) {
-      spectrum = const_cast<float*>(arguments.spectrum_tiles);
-      if (threadIdx.x == 0) *spectrum_exponent = *arguments.spectrum_exponent;
+  // Brings basis, spectrum and its exponent into shared memory, and sends the first images.
+  __device__ void prepare(const ProductArguments& arguments, const Arrival& images) {
+    Arrival constants{barriers + 1};
+    images.prepare();
+    constants.prepare();
+    if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
+    if (threadIdx.x == 0) *spectrum_maximum = 0;
+    __syncthreads();
+    constants.expect(4 * Basis::kWords);
+    constants.copy(basis.memory, arguments.basis, 4 * Basis::kWords);
+    Images::send(staging, arguments.gradient, arguments.geometry, first_image(0), images);
+    int exponent = 0;
+    if constexpr (kSpectrumShared) {
+      exponent =
+          Spectrum::template gather<kThreads>(spectrum, spectrum_maximum, arguments.spectrum, arguments.geometry);
     } else {
-      if (threadIdx.x == 0) *spectrum_maximum = 0;
-      __syncthreads();
-      float largest = 0.0f;
-      Spectrum::visit_entries(threadIdx.x, kThreads, arguments.spectrum, arguments.geometry,
-                              [&](int index, float value) {
-                                spectrum[index] = value;
-                                largest = fmaxf(largest, fabsf(value));
-                              });
-      raise_maximum(spectrum_maximum, largest);
-      __syncthreads();
-      const int e = Spectrum::exponent(*spectrum_maximum, arguments.geometry);
-      for (int index = threadIdx.x; index < Spectrum::kEntries; index += kThreads) spectrum[index] *= power_of_two(e);
-      if (threadIdx.x == 0) *spectrum_exponent = e;
+      spectrum = const_cast<float*>(arguments.spectrum_tiles);
+      exponent = *arguments.spectrum_exponent;
     }
+    if (threadIdx.x == 0) *spectrum_exponent = exponent;
+    constants.wait();
     __syncthreads();
   }
 
@@ -130,7 +136,7 @@ struct FusedProduct {
     for (int s = 0; s < BLOCKS; ++s) constant[s] = basis.forward(1, parity & 1, columns, s);
   }
 
-  // For kExchangeRows: the warps of a parity share the blocks of column frequencies out.
+  // For kExchange: the warps of a parity share the blocks of column frequencies out.
   __device__ void exchange_rows() const {
 #pragma unroll 1
     for (int columns = member; columns < kBlocks; columns += kWarpsPerParity) {
@@ -146,13 +152,14 @@ struct FusedProduct {
 
   // Y = Lambda Z of one image, and the lane's part of z' Lambda z.
   __device__ float mix(const Fragment* z, Fragment (&y)[CHANNELS], int rows, int columns) const {
+    const float* tiles = spectrum + Spectrum::offset(0, rows, columns) + pair_offset(lane, 0, 0);
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) y[c] = Fragment{};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
       for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
-        const Fragment lambda = load_fragment(spectrum + Spectrum::offset(Spectrum::pair(c, d), rows, columns), lane);
+        const Fragment lambda = load_fragment(tiles + Spectrum::pair(c, d) * Spectrum::kSlots, 0);
         y[c].add_product(lambda, z[d]);
         if (SYMMETRIC && c != d) y[d].add_product(lambda, z[c]);
       }
@@ -198,7 +205,7 @@ struct FusedProduct {
   // Z tiles: rows are the owned blocks of row frequencies, columns the column frequencies of `columns`.
   __device__ void transform_columns(Fragment (&z)[kOwned][kPlanes], int columns) const {
     typename Forward::Tile row_constant[BLOCKS], column_constant[kOwned][BLOCKS];
-    if constexpr (!kExchangeRows) load_row_constants(row_constant, columns);
+    if constexpr (!kExchange) load_row_constants(row_constant, columns);
 #pragma unroll
     for (int owned = 0; owned < kOwned; ++owned)
 #pragma unroll
@@ -212,7 +219,7 @@ struct FusedProduct {
 #pragma unroll
       for (int t = 0; t < BLOCKS; ++t) {
         typename Forward::Tile u;
-        if constexpr (kExchangeRows)
+        if constexpr (kExchange)
           load_tile(u, exchange + exchange_tile(plane, columns, t), lane);
         else
           u = transform_rows(row_constant, plane, t);
@@ -224,50 +231,73 @@ struct FusedProduct {
     }
   }
 
-  // From the W tiles of all row frequencies to V tiles; the parity's warps share them out.
+  // From the W tiles of all row frequencies to V tiles; a parity's warps have a row of tiles each.
   __device__ void inverse_columns() const {
-#pragma unroll 1
-    for (int task = member; task < Images::kTiles; task += kWarpsPerParity) {
-      const int plane = task / (BLOCKS * BLOCKS), y = task / BLOCKS % BLOCKS, x = task % BLOCKS;
+    typename Inverse::Tile constant[kBlocks];
+#pragma unroll
+    for (int rows = 0; rows < kBlocks; ++rows) constant[rows] = basis.inverse(0, parity >> 1, rows, member);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane)
+#pragma unroll
+      for (int x = 0; x < BLOCKS; ++x) {
+        auto sum = Inverse::start(Fragment{});
+#pragma unroll
+        for (int rows = 0; rows < kBlocks; ++rows) {
+          typename Inverse::Tile data;
+          load_tile(data, exchange + exchange_tile(plane, rows, x), lane);
+          Inverse::multiply(sum, constant[rows], data);
+        }
+        const int tile = (plane * BLOCKS + member) * BLOCKS + x;
+        store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + tile) * kTileEntries, lane);
+      }
+  }
+
+  // The same where the warp has all row frequencies.
+  __device__ void inverse_own_columns(const Fragment (&w)[kOwned][kPlanes][BLOCKS]) const {
+    typename Inverse::Tile constant[kOwned];
+#pragma unroll
+    for (int rows = 0; rows < kOwned; ++rows) constant[rows] = basis.inverse(0, parity >> 1, rows, 0);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
       auto sum = Inverse::start(Fragment{});
 #pragma unroll
-      for (int rows = 0; rows < kBlocks; ++rows) {
-        typename Inverse::Tile data;
-        load_tile(data, exchange + exchange_tile(plane, rows, x), lane);
-        Inverse::multiply(sum, basis.inverse(0, parity >> 1, rows, y), data);
-      }
-      store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + task) * kTileEntries, lane);
+      for (int rows = 0; rows < kOwned; ++rows)
+        Inverse::multiply(sum, constant[rows], Inverse::data(w[rows][plane][0]));
+      store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + plane) * kTileEntries, lane);
     }
   }
 
   __device__ void run(const ProductArguments& arguments) {
     const Geometry& geometry = arguments.geometry;
     const bool inverse = arguments.product.data != nullptr;
-    Images::prefetch_rows(arguments.gradient, geometry, first_image(0));
-    if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
-    prepare(arguments);
+    Arrival arrival{barriers};
+    prepare(arguments, arrival);
     for (unsigned turn = 0; first_image(turn) < geometry.batch; ++turn) {
+      unsigned* maximum = maxima + turn % 2 * IMAGES;
+      Images::receive(staging, arguments.gradient, geometry, first_image(turn), arrival);
       typename Images::Entries entries;
-      Images::load(entries, maxima + turn % 2 * IMAGES, arguments.gradient, geometry, first_image(turn));
+      Images::load(entries, maximum, staging, geometry, first_image(turn));
       __syncthreads();
-      Images::template store<Forward>(entries, maxima + turn % 2 * IMAGES, kCeiling,
-                                      reinterpret_cast<uint32_t*>(image));
+      if constexpr (!kExchange) Images::send(staging, arguments.gradient, geometry, first_image(turn + 1), arrival);
+      Images::template store<Forward>(entries, maximum, kCeiling, reinterpret_cast<uint32_t*>(image));
       if (threadIdx.x < IMAGES) maxima[(turn + 1) % 2 * IMAGES + threadIdx.x] = 0;
-      Images::prefetch_rows(arguments.gradient, geometry, first_image(turn + 1));
       __syncthreads();
-      if constexpr (kExchangeRows) {
+      if constexpr (kExchange) {
         exchange_rows();
         __syncthreads();
       }
       transform(inverse);
       __syncthreads();
       write_quadratic(arguments, turn);
-      if (inverse) {
-        inverse_columns();
+      if constexpr (kExchange) {
+        if (inverse) inverse_columns();
+        Arrival::release();
         __syncthreads();
-        Images::write(image, maxima + turn % 2 * IMAGES, kCeiling, 0.25f * normalisation(geometry), -*spectrum_exponent,
-                      arguments.product, geometry, first_image(turn));
+        Images::send(staging, arguments.gradient, geometry, first_image(turn + 1), arrival);
       }
+      if (inverse)
+        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -*spectrum_exponent, arguments.product,
+                      geometry, first_image(turn));
       __syncthreads();
     }
   }
@@ -293,7 +323,8 @@ struct FusedProduct {
       if (lane == 0) partial[i * kWarps + warp] = form[i];
     }
     if (!inverse) return;
-    if constexpr (kExchangeRows) __syncthreads();
+    if constexpr (!kExchange) return inverse_own_columns(w);
+    __syncthreads();
 #pragma unroll
     for (int owned = 0; owned < kOwned; ++owned)
 #pragma unroll

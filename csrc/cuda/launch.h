@@ -7,8 +7,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../allocate.h"
@@ -52,6 +56,20 @@ class CudaLauncher {
     return static_cast<T*>(workspaces_.back().mutable_data_ptr());
   }
 
+  // Uploaded once for each device and kept for good, so that recorded graphs find it too.
+  template <class T, class Build>
+  const T* constants(const std::array<int64_t, 3>& key, Build build) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, std::array<int64_t, 3>>, void*> tables;  // of this kind
+    const std::lock_guard lock(mutex);
+    void*& table = tables[{like_.get_device_index(), key}];
+    if (table == nullptr) {
+      const std::vector<T> values = build();
+      table = upload(values.data(), values.size() * sizeof(T));
+    }
+    return static_cast<const T*>(table);
+  }
+
   template <class Kernel, class... Arguments>
   void launch(Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
               const Arguments&... arguments) const {
@@ -70,6 +88,22 @@ class CudaLauncher {
     if (shared_bytes > 48 << 10)
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
                  "shared memory");
+  }
+
+  // Beside the current stream: in the middle of its capture, allocating and waiting are no business of the graph.
+  static void* upload(const void* source, size_t bytes) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "constants");
+    void* memory = nullptr;
+    cudaStream_t stream = nullptr;
+    cudaError_t status = cudaMalloc(&memory, bytes);
+    if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (status == cudaSuccess) status = cudaMemcpyAsync(memory, source, bytes, cudaMemcpyHostToDevice, stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+    if (stream != nullptr) cudaStreamDestroy(stream);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check_cuda(status, "constants");
+    return memory;
   }
 
   const Tensor& like_;

@@ -4,6 +4,7 @@
 //   int shared_limit, multiprocessors      bytes of shared memory that a block may have; of the device
 //   int64_t resident_blocks(kernel, threads, shared bytes)   blocks that the device holds at a time
 //   T* workspace<T>(count)        device memory that lives as long as the launcher
+//   const T* constants<T>(key, build)      device memory with the std::vector<T> that build() returns, kept for good
 //   launch(kernel, blocks in x, blocks in y, threads, shared bytes, arguments...)
 #pragma once
 
@@ -31,6 +32,12 @@ inline int fused_blocks(const Geometry& geometry) {
   return largest > 2 * kTile ? 2 : 1;
 }
 
+template <class BASIS, class LAUNCHER>
+const uint32_t* basis_tiles(LAUNCHER& launcher, const Geometry& geometry) {
+  return launcher.template constants<uint32_t>({BASIS::kKind, geometry.rows, geometry.columns},
+                                               [&] { return BASIS::table(geometry.rows, geometry.columns); });
+}
+
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
 bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
   using Fused = FusedProduct<PRECISION, CHANNELS, IMAGES, BLOCKS, SYMMETRIC>;
@@ -39,11 +46,12 @@ bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
     using Tiles = typename Fused::Spectrum;
     float* tiles = launcher.template workspace<float>(Tiles::kEntries);
     int* exponent = launcher.template workspace<int>(1);
-    launcher.launch(arrange_spectrum<CHANNELS, BLOCKS, SYMMETRIC>, 32, 1, 512, 16, arguments.spectrum,
+    launcher.launch(arrange_spectrum<CHANNELS, BLOCKS, SYMMETRIC>, Tiles::kSlots / 512, 1, 512, 16, arguments.spectrum,
                     arguments.geometry, tiles, exponent);
     arguments.spectrum_tiles = tiles;
     arguments.spectrum_exponent = exponent;
   }
+  arguments.basis = basis_tiles<typename Fused::Basis>(launcher, arguments.geometry);
   const int64_t resident = launcher.resident_blocks(fused_product<Fused>, Fused::kThreads, Fused::kSharedBytes);
   const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, IMAGES), resident);
   launcher.launch(fused_product<Fused>, blocks, 1, Fused::kThreads, Fused::kSharedBytes, arguments);
@@ -71,7 +79,7 @@ template <class P, class LAUNCHER>
 bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, bool symmetric) {
   using L = LAUNCHER;
   static constexpr FusedProductRow<L> kRows[] = {
-      fused_product_row<P, 1, true, 1, 4, L>(),  fused_product_row<P, 1, true, 1, 1, L>(),
+      fused_product_row<P, 1, true, 1, 3, L>(),  fused_product_row<P, 1, true, 1, 1, L>(),
       fused_product_row<P, 1, true, 2, 2, L>(),  fused_product_row<P, 1, true, 2, 1, L>(),
       fused_product_row<P, 2, true, 1, 1, L>(),  fused_product_row<P, 2, true, 2, 1, L>(),
       fused_product_row<P, 2, false, 1, 1, L>(), fused_product_row<P, 2, false, 2, 1, L>(),
@@ -96,6 +104,7 @@ bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments argu
   if (Fused::kSharedBytes > launcher.shared_limit) return false;
   const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, Fused::kImages), kMaximumPartials);
   arguments.partial = launcher.template workspace<float>(blocks * Layout::kEntries);
+  arguments.basis = basis_tiles<typename Fused::Basis>(launcher, arguments.geometry);
   launcher.launch(fused_cross_spectrum<Fused>, blocks, Fused::kParts, Fused::kThreads, Fused::kSharedBytes, arguments);
   launcher.launch(sum_partial_spectra<CHANNELS, BLOCKS>, Layout::kEntries / kWarp, 1, kWarp * kReductionRows,
                   static_cast<int>(sizeof(double)) * kWarp * kReductionRows,
@@ -241,6 +250,12 @@ void with_product_of(Precision precision, Action action) {
     action(WarpProduct<TensorFloat>{});
 }
 
+// Whether entries are found with 32-bit numbers, as the fused kernels do; 4 channels and 64 frequencies at most.
+template <class T>
+bool has_short_strides(const SpectrumView<T>& spectrum) {
+  return std::all_of(spectrum.stride, spectrum.stride + 4, [](int64_t stride) { return stride < int64_t{1} << 24; });
+}
+
 // The operators, on checked arguments; the results of an empty batch are the caller's business.
 // v = Sigma g where product.data is not null, q where quadratic is not null; `symmetric` as in quadratic_form.
 template <class T, class LAUNCHER>
@@ -248,8 +263,15 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
                      const ImageView& product, T* quadratic, bool symmetric, Precision precision,
                      const Geometry& geometry) {
   if constexpr (std::is_same_v<T, float>) {
-    if (spectrum.parts == 1) {
-      const ProductArguments arguments{gradient, product, quadratic, spectrum, nullptr, nullptr, geometry};
+    if (spectrum.parts == 1 && has_short_strides(spectrum)) {
+      const ProductArguments arguments{examined(gradient, geometry),
+                                       examined(product, geometry),
+                                       quadratic,
+                                       spectrum,
+                                       nullptr,
+                                       nullptr,
+                                       nullptr,
+                                       geometry};
       constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, bool) = {
           fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
       if (kFused[static_cast<int>(precision)](launcher, arguments, symmetric)) return;
@@ -265,7 +287,7 @@ void compute_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageV
                             Precision precision, T* result, const Geometry& geometry) {
   if constexpr (std::is_same_v<T, float>) {
     if (same && parts == 1) {
-      const CrossSpectrumArguments arguments{a, nullptr, geometry};
+      const CrossSpectrumArguments arguments{examined(a, geometry), nullptr, nullptr, geometry};
       // bf16 would bias an estimate by 1e-3 of its diagonal, more than sampling noise: "medium" means tf32 here.
       if (precision == Precision::kHighest ? fused_cross_spectrum_of<Highest>(launcher, arguments, result)
                                            : fused_cross_spectrum_of<High>(launcher, arguments, result))

@@ -16,6 +16,7 @@ struct ImageView {
   void* data;
   Element element;
   int64_t stride[4];
+  bool dense = false;  // each image lies in one run of float32 that begins and ends at multiples of 16 bytes
 };
 
 // (C,C,Fh,Fw) in the compute type T, or four such parts `part_stride` apart: those of a signed table, which
@@ -42,6 +43,15 @@ struct Geometry {
   int channels, height, width;
   int rows, columns;  // frequencies per parity, Fh and Fw
 };
+
+// The view with `dense` found out.
+inline ImageView examined(ImageView view, const Geometry& geometry) {
+  const int64_t plane = static_cast<int64_t>(geometry.height) * geometry.width;
+  view.dense = view.element == Element::kFloat32 && view.stride[3] == 1 && view.stride[2] == geometry.width &&
+               view.stride[1] == plane && view.stride[0] % 4 == 0 && geometry.channels * plane % 4 == 0 &&
+               reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  return view;
+}
 
 // Storage types of 16-bit elements; arithmetic is in float.
 struct BFloat16 {

@@ -97,6 +97,34 @@ class Device {
     for (size_t i = 0; i < fibers_.size(); ++i) fibers_[i].runnable = true;
   }
 
+  // Lets the others run.
+  void yield() {
+    if (++idle_ > 1000000) fail("waiting for what nobody sends");
+    suspend(false, true);
+  }
+
+  // A copy under way, until somebody waits for it; meanwhile its target holds nothing of use.
+  struct Copy {
+    const void* barrier;
+    uint32_t* target;
+    const uint32_t* source;
+    int words;
+  };
+  void send(const Copy& copy) {
+    if (reinterpret_cast<uintptr_t>(copy.target) % 16 || reinterpret_cast<uintptr_t>(copy.source) % 16)
+      fail("a copy of misaligned runs");
+    for (int i = 0; i < copy.words; ++i) copy.target[i] = 0xffffffffu;
+    copies_.push_back(copy);
+  }
+  void complete(const void* barrier) {
+    for (const Copy& copy : copies_)
+      if (copy.barrier == barrier)
+        for (int i = 0; i < copy.words; ++i) static_cast<volatile uint32_t*>(copy.target)[i] = copy.source[i];
+    copies_.erase(std::remove_if(copies_.begin(), copies_.end(), [=](auto& copy) { return copy.barrier == barrier; }),
+                  copies_.end());
+    idle_ = 0;
+  }
+
   // Lanes deposit `count` words; the last to come computes all results, then
   // everyone goes on.
   template <class Compute>
@@ -161,9 +189,9 @@ class Device {
 #endif
   }
 
-  void suspend(bool finished = false) {
+  void suspend(bool finished = false, bool runnable = false) {
     Fiber& fiber = fibers_[current_];
-    fiber.runnable = false;
+    fiber.runnable = runnable;
     fiber.finished = finished;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_size_);
@@ -185,8 +213,9 @@ class Device {
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
+  std::vector<Copy> copies_;
   size_t waiting_ = 0;
-  int current_ = 0;
+  int current_ = 0, idle_ = 0;
 };
 
 inline Device& device() {
@@ -253,21 +282,39 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 inline float __int_as_float(int value) { return emulation::bits_of<float>(value); }
 inline float __uint_as_float(unsigned value) { return emulation::bits_of<float>(value); }
 inline unsigned __float_as_uint(float value) { return emulation::bits_of<unsigned>(value); }
-inline int fresh_thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned fresh_thread_index() { return threadIdx.x; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
-inline unsigned atomicMax(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address = max(old, value);
-  return old;
-}
+inline void raise(unsigned* address, unsigned value) { *address = max(*address, value); }
+struct Arrival {
+  uint64_t* barrier;  // of which the emulated one counts the phases that have begun
+  unsigned phase = 0;
+
+  static void release() {}
+  void prepare() const {
+    if (threadIdx.x == 0) *barrier = 0;
+  }
+  void expect(int) const {
+    if (threadIdx.x == 0) ++*barrier;
+  }
+  void copy(void* target, const void* source, int bytes) const {
+    if (bytes % 16) emulation::fail("a copy of no multiple of 16 bytes");
+    if (threadIdx.x == 0)
+      emulation::device().send(
+          {barrier, static_cast<uint32_t*>(target), static_cast<const uint32_t*>(source), bytes / 4});
+  }
+  void wait() {
+    while (*barrier <= phase) emulation::device().yield();
+    emulation::device().complete(barrier);
+    ++phase;
+  }
+};
+
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 constexpr double kPi = 3.14159265358979323846;
-inline float cospif(float x) { return static_cast<float>(std::cos(kPi * static_cast<double>(x))); }
-inline float sinpif(float x) { return static_cast<float>(std::sin(kPi * static_cast<double>(x))); }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 inline float fabsf(float x) { return std::fabs(x); }
 inline float sqrtf(float x) { return std::sqrt(x); }
@@ -275,10 +322,6 @@ inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(kPi * x);
   *cosine = std::cos(kPi * x);
 }
-
-// A prefetched address must be a valid one here, although hardware would
-// forgive it.
-inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
@@ -311,10 +354,6 @@ inline uint32_t half_pair(float even, float odd) {
   return float_to_half(even) | static_cast<uint32_t>(float_to_half(odd)) << 16;
 }
 inline float2 half_pair_to_floats(uint32_t word) { return {half_to_float(word & 0xffff), half_to_float(word >> 16)}; }
-inline uint32_t scale_half_pair(uint32_t word, float factor) {
-  const float2 pair = half_pair_to_floats(word);
-  return half_pair(pair.x * factor, pair.y * factor);
-}
 inline uint32_t bfloat16_pair(float even, float odd) {
   return float_to_bfloat16(even) | static_cast<uint32_t>(float_to_bfloat16(odd)) << 16;
 }

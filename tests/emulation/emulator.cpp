@@ -7,6 +7,7 @@
 // A case is kFields int64 followed by the storages of a, of b (cross_spectrum
 // of two tensors) and of the spectrum. Results follow each other without
 // headers: q, then v (contiguous), or S.
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -71,6 +72,13 @@ struct EmulatedLauncher {
   T* workspace(int64_t count) {
     buffers.emplace_back(count * static_cast<int64_t>(sizeof(T)));
     return static_cast<T*>(buffers.back().data.get());
+  }
+  template <class T, class Build>
+  const T* constants(const std::array<int64_t, 3>&, Build build) {
+    const std::vector<T> table = build();
+    T* memory = workspace<T>(table.size());
+    std::copy(table.begin(), table.end(), memory);
+    return memory;
   }
   template <class Kernel, class... Arguments>
   void launch(Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,

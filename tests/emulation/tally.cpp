@@ -12,6 +12,7 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -119,6 +120,10 @@ struct TallyLauncher {
   template <class T>
   T* workspace(int64_t count) {
     return reinterpret_cast<T*>(add_buffer(execute ? count * static_cast<int64_t>(sizeof(T)) : 16));
+  }
+  template <class T, class Build>
+  const T* constants(const std::array<int64_t, 3>&, Build build) {
+    return workspace<T>(execute ? build().size() : 1);
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
