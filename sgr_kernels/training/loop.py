@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from sgr_kernels.attacks.guard import ask
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.datasets import DataSet
@@ -271,7 +272,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
     try:
         with torch.no_grad():
             for images, labels in batches:
-                correct += int((model(images).argmax(1) == labels).sum())
+                correct += int((ask(model, images).argmax(1) == labels).sum())
                 seen += len(labels)
     finally:
         model.train(training)
