@@ -84,6 +84,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._totals = self._no_totals()
         self._seconds = 0.0
+        self._epochs: int | None = None  # of the whole training, since its first step
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
 
     def run(
@@ -100,7 +101,7 @@ class Trainer:
 
         Args:
             epochs: Epochs in all, those before a resumption included. A learning rate that falls does so over all of
-                them, so that a training goes on to the same end only with the same number.
+                them, so that such a training goes on with the same number only.
             out: Folder for checkpoint and history; None: nothing is written.
             checkpoint_every: Steps between checkpoints within an epoch; one is written at each epoch's end as well.
             progress: Whether to show a progress bar; None: where standard error is a terminal.
@@ -111,8 +112,15 @@ class Trainer:
             Whether all epochs are done, which is False only where ``stop`` ended it.
 
         Raises:
-            TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept.
+            TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept. Or if the
+                learning rate has begun to fall over another number of epochs.
         """
+        if self.settings.schedule != "constant" and self._epochs not in (None, epochs):
+            raise TrainingError(
+                f"epochs: this is a training of {self._epochs} epochs, over which its learning rate falls along a "
+                f"{self.settings.schedule}; got {epochs}"
+            )
+        self._epochs = epochs
         folder = None if out is None else Path(out)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -170,6 +178,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": checkpoint.rng_state(self.device),
             "position": {"epoch": self.epoch, "step": self.step},
+            "epochs": self._epochs,
             "totals": self.processes.total(self._totals),
             "seconds": self._seconds,
             "history": self.history,
@@ -192,6 +201,7 @@ class Trainer:
         checkpoint.load_module(self.criterion, state["criterion"], "criterion")
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
+        self._epochs = state.get("epochs")
         self.history = list(state["history"])
         self._seconds = state["seconds"]
         # The sums of all processes so far are kept by the first.

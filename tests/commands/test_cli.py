@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, what they leave behind, how they fail."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,56 @@ def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
     assert "trial" not in capsys.readouterr().out
     without = ["train", "--data", digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
     assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--method", "sgr_sign"], "method: 'sgr_sign', not 'gn'"),
+        (["--search-strength", "0.5", "3"], "strengths: [0.5, 3.0], not [0.5]"),
+        (["--search-epochs", "2"], "epochs: 2, not 1"),
+        (["--seed", "1"], "seed: 1, not 0"),
+        (["--penalty-every", "2"], "penalty_every: 2, not 1"),
+        (["--data", "mnist-sample"], "data: "),
+    ],
+)
+def test_a_search_for_something_else_is_not_an_answer(digits, searched, change, message, capsys):
+    command = ["train", "--data", digits, "--out", str(searched), "--method", "gn", "--batch-size", "64"]
+    command += ["--epochs", "1", "--search-strength", "0.5", "--device", "cpu", "--resume", *change]
+    before = (searched / "search.json").read_bytes()
+    error = fails(command, capsys)
+    assert "search.json answers another question (" + message in error
+    assert (searched / "search.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def searched(digits, tmp_path_factory):
+    """A training's folder with the record of its search, and no checkpoint yet."""
+    out = tmp_path_factory.mktemp("searched") / "gn"
+    command = ["train", "--data", digits, "--out", str(out), "--method", "gn", "--batch-size", "64", "--epochs", "1"]
+    assert main([*command, "--search-strength", "0.5", "--device", "cpu"]) == 0
+    (out / "checkpoint.safetensors").unlink()
+    return out
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "half a", '{"strength": 3.0}', '{"question": 3}'])
+def test_a_record_without_a_question_is_no_answer(digits, tmp_path, content, capsys):
+    (tmp_path / "search.json").write_text(content)
+    command = ["train", "--data", digits, "--out", str(tmp_path), "--method", "gn", "--search-strength", "0.5"]
+    assert "search.json does not say what it answers" in fails(command, capsys)
+
+
+def test_trials_of_another_length_are_not_taken_for_these(digits, searched, tmp_path):
+    """What an earlier search trained stays in its folder, also where its record is gone."""
+    out = tmp_path / "again"
+    shutil.copytree(searched, out)
+    (out / "search.json").unlink()
+    command = ["train", "--data", digits, "--method", "gn", "--batch-size", "64", "--epochs", "1", "--device", "cpu"]
+    command += ["--search-strength", "0.5", "--search-epochs", "2", "--out"]
+    assert main([*command, str(out)]) == 0
+    assert main([*command, str(tmp_path / "fresh")]) == 0
+    again, fresh = (json.loads((folder / "search.json").read_text()) for folder in (out, tmp_path / "fresh"))
+    assert again == fresh
 
 
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):

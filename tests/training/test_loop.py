@@ -189,6 +189,22 @@ def test_other_settings_data_and_models_are_refused(digits, tmp_path):
         load_model(tmp_path / "other")
 
 
+def test_a_falling_learning_rate_is_resumed_to_the_same_end_only(digits, tmp_path):
+    """The rates so far were those of a training of two epochs."""
+    settings = dataclasses.replace(SETTINGS, schedule="cosine")
+    Trainer(settings, digits).run(2, out=tmp_path, progress=False, stop=stop_after(1))
+    before = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    for epochs in (1, 3):
+        other = Trainer(settings, digits)
+        other.resume(tmp_path)
+        with pytest.raises(TrainingError, match=f"a training of 2 epochs.*cosine.*got {epochs}"):
+            other.run(epochs, out=tmp_path, progress=False)
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+    same = Trainer(settings, digits)
+    same.resume(tmp_path)
+    assert same.run(2, progress=False)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(digits, tmp_path):
     trainer = Trainer(SETTINGS, digits)
     trainer.run(1, out=tmp_path, progress=False)
