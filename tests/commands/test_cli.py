@@ -34,6 +34,14 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A folder with 40 training and 10 test digits, for what trains or attacks several networks."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    write_idx(folder, 40, 10)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def cifar(tmp_path_factory):
     """A folder with CIFAR-10's layout and 50 + 10 random pictures."""
     folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-bin"
@@ -138,9 +146,21 @@ def test_an_interrupted_training_is_continued_to_the_same_weights(digits, tmp_pa
     assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
 
 
-def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
+def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
     out = tmp_path / "searched"
-    command = ["train", "--data", digits, "--out", str(out), "--method", "gn", "--batch-size", "64", "--epochs", "1"]
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--out",
+        str(out),
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
     command += ["--search-strength", "0.5", "2", "--device", "cpu"]
     assert main(command) == 0
     record = json.loads((out / "search.json").read_text())
@@ -150,7 +170,7 @@ def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
     assert settings["strength"] == record["strength"] in (0.5, 2)
     assert main([*command, "--resume"]) == 0
     assert "trial" not in capsys.readouterr().out
-    without = ["train", "--data", digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
+    without = ["train", "--data", few_digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
     assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
 
 
@@ -165,8 +185,8 @@ def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
         (["--data", "mnist-sample"], "data: "),
     ],
 )
-def test_a_search_for_something_else_is_not_an_answer(digits, searched, change, message, capsys):
-    command = ["train", "--data", digits, "--out", str(searched), "--method", "gn", "--batch-size", "64"]
+def test_a_search_for_something_else_is_not_an_answer(few_digits, searched, change, message, capsys):
+    command = ["train", "--data", few_digits, "--out", str(searched), "--method", "gn", "--batch-size", "16"]
     command += ["--epochs", "1", "--search-strength", "0.5", "--device", "cpu", "--resume", *change]
     before = (searched / "search.json").read_bytes()
     error = fails(command, capsys)
@@ -175,28 +195,52 @@ def test_a_search_for_something_else_is_not_an_answer(digits, searched, change, 
 
 
 @pytest.fixture(scope="module")
-def searched(digits, tmp_path_factory):
+def searched(few_digits, tmp_path_factory):
     """A training's folder with the record of its search, and no checkpoint yet."""
     out = tmp_path_factory.mktemp("searched") / "gn"
-    command = ["train", "--data", digits, "--out", str(out), "--method", "gn", "--batch-size", "64", "--epochs", "1"]
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--out",
+        str(out),
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
     assert main([*command, "--search-strength", "0.5", "--device", "cpu"]) == 0
     (out / "checkpoint.safetensors").unlink()
     return out
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "half a", '{"strength": 3.0}', '{"question": 3}'])
-def test_a_record_without_a_question_is_no_answer(digits, tmp_path, content, capsys):
+def test_a_record_without_a_question_is_no_answer(few_digits, tmp_path, content, capsys):
     (tmp_path / "search.json").write_text(content)
-    command = ["train", "--data", digits, "--out", str(tmp_path), "--method", "gn", "--search-strength", "0.5"]
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "gn", "--search-strength", "0.5"]
     assert "search.json does not say what it answers" in fails(command, capsys)
 
 
-def test_trials_of_another_length_are_not_taken_for_these(digits, searched, tmp_path):
+def test_trials_of_another_length_are_not_taken_for_these(few_digits, searched, tmp_path):
     """What an earlier search trained stays in its folder, also where its record is gone."""
     out = tmp_path / "again"
     shutil.copytree(searched, out)
     (out / "search.json").unlink()
-    command = ["train", "--data", digits, "--method", "gn", "--batch-size", "64", "--epochs", "1", "--device", "cpu"]
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
     command += ["--search-strength", "0.5", "--search-epochs", "2", "--out"]
     assert main([*command, str(out)]) == 0
     assert main([*command, str(tmp_path / "fresh")]) == 0
