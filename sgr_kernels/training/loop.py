@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,18 @@ from tqdm import tqdm
 from sgr_kernels.attacks.guard import ask
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
+from sgr_kernels.training.checkpoint import TrainingError
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.methods import Settings, build_criterion, settings_from_dict, weight_decay
+from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
 from sgr_kernels.training.models import CarliniWagner, carlini_wagner
 from sgr_kernels.training.processes import Processes
+from sgr_kernels.training.records import claimed
+from sgr_kernels.training.state import require_sound, settings_of
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HISTORY_FILE = "history.json"
 
 _ALONE = Processes()
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, for example because the loss is no longer finite."""
 
 
 class Trainer:
@@ -113,7 +113,7 @@ class Trainer:
 
         Raises:
             TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept. Or if the
-                learning rate has begun to fall over another number of epochs.
+                learning rate has begun to fall over another number of epochs, or another training writes into ``out``.
         """
         if self.settings.schedule != "constant" and self._epochs not in (None, epochs):
             raise TrainingError(
@@ -121,9 +121,22 @@ class Trainer:
                 f"{self.settings.schedule}; got {epochs}"
             )
         self._epochs = epochs
-        folder = None if out is None else Path(out)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if out is None:
+            return self._run(epochs, None, checkpoint_every, progress, on_epoch, stop)
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder) if self.processes.first else nullcontext():
+            return self._run(epochs, folder, checkpoint_every, progress, on_epoch, stop)
+
+    def _run(
+        self,
+        epochs: int,
+        folder: Path | None,
+        checkpoint_every: int,
+        progress: bool | None,
+        on_epoch: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> bool:
         progress = progress if self.processes.first else False
         steps = len(self.batches)
         disable = None if progress is None else not progress
@@ -188,17 +201,20 @@ class Trainer:
         """Restore what ``state_dict`` returned.
 
         Raises:
-            CheckpointError: if it is of other settings, other data, or another model.
+            CheckpointError: if it is of other settings, other data, or another model, or makes no sense; nothing has
+                changed then.
         """
-        differences = self.settings.differences(settings_from_dict(state["settings"]))
+        differences = self.settings.differences(settings_of(state))
         if differences:
             raise checkpoint.CheckpointError(f"the checkpoint was trained with other settings ({differences[0]})")
         if state["data"]["digest"] != self.data_digest:
             raise checkpoint.CheckpointError(
                 f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data_name})"
             )
-        checkpoint.load_module(self.model, state["model"], "model")
-        checkpoint.load_module(self.criterion, state["criterion"], "criterion")
+        require_sound(state, self.model, self.criterion, self.optimizer, len(self.batches))
+        checkpoint.restore_rng(state["rng"], self.device)
+        self.model.load_state_dict(state["model"])
+        self.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self._epochs = state.get("epochs")
@@ -206,7 +222,6 @@ class Trainer:
         self._seconds = state["seconds"]
         # The sums of all processes so far are kept by the first.
         self._totals = state["totals"].to(self.device) if self.processes.first else self._no_totals()
-        checkpoint.restore_rng(state["rng"], self.device)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self._seed_others()
@@ -303,9 +318,9 @@ def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, A
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if it is damaged or newer than this package.
+        CheckpointError: if it is damaged, edited out of shape, or newer than this package.
     """
     state = checkpoint.load(checkpoint_file(path))
-    model = carlini_wagner(state["settings"]["architecture"])
+    model = carlini_wagner(settings_of(state).architecture)
     checkpoint.load_module(model, state["model"], "model")
     return model.eval(), state

@@ -1,17 +1,21 @@
-"""Records of what was measured: each names the question that it answers, and is no answer to another one."""
+"""Records of what was measured: each names the question it answers; and folders, which have one writer at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.checkpoint import TrainingError, write_atomically
 
 _QUESTION = "question"
 _ABSENT = "nothing"
+_LOCK = ".lock"
 
 
 def digest(question: Any) -> str:
@@ -50,6 +54,34 @@ def remembered(path: Path, question: Mapping[str, Any], measure: Callable[[], Ma
     if differs is not None:
         raise ValueError(f"{path} answers another question ({differs}); remove it, or name another folder")
     return record
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be a folder's only writer; the claim ends with the process at the latest, however that ends.
+
+    Raises:
+        TrainingError: if another writer is at work there.
+    """
+    path = folder / _LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise TrainingError(
+                f"{folder} is being written by process {file.read() or 'unknown'}: name another folder, or wait for it"
+            ) from error
+        except OSError:
+            pass  # some file systems have no locks
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _differences(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> Iterator[str]:

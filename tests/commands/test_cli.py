@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, what they leave behind, how they fail."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from sgr_kernels.cli import COMMANDS, main
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.suite import Plan
 from sgr_kernels.training.loop import load_model
+from sgr_kernels.training.records import claimed
 from tests.data_files import write_idx
 
 
@@ -279,6 +281,40 @@ def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsy
     assert set(result["noise"]) == {"2", "16"}
     assert main([*command, "--images", "7"]) == 0
     assert json.loads(out.read_text())["images"] == 7
+
+
+@pytest.mark.parametrize("command", ["evaluate", "covariance"])
+def test_an_unwritable_place_is_found_before_anything_is_measured(
+    trained, digits, tmp_path, command, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(f"sgr_kernels.commands.{command}.Batches", None)  # whoever measured would call it
+    for out in (tmp_path / "file" / "result.png", tmp_path / "folder.png"):
+        fails([command, str(trained), "--data", digits, "--out", str(out)], capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "covariance"])
+def test_what_cannot_be_written_has_been_printed(trained, few_digits, tmp_path, command, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(f"sgr_kernels.commands.{command}.write_atomically", full)
+    options = ["--draws", "1", "--eps", "8", "--pgd-steps", "1"] if command == "evaluate" else ["--source", "data"]
+    arguments = [command, str(trained), "--data", few_digits, *options, "--out", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "decay length" in printed.out
+    assert printed.err == "sgr: error: no space left\n"
+
+
+def test_a_folder_in_which_a_training_runs_is_left_to_it(few_digits, tmp_path, capsys):
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "clean", "--epochs", "1"]
+    with claimed(tmp_path):
+        assert f"{tmp_path} is being written by process {os.getpid()}" in fails(command, capsys)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "history.json"]
 
 
 def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, capsys):
