@@ -40,6 +40,19 @@ def convolutional(seed: int = 0, channels: int = 1, classes: int = 4, size: int 
         )
 
 
+class NormalizingInPlace(nn.Module):
+    """A network that normalises what it is given, by default in the caller's own memory."""
+
+    def __init__(self, body: nn.Module, in_place: bool = True) -> None:
+        super().__init__()
+        self.body, self.in_place = body, in_place
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.in_place:
+            return self.body(images.sub_(0.5).div_(0.25))
+        return self.body(images.sub(0.5).div(0.25))
+
+
 def images_like(batch: int, shape: tuple[int, ...] = (2, 3, 3), seed: int = 1, dtype=torch.float64) -> Tensor:
     """Images well inside [0, 1], so that small perturbations are not clipped."""
     generator = torch.Generator().manual_seed(seed)

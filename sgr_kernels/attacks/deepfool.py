@@ -84,7 +84,7 @@ def deepfool(
         raise ValueError(f"overshoot: expected a finite number >= 0, got {overshoot}")
     check_count("max_iterations", max_iterations, least=0)
     check_count("candidates", candidates, least=2)
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     rules = _CONVENTIONS[convention]
     limits = bounds if rules.clipped else None
     inside = 1 + overshoot if rules.overshoot_inside else 1.0

@@ -145,7 +145,7 @@ def pgd(
         raise ValueError(f"step_size: expected a finite number > 0, got {step_size}")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     levels = check_eps(eps, bounds if norm == "Linf" else None)
     generator = private_generator(generator)
     with preserve(model):
@@ -174,7 +174,7 @@ def _one_step(
     bounds: Bounds,
     generator: torch.Generator | None,
 ) -> Tensor:
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     levels = check_eps(eps, bounds if norm == "Linf" else None)
     with preserve(model):
         leaf = differentiable(plain(images))

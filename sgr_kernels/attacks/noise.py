@@ -72,7 +72,7 @@ def uniform_noise(
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, or a count below one.
     """
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     levels = check_eps(eps, bounds)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
@@ -137,7 +137,7 @@ def correlated_noise(
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, a count below one, or a covariance of another size than the images.
     """
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     levels = check_eps(eps)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)

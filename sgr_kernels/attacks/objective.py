@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.guard import Model, plain
+from sgr_kernels.attacks.guard import Model, ask, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
 from sgr_kernels.checks.caller import warn_caller
 
@@ -38,7 +38,7 @@ def logits_of(model: Model, images: Tensor) -> Tensor:
     Raises:
         ValueError: the output is not one row of at least two logits per image.
     """
-    logits = model(images)
+    logits = ask(model, images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits of shape ({len(images)}, classes >= 2), got {got}")

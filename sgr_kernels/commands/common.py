@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,11 +106,18 @@ def load_for(data: str, trained_on: str | None = None, architecture: str | None 
     return loaded
 
 
-def writable_parent(path: str | Path) -> Path:
-    """The path, its folder made if need be."""
+def writable(path: str | Path) -> Path:
+    """The path of a file to be written, its folder made if need be; asked for before anything is measured.
+
+    Raises:
+        OSError: if no file can be written there.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder, not a file to write")
+    with tempfile.TemporaryFile(dir=target.parent):
+        return target
 
 
 @contextmanager

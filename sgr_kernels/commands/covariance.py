@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from torch import Tensor
 
@@ -46,9 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     sources = arguments.source or ([_DATA] if arguments.checkpoint is None else [_DATA, "pgd"])
     if arguments.checkpoint is None and sources != [_DATA]:
         raise ValueError(f"--source {' '.join(sources)} needs a CHECKPOINT, whose network is perturbed")
-    path = common.writable_parent(arguments.out)
-    if path.suffix != ".png":
+    if Path(arguments.out).suffix != ".png":
         raise ValueError(f"--out must end in .png, got {arguments.out}")
+    path = common.writable(arguments.out)
+    common.writable(path.with_suffix(".json"))
     device = common.device(arguments.device)
     model, trained_on, architecture = None, None, None
     if arguments.checkpoint is not None:
@@ -70,15 +72,15 @@ def run(arguments: argparse.Namespace) -> int:
         values = estimate(source)
         length = float(CovarianceFunction.from_values(values, size).decay_length().diagonal().mean())
         functions.append(DisplacementFunction(_title(source, arguments.eps), values.cpu().numpy(), length))
-    plots.save(covariance_figure(functions, f"{len(images)} images of {images.name}"), path)
+    rows = [[f.name, f"{f.variance:.3g}", f"{f.decay_length:.2f}"] for f in functions]
+    print(text_table(["covariance function of", "f(0)", "decay length"], rows))
     numbers = {
         "data": images.name,
         "images": len(images),
         "functions": {source: function.to_dict() for source, function in zip(sources, functions)},
     }
     write_atomically(path.with_suffix(".json"), (json.dumps(numbers, indent=2) + "\n").encode())
-    rows = [[f.name, f"{f.variance:.3g}", f"{f.decay_length:.2f}"] for f in functions]
-    print(text_table(["covariance function of", "f(0)", "decay length"], rows))
+    plots.save(covariance_figure(functions, f"{len(images)} images of {images.name}"), path)
     print(f"\nwritten: {path}, {path.with_suffix('.json')}")
     return 0
 

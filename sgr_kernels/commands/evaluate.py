@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
     device = common.device(arguments.device)
     model, state = load_model(arguments.checkpoint)
+    path = common.writable(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
     architecture = state["settings"]["architecture"]
     data = common.load_for(arguments.data, state["data"]["name"], architecture)
     images = data.test.first(arguments.images)
@@ -58,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
         result = evaluate(model.to(device), batches, plan, on_part=show)
-    path = common.writable_parent(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         "epochs": state["position"]["epoch"],
         **result.to_dict(),
     }
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(summary(result, plan, f"{len(images)} test images of {images.name}"))
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS
 from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
 from sgr_kernels.penalty.sampling import SAMPLINGS
 from sgr_kernels.report.page import percent
-from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, SCHEDULES, Settings
 from sgr_kernels.training.models import CarliniWagner, architecture_for
 from sgr_kernels.training.processes import Processes, joined, local_device
+from sgr_kernels.training.records import digest, remembered
 from sgr_kernels.training.search import attack_area, held_out, strength_search
 
 _SEARCH_IMAGES = 500
@@ -153,19 +152,31 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
 def searched_strength(
     arguments: argparse.Namespace, settings: Settings, data: DataSet, device: torch.device, out: Path
 ) -> float:
-    """The strength found by trials, which an earlier run may have made; prints and records them."""
-    record = out / "search.json"
-    if record.is_file():
-        return float(json.loads(record.read_text())["strength"])
+    """The strength found by trials; printed and recorded, and remembered for who asks the same again.
+
+    Raises:
+        ValueError: if the record in ``out`` answers another question.
+    """
     split = held_out(data, None, max(1, len(data.train) // 10))
     epochs = arguments.search_epochs or arguments.epochs
-    eps = [level / PIXEL_LEVELS for level in EPS_GRIDS[settings.architecture]]
+    grey_levels = EPS_GRIDS[settings.architecture]
+    eps = [level / PIXEL_LEVELS for level in grey_levels]
+    strengths = sorted(arguments.search_strength)
+    question = {
+        "settings": {**asdict(settings), "strength": None},
+        "strengths": strengths,
+        "epochs": epochs,
+        "data": data.train.digest(),
+        "validation_images": len(split.test),
+        "attack": {"name": "pgd", "eps": grey_levels, "images": _SEARCH_IMAGES},
+    }
 
     def train(trials: Sequence[Settings]) -> list[CarliniWagner]:
         return [train_one(trial) for trial in trials]
 
     def train_one(trial: Settings) -> CarliniWagner:
-        folder = out / "trials" / f"{trial.method}-{trial.strength:g}"
+        key = digest([asdict(trial), epochs, split.train.digest()])
+        folder = out / "trials" / f"{trial.method}-{trial.strength:g}-{key}"
         trainer = Trainer(trial, split, device=device)
         if (folder / CHECKPOINT_FILE).is_file():
             trainer.resume(folder)
@@ -176,14 +187,15 @@ def searched_strength(
     def area(model: nn.Module) -> float:
         return attack_area(model, split.test.first(_SEARCH_IMAGES), "pgd", eps, device=device)
 
-    found = strength_search(settings, arguments.search_strength, split.test, train, area, device=device)
-    write_atomically(record, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    for trial in found.trials:
-        chosen = "  chosen" if trial.strength == found.strength else ""
-        tqdm.write(
-            f"strength {trial.strength:g}: accuracy {percent(trial.accuracy)}, under PGD {percent(trial.area)}{chosen}"
-        )
-    return found.strength
+    def search() -> dict[str, Any]:
+        found = strength_search(settings, strengths, split.test, train, area, device=device)
+        for trial in found.trials:
+            chosen = "  chosen" if trial.strength == found.strength else ""
+            shares = f"accuracy {percent(trial.accuracy)}, under PGD {percent(trial.area)}"
+            tqdm.write(f"strength {trial.strength:g}: {shares}{chosen}")
+        return found.to_dict()
+
+    return float(remembered(out / "search.json", question, search)["strength"])
 
 
 def settings_from(arguments: argparse.Namespace, architecture: str) -> Settings:

@@ -109,7 +109,6 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
         pictures=_pictures(models, images, options, device),
         seconds=time.perf_counter() - begun,
     )
-    write_report(demonstration, folder)
     results = {
         "sgr_kernels": __version__,
         "torch": torch.__version__,
@@ -119,6 +118,7 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
         **demonstration.to_dict(),
     }
     write_atomically(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_report(demonstration, folder)  # from the numbers, which must not be lost where drawing fails
     return demonstration
 
 

@@ -145,7 +145,8 @@ def transfer_curves(
                     adversarial = attack(source, images, start, eps=levels, generator=streams[0])
                 else:
                     runs = zip(levels, streams)
-                    adversarial = [attack(source, images, start, eps=level, generator=stream) for level, stream in runs]
+                    # Images of its own for each run: some attacks perturb what they are given.
+                    adversarial = [attack(source, images.clone(), start, eps=e, generator=stream) for e, stream in runs]
             for name, target in targets.items():
                 unperturbed = _correct(target, images, truth)
                 clean[name].append(unperturbed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import fgsm, pgd
-from sgr_kernels.attacks.guard import model_device, preserve, random_streams
+from sgr_kernels.attacks.guard import ask, model_device, preserve, random_streams
 from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.functional import displacement_covariance
 
@@ -35,7 +35,7 @@ def perturbations(
     if source in ("gradient", "sign"):
         with preserve(model), torch.enable_grad():
             leaf = images.detach().clone().requires_grad_()
-            loss = nn.functional.cross_entropy(model(leaf), labels, reduction="sum")
+            loss = nn.functional.cross_entropy(ask(model, leaf), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient if source == "gradient" else gradient.sign()
     attacks: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}

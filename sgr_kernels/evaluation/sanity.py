@@ -149,7 +149,7 @@ def sanity_report(
     check_count("max_images", max_images)
     generator = private_generator(generator)
     images, labels = _take(loader, max_images, model_device(model))
-    check_images(images, bounds)
+    images = check_images(images, bounds)
     with preserve(model):
         clean = clean_logits(model, images)
         labels = choose_labels(labels, clean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import accuracy, load_model
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.models import CarliniWagner
+from sgr_kernels.training.records import digest
 from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Lab:
     def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
         epochs = epochs or self.scale.epochs
         # Not of the test images: trials on the same training images as the lab's give the lab's networks.
-        key = _digest([asdict(settings), epochs, data.train.digest()])
+        key = digest([asdict(settings), epochs, data.train.digest()])
         folder = self.out / "networks" / f"{settings.method}-seed{settings.seed}-{key}"
         # Its own accuracy after each epoch is for the log: a sample will do.
         logged = DataSet(data.train, data.test.first(_LOGGED))
@@ -218,14 +218,20 @@ class Lab:
             measure: Gives something ready for JSON.
         """
         settings = [asdict(n if isinstance(n, Settings) else n.settings) for n in networks]
-        scale = {name: value for name, value in asdict(self.scale).items() if name not in _WHICH_NETWORKS}
-        key = _digest([__version__, scale, self._digests, settings])
+        key = digest([__version__, self._measured_at(), self._digests, settings])
         path = self.out / "measurements" / experiment / f"{name}-{key}.json"
         if not path.is_file():
             content = json.dumps(measure())
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content.encode())
         return json.loads(path.read_text())
+
+    def question(self) -> dict[str, Any]:
+        """What every result of this lab depends on, ready for JSON."""
+        return {"dataset": self.dataset, "data": self._digests, "scale": self._measured_at()}
+
+    def _measured_at(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.scale).items() if name not in _WHICH_NETWORKS}
 
     def bar(self, items: Sequence[T], description: str) -> Iterable[T]:
         """The items behind a progress bar."""
@@ -245,7 +251,3 @@ class Lab:
         """(C, H, W)."""
         channels, height, width = self.data.test.images.shape[1:]
         return channels, height, width
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

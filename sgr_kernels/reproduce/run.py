@@ -18,6 +18,7 @@ from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import claims, covariance, leaking, lrc, search, smoothness, table1, transfer
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.records import difference
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "table1": table1,
@@ -37,8 +38,12 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
         lab: Where to work.
         experiments: Names in ``EXPERIMENTS``.
         title: Of the pages: data set and scale.
+
+    Raises:
+        ValueError: if the folder holds results of other data or another scale, beyond those measured anew.
     """
     about = {
+        "question": lab.question(),
         "dataset": lab.dataset,
         "title": title,
         "train_images": len(lab.data.train),
@@ -51,12 +56,15 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
     }
     folder = lab.out / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("search", *experiments):
+    renewed = ("search", *experiments)
+    kept = {name: found for name, found in load(folder).items() if name not in renewed}
+    _require_one_question(folder, lab.question(), kept)
+    for name in renewed:
         lab.say(f"{name}: {_ALL[name].TITLE.lower()}")
         results = {**about, **_ALL[name].measure(lab)}
         write_atomically(folder / f"{name}.json", (json.dumps(results) + "\n").encode())
         _ALL[name].show(results, folder)
-        summarize(folder)
+        summarize(folder, lab.question())
 
 
 def show(folder: Path) -> None:
@@ -64,13 +72,16 @@ def show(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: if there are no results.
+        ValueError: if they are of different data or scales.
     """
     results = load(folder)
     if not results:
         raise FileNotFoundError(f"no results in {folder}")
+    question = next(iter(results.values())).get("question", {})
+    _require_one_question(folder, question, results)
     for name, found in results.items():
         _ALL[name].show(found, folder)
-    summarize(folder)
+    summarize(folder, question)
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -78,9 +89,9 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text()) for name in _ALL if (path := folder / f"{name}.json").is_file()}
 
 
-def summarize(folder: Path) -> None:
-    """Write README.md: each of the paper's claims and what became of it."""
-    results = load(folder)
+def summarize(folder: Path, question: dict[str, Any]) -> None:
+    """Write README.md: each of the paper's claims and what became of it, by the results that answer the question."""
+    results = {name: found for name, found in load(folder).items() if not _difference(question, found)}
     about = next(iter(results.values()))
     verdicts = claims.judge(results)
     page = Page(f"The paper's claims: {about['title']}")
@@ -100,6 +111,17 @@ def summarize(folder: Path) -> None:
     page.heading("What this scale leaves out")
     page.text("\n".join(f"- {line}" for line in missing(about, results)))
     page.write(folder / "README.md")
+
+
+def _difference(question: dict[str, Any], found: dict[str, Any]) -> str | None:
+    return difference(question, found.get("question", {}))
+
+
+def _require_one_question(folder: Path, question: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    for name, found in results.items():
+        differs = _difference(question, found)
+        if differs is not None:
+            raise ValueError(f"{folder / name}.json answers another question ({differs}); name another folder")
 
 
 def missing(about: dict[str, Any], results: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,10 @@ _TENSOR, _ITEMS, _TUPLE = "__tensor__", "__items__", "__tuple__"
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged, from a newer version, or belongs to another model or training."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for example because the loss is no longer finite."""
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -56,8 +61,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{path} has checkpoint version {version}, this sgr_kernels reads up to {VERSION}: upgrade it"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            return _unflatten(json.loads(metadata["tree"]), tensors)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tree = _unflatten(json.loads(metadata["tree"]), tensors)
+            if not isinstance(tree, dict):
+                raise TypeError(f"its tree is a {type(tree).__name__}")
+            return tree
+    except CheckpointError:
+        raise
+    except (SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
 
 
@@ -65,6 +75,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace a file by way of a temporary one beside it, flushed to disk before it takes the name."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _clean(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -85,21 +96,51 @@ def load_module(module: torch.nn.Module, state: dict[str, Any], what: str) -> No
     """``module.load_state_dict(state)`` with errors that say which tensor differs and how.
 
     Raises:
-        CheckpointError: if a tensor is missing, left over or of another shape.
+        CheckpointError: if a tensor is missing, left over or of another shape or dtype.
     """
-    own = module.state_dict()
-    for name, value in own.items():
-        if name not in state:
-            raise CheckpointError(f"the checkpoint's {what} lacks {name!r}")
-        if isinstance(value, Tensor) and value.shape != state[name].shape:
-            raise CheckpointError(
-                f"the checkpoint's {what} has {name!r} of shape {tuple(state[name].shape)}, "
-                f"expected {tuple(value.shape)}"
-            )
-    left_over = sorted(set(state) - set(own))
-    if left_over:
-        raise CheckpointError(f"the checkpoint's {what} has {left_over[0]!r}, which is unknown here")
+    require_like(state, dict(module.state_dict()), what)
     module.load_state_dict(state)
+
+
+def require_like(found: Any, expected: Any, what: str = "") -> None:
+    """Expect a nested state built as another: the same names, the same kinds of values, tensors of the same form.
+
+    Where the other has a type, any value of that type will do.
+
+    Raises:
+        CheckpointError: at the first difference, with its place in the checkpoint.
+    """
+    if isinstance(expected, type):
+        if not isinstance(found, expected):
+            raise CheckpointError(f"the checkpoint's {what}: expected a {expected.__name__}, got {_brief(found)}")
+    elif isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            raise CheckpointError(f"the checkpoint's {what}: expected a tensor, got {type(found).__name__}")
+        if found.shape != expected.shape:
+            owner, _, name = what.partition(".")
+            raise CheckpointError(
+                f"the checkpoint's {owner} has {name!r} of shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+            )
+        if found.dtype != expected.dtype:
+            raise CheckpointError(f"the checkpoint's {what}: expected {expected.dtype}, got {found.dtype}")
+    elif isinstance(expected, dict):
+        whose = f"the checkpoint's {what}" if what else "the checkpoint"
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{whose}: expected names and values, got {type(found).__name__}")
+        unknown = [name for name in found if name not in expected]
+        for name, value in expected.items():
+            if name not in found:
+                raise CheckpointError(f"{whose} lacks {name!r}")
+            require_like(found[name], value, f"{what}.{name}" if what else str(name))
+        if unknown:
+            raise CheckpointError(f"{whose} has {unknown[0]!r}, which is unknown here")
+    elif isinstance(expected, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(expected):
+            raise CheckpointError(f"the checkpoint's {what}: expected {len(expected)} values, got {_brief(found)}")
+        for index, (value, like) in enumerate(zip(found, expected)):
+            require_like(value, like, f"{what}.{index}")
+    elif type(found) is not type(expected) and not (type(expected) is float and type(found) is int):
+        raise CheckpointError(f"the checkpoint's {what}: expected {_brief(expected)} or the like, got {_brief(found)}")
 
 
 def rng_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -112,9 +153,25 @@ def rng_state(device: torch.device | str = "cpu") -> dict[str, Tensor]:
 
 def restore_rng(state: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
     """Put the default generators back to a state from ``rng_state``."""
-    torch.set_rng_state(state["cpu"])
+    try:
+        torch.set_rng_state(state["cpu"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's rng.cpu is no generator's state: {error}") from error
     if "cuda" in state and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _clean(path: Path) -> None:
+    """Remove the temporary files that killed processes left beside a file."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process = leftover.name.rpartition(".")[2]
+        if process.isascii() and process.isdecimal() and not Path("/proc", process).exists():
+            leftover.unlink(missing_ok=True)
+
+
+def _brief(value: Any) -> str:
+    text = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -26,6 +26,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 _IDX_UINT8 = 0x0800  # the magic number's upper part: element type uint8; the lowest byte is the rank
 _DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further, which bounds what a gzip header may claim
+_MOST_ENTRIES = 300_000  # of an IDX file: more than any set of digits has, and what a small gzip file may expand to
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_RECORDS_PER_FILE = 10_000
 
@@ -213,6 +214,8 @@ def _read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
             raise DataError(f"{path} must hold entries of size {item}, got {tuple(dimensions)}")
         if count == 0:
             raise DataError(f"{path} holds no entries")
+        if count > _MOST_ENTRIES:
+            raise DataError(f"{path}: its header names {count} entries, more than the {_MOST_ENTRIES} that are read")
         size = header.size + count * int(np.prod(item, dtype=np.int64))
         if size > limit:
             raise DataError(

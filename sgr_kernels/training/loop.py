@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from sgr_kernels.attacks.guard import ask
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
+from sgr_kernels.training.checkpoint import TrainingError
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.methods import Settings, build_criterion, settings_from_dict, weight_decay
+from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
 from sgr_kernels.training.models import CarliniWagner, carlini_wagner
 from sgr_kernels.training.processes import Processes
+from sgr_kernels.training.records import claimed
+from sgr_kernels.training.state import require_sound, settings_of
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HISTORY_FILE = "history.json"
 
 _ALONE = Processes()
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, for example because the loss is no longer finite."""
 
 
 class Trainer:
@@ -83,6 +84,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._totals = self._no_totals()
         self._seconds = 0.0
+        self._epochs: int | None = None  # of the whole training, since its first step
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
 
     def run(
@@ -99,7 +101,7 @@ class Trainer:
 
         Args:
             epochs: Epochs in all, those before a resumption included. A learning rate that falls does so over all of
-                them, so that a training goes on to the same end only with the same number.
+                them, so that such a training goes on with the same number only.
             out: Folder for checkpoint and history; None: nothing is written.
             checkpoint_every: Steps between checkpoints within an epoch; one is written at each epoch's end as well.
             progress: Whether to show a progress bar; None: where standard error is a terminal.
@@ -110,11 +112,31 @@ class Trainer:
             Whether all epochs are done, which is False only where ``stop`` ended it.
 
         Raises:
-            TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept.
+            TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept. Or if the
+                learning rate has begun to fall over another number of epochs, or another training writes into ``out``.
         """
-        folder = None if out is None else Path(out)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if self.settings.schedule != "constant" and self._epochs not in (None, epochs):
+            raise TrainingError(
+                f"epochs: this is a training of {self._epochs} epochs, over which its learning rate falls along a "
+                f"{self.settings.schedule}; got {epochs}"
+            )
+        self._epochs = epochs
+        if out is None:
+            return self._run(epochs, None, checkpoint_every, progress, on_epoch, stop)
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder) if self.processes.first else nullcontext():
+            return self._run(epochs, folder, checkpoint_every, progress, on_epoch, stop)
+
+    def _run(
+        self,
+        epochs: int,
+        folder: Path | None,
+        checkpoint_every: int,
+        progress: bool | None,
+        on_epoch: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> bool:
         progress = progress if self.processes.first else False
         steps = len(self.batches)
         disable = None if progress is None else not progress
@@ -169,6 +191,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": checkpoint.rng_state(self.device),
             "position": {"epoch": self.epoch, "step": self.step},
+            "epochs": self._epochs,
             "totals": self.processes.total(self._totals),
             "seconds": self._seconds,
             "history": self.history,
@@ -178,24 +201,27 @@ class Trainer:
         """Restore what ``state_dict`` returned.
 
         Raises:
-            CheckpointError: if it is of other settings, other data, or another model.
+            CheckpointError: if it is of other settings, other data, or another model, or makes no sense; nothing has
+                changed then.
         """
-        differences = self.settings.differences(settings_from_dict(state["settings"]))
+        differences = self.settings.differences(settings_of(state))
         if differences:
             raise checkpoint.CheckpointError(f"the checkpoint was trained with other settings ({differences[0]})")
         if state["data"]["digest"] != self.data_digest:
             raise checkpoint.CheckpointError(
                 f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data_name})"
             )
-        checkpoint.load_module(self.model, state["model"], "model")
-        checkpoint.load_module(self.criterion, state["criterion"], "criterion")
+        require_sound(state, self.model, self.criterion, self.optimizer, len(self.batches))
+        checkpoint.restore_rng(state["rng"], self.device)
+        self.model.load_state_dict(state["model"])
+        self.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
+        self._epochs = state.get("epochs")
         self.history = list(state["history"])
         self._seconds = state["seconds"]
         # The sums of all processes so far are kept by the first.
         self._totals = state["totals"].to(self.device) if self.processes.first else self._no_totals()
-        checkpoint.restore_rng(state["rng"], self.device)
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self._seed_others()
@@ -271,7 +297,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
     try:
         with torch.no_grad():
             for images, labels in batches:
-                correct += int((model(images).argmax(1) == labels).sum())
+                correct += int((ask(model, images).argmax(1) == labels).sum())
                 seen += len(labels)
     finally:
         model.train(training)
@@ -292,9 +318,9 @@ def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, A
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if it is damaged or newer than this package.
+        CheckpointError: if it is damaged, edited out of shape, or newer than this package.
     """
     state = checkpoint.load(checkpoint_file(path))
-    model = carlini_wagner(state["settings"]["architecture"])
+    model = carlini_wagner(settings_of(state).architecture)
     checkpoint.load_module(model, state["model"], "model")
     return model.eval(), state

@@ -94,6 +94,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_kind(field.name, getattr(self, field.name), str(field.type))
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.perturbation not in PERTURBATIONS:
@@ -114,6 +116,8 @@ class Settings:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be a number of steps >= 0, got {self.warmup}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number > 0, got {self.learning_rate}")
 
@@ -121,6 +125,16 @@ class Settings:
         """Each setting that differs, as ``"name: own value, not the other's"``."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return [f"{name}: {own!r}, not {theirs!r}" for name, own, theirs in pairs if own != theirs]
+
+
+def _require_kind(name: str, value: Any, kind: str) -> None:
+    """Expect what a setting's annotation says; whole numbers are numbers, and truth values are not."""
+    if value is None and kind.endswith("| None"):
+        return
+    kinds = {"str": (str, "a string"), "int": (int, "a whole number"), "bool": (bool, "True or False")}
+    accepted, words = kinds.get(kind, ((int, float), "a number"))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
+        raise ValueError(f"{name} must be {words}, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,29 @@ def test_bad_images(name, images, message):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-50.0, 205.0)])
+def test_what_rounding_explains_is_clipped(name, dtype, bounds):
+    """As resizing or an undone normalisation leaves it: 1 + 2.4e-7, or one unit in the last place."""
+    model, spread = linear(dtype=torch.float32).to(dtype), bounds[1] - bounds[0]
+    inside = bounds[0] + spread * images_like(2).to(torch.float32)
+    inside[0, 0, 0], inside[1, 1, 2] = bounds
+    inside = inside.to(dtype)
+    rounding = max(2.4e-7 * spread, 0.75 * float(torch.finfo(dtype).eps) * spread)
+    outside = inside + rounding * ((inside == bounds[1]).to(dtype) - (inside == bounds[0]).to(dtype))
+    assert outside.max() > bounds[1]
+    result = ALL[name](model, outside, None, bounds=bounds)
+    assert torch.equal(result, ALL[name](model, inside, None, bounds=bounds))
+    assert bounds[0] <= result.min()
+    assert result.max() <= bounds[1]
+
+
+def test_range_errors_print_enough_digits():
+    with pytest.raises(ValueError, match=r"got \[0, 1\.00000\d"):
+        fgsm(linear(dtype=torch.float32), torch.linspace(0, 1 + 2e-6, 36).reshape(2, 2, 3, 3), eps=0.1)
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -13,7 +13,7 @@ from torch import nn
 
 from sgr_kernels.attacks import correlated_noise, deepfool, fgm, fgsm, pgd, uniform_noise
 from sgr_kernels.attacks.guard import preserve
-from tests.attack_models import convolutional, exponential
+from tests.attack_models import NormalizingInPlace, convolutional, exponential
 
 ATTACKS = {
     "uniform_noise": functools.partial(uniform_noise, eps=0.1, draws=3),
@@ -155,3 +155,14 @@ def test_plain_functions_are_models(images):
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     adversarial = fgsm(lambda x: x.flatten(1) @ weight.T, images, eps=0.1)
     assert adversarial.shape == images.shape
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_models_may_write_into_their_input(name, images):
+    """A network that normalises in place is attacked as its twin that does not, and no image changes."""
+    body = convolutional()
+    original = images.clone()
+    expected = ATTACKS[name](NormalizingInPlace(body, in_place=False), images)
+    actual = ATTACKS[name](NormalizingInPlace(body), images)
+    assert torch.equal(images, original)
+    assert torch.equal(actual, expected)

@@ -1,6 +1,8 @@
 """The commands as a user meets them: what they print, what they leave behind, how they fail."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from sgr_kernels.cli import COMMANDS, main
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.suite import Plan
 from sgr_kernels.training.loop import load_model
+from sgr_kernels.training.records import claimed
 from tests.data_files import write_idx
 
 
@@ -29,6 +32,14 @@ def digits(tmp_path_factory):
     """A folder with 192 training and 40 test digits."""
     folder = tmp_path_factory.mktemp("data") / "digits"
     write_idx(folder, 192, 40)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A folder with 40 training and 10 test digits, for what trains or attacks several networks."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    write_idx(folder, 40, 10)
     return str(folder)
 
 
@@ -137,9 +148,21 @@ def test_an_interrupted_training_is_continued_to_the_same_weights(digits, tmp_pa
     assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
 
 
-def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
+def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
     out = tmp_path / "searched"
-    command = ["train", "--data", digits, "--out", str(out), "--method", "gn", "--batch-size", "64", "--epochs", "1"]
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--out",
+        str(out),
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
     command += ["--search-strength", "0.5", "2", "--device", "cpu"]
     assert main(command) == 0
     record = json.loads((out / "search.json").read_text())
@@ -149,8 +172,82 @@ def test_train_can_search_for_its_strength(digits, tmp_path, capsys):
     assert settings["strength"] == record["strength"] in (0.5, 2)
     assert main([*command, "--resume"]) == 0
     assert "trial" not in capsys.readouterr().out
-    without = ["train", "--data", digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
+    without = ["train", "--data", few_digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
     assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--method", "sgr_sign"], "method: 'sgr_sign', not 'gn'"),
+        (["--search-strength", "0.5", "3"], "strengths: [0.5, 3.0], not [0.5]"),
+        (["--search-epochs", "2"], "epochs: 2, not 1"),
+        (["--seed", "1"], "seed: 1, not 0"),
+        (["--penalty-every", "2"], "penalty_every: 2, not 1"),
+        (["--data", "mnist-sample"], "data: "),
+    ],
+)
+def test_a_search_for_something_else_is_not_an_answer(few_digits, searched, change, message, capsys):
+    command = ["train", "--data", few_digits, "--out", str(searched), "--method", "gn", "--batch-size", "16"]
+    command += ["--epochs", "1", "--search-strength", "0.5", "--device", "cpu", "--resume", *change]
+    before = (searched / "search.json").read_bytes()
+    error = fails(command, capsys)
+    assert "search.json answers another question (" + message in error
+    assert (searched / "search.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def searched(few_digits, tmp_path_factory):
+    """A training's folder with the record of its search, and no checkpoint yet."""
+    out = tmp_path_factory.mktemp("searched") / "gn"
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--out",
+        str(out),
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
+    assert main([*command, "--search-strength", "0.5", "--device", "cpu"]) == 0
+    (out / "checkpoint.safetensors").unlink()
+    return out
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "half a", '{"strength": 3.0}', '{"question": 3}'])
+def test_a_record_without_a_question_is_no_answer(few_digits, tmp_path, content, capsys):
+    (tmp_path / "search.json").write_text(content)
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "gn", "--search-strength", "0.5"]
+    assert "search.json does not say what it answers" in fails(command, capsys)
+
+
+def test_trials_of_another_length_are_not_taken_for_these(few_digits, searched, tmp_path):
+    """What an earlier search trained stays in its folder, also where its record is gone."""
+    out = tmp_path / "again"
+    shutil.copytree(searched, out)
+    (out / "search.json").unlink()
+    command = [
+        "train",
+        "--data",
+        few_digits,
+        "--method",
+        "gn",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command += ["--search-strength", "0.5", "--search-epochs", "2", "--out"]
+    assert main([*command, str(out)]) == 0
+    assert main([*command, str(tmp_path / "fresh")]) == 0
+    again, fresh = (json.loads((folder / "search.json").read_text()) for folder in (out, tmp_path / "fresh"))
+    assert again == fresh
 
 
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):
@@ -184,6 +281,40 @@ def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsy
     assert set(result["noise"]) == {"2", "16"}
     assert main([*command, "--images", "7"]) == 0
     assert json.loads(out.read_text())["images"] == 7
+
+
+@pytest.mark.parametrize("command", ["evaluate", "covariance"])
+def test_an_unwritable_place_is_found_before_anything_is_measured(
+    trained, digits, tmp_path, command, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(f"sgr_kernels.commands.{command}.Batches", None)  # whoever measured would call it
+    for out in (tmp_path / "file" / "result.png", tmp_path / "folder.png"):
+        fails([command, str(trained), "--data", digits, "--out", str(out)], capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "covariance"])
+def test_what_cannot_be_written_has_been_printed(trained, few_digits, tmp_path, command, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(f"sgr_kernels.commands.{command}.write_atomically", full)
+    options = ["--draws", "1", "--eps", "8", "--pgd-steps", "1"] if command == "evaluate" else ["--source", "data"]
+    arguments = [command, str(trained), "--data", few_digits, *options, "--out", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "decay length" in printed.out
+    assert printed.err == "sgr: error: no space left\n"
+
+
+def test_a_folder_in_which_a_training_runs_is_left_to_it(few_digits, tmp_path, capsys):
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "clean", "--epochs", "1"]
+    with claimed(tmp_path):
+        assert f"{tmp_path} is being written by process {os.getpid()}" in fails(command, capsys)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "history.json"]
 
 
 def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, capsys):

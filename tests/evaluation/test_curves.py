@@ -11,8 +11,17 @@ from scipy.stats import norm as normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.attacks import correlated_noise, fgm, fgsm, pgd, uniform_noise
-from sgr_kernels.evaluation import RobustnessCurve, robustness_curve, sanity_report, transfer_curves, wilson_interval
-from tests.attack_models import Linear, convolutional, exponential, linear
+from sgr_kernels.evaluation import (
+    RobustnessCurve,
+    diagnose,
+    robustness_curve,
+    sanity_report,
+    transfer_curves,
+    wilson_interval,
+)
+from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance
+from sgr_kernels.training.loop import accuracy
+from tests.attack_models import Linear, NormalizingInPlace, convolutional, exponential, linear
 
 GRID = [0.0, 0.02, 0.1, 0.3]
 
@@ -266,3 +275,47 @@ def test_plain_functions_are_models():
     assert isinstance(model, Linear)
     one = robustness_curve(lambda x: model(x), [(images, labels)], fgsm, GRID)
     assert torch.equal(one.correct, robustness_curve(model, [(images, labels)], fgsm, GRID).correct)
+
+
+def writing_attack(model, images, labels, *, eps, generator):
+    """Perturbs in place, as much of the code that people have does."""
+    return images.add_(eps * torch.rand(images.shape, generator=generator)).clamp_(0, 1)
+
+
+@pytest.mark.parametrize("name", ["pgd", "uniform_noise", "correlated_noise", "writing"])
+def test_models_and_attacks_may_write_into_their_input(name, data):
+    attack = {**ATTACKS, "writing": writing_attack}[name]
+    images, _ = data
+    before = images.clone()
+    bodies = {seed: convolutional(seed) for seed in (0, 1)}
+    found = []
+    for in_place in (False, True):
+        targets = {seed: NormalizingInPlace(body, in_place) for seed, body in bodies.items()}
+        curves = transfer_curves(targets[0], targets, [data], attack, GRID, torch.Generator().manual_seed(3))
+        found.append(curves)
+        assert torch.equal(images, before)
+    for seed in bodies:
+        assert torch.equal(found[0][seed].correct, found[1][seed].correct)
+        assert torch.equal(found[0][seed].clean, found[1][seed].clean)
+    if name == "writing":  # each strength starts from the clean images
+        alone = robustness_curve(targets[0], [data], attack, GRID[-1:], torch.Generator().manual_seed(3))
+        assert torch.equal(alone.correct[0], found[1][0].correct[-1])
+
+
+@pytest.mark.parametrize("ask", ["sanity", "diagnose", "accuracy", *SOURCES])
+def test_other_evaluations_keep_the_images_too(ask, data):
+    images, _ = data
+    before = images.clone()
+    answers = []
+    for in_place in (False, True):
+        model = NormalizingInPlace(convolutional().eval(), in_place)
+        if ask == "sanity":
+            answers.append(sanity_report(model, [data], eps=0.1, steps=2).to_dict())
+        elif ask == "diagnose":
+            answers.append(diagnose(model, [data], exponential((1, 8, 8), 2.0), strengths=[0.1], draws=2).to_dict())
+        elif ask == "accuracy":
+            answers.append(accuracy(model, [data]))
+        else:
+            answers.append(perturbation_covariance(model, [data], ask, eps=0.1).tolist())
+        assert torch.equal(images, before)
+    assert str(answers[0]) == str(answers[1])

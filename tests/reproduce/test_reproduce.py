@@ -142,6 +142,21 @@ def test_another_seed_costs_no_more_than_itself(whole, tmp_path):
     assert all("clean-seed2" in path.name for path in made)
 
 
+def test_results_of_another_scale_are_not_mixed_in(whole, tmp_path):
+    """Neither measured beside them, nor shown with them."""
+    shutil.copytree(whole / "results", tmp_path / "results")
+    other = lab_in(tmp_path, scale=replace(TINY, draws=3))
+    with pytest.raises(ValueError, match=r"\.json answers another question \(draws: 3, not 2\)"):
+        reproduce(other, ["smoothness"], "MNIST, tiny")
+    assert files(tmp_path) == files(whole)
+    record = tmp_path / "results" / "lrc.json"
+    changed = json.loads(record.read_text())
+    changed["question"]["data"] = ["other", "images"]
+    record.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"lrc\.json answers another question \(data: "):
+        show(tmp_path / "results")
+
+
 def test_pages_are_made_from_the_results_alone(whole, tmp_path, capsys):
     (tmp_path / "results").mkdir()
     for path in (whole / "results").glob("*.json"):

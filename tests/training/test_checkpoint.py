@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,6 +63,17 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+def test_temporary_files_of_killed_runs_are_cleaned_by_the_next(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (tmp_path / f".c.{killed.pid}").write_bytes(b"half a")
+    for name in (f".c.{os.getppid()}", ".c.old", f".other.{killed.pid}"):  # of the living, and what is not ours
+        (tmp_path / name).write_bytes(b"kept")
+    checkpoint.save(tmp_path / "c", {"x": 1})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"c", f".c.{os.getppid()}", ".c.old", f".other.{killed.pid}"}
+
+
 def test_a_newer_version_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "VERSION", 2)
     checkpoint.save(tmp_path / "c", {"x": 1})
@@ -83,6 +96,15 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "lacking", damaged)
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load(tmp_path / "lacking")
+    nested = "[" * 100_000 + "]" * 100_000
+    for number, (version, tree) in enumerate(
+        [("one", "{}"), ("1", "[]"), ("1", "3"), ("1", "{"), ("1", '{"x": {"__items__": 3}}'), ("1", nested),
+         ("1", '{"x": {"__tensor__": ["x"]}}'), ("1", '{"x": {"__items__": [[["k"], 1]]}}')]
+    ):  # fmt: skip
+        path = tmp_path / f"edited{number}"
+        save_file({"x": torch.ones(1)}, path, {"format": checkpoint.FORMAT, "version": version, "tree": tree})
+        with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+            checkpoint.load(path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "nowhere")
 

@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,23 @@ def test_bad_idx_files_are_refused(tmp_path, compress, kind, content, message):
     path.write_bytes(gzip.compress(content) if compress else content)
     with pytest.raises(DataError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "item"), [("images", 784), ("labels", 1)])
+def test_a_gzip_bomb_is_refused_before_it_takes_memory(tmp_path, kind, item):
+    """A million blank digits in less than a megabyte."""
+    write_mnist(tmp_path)
+    rank = {"images": 3, "labels": 1}[kind]
+    header = struct.pack(">4I", 0x0803, 10**6, 28, 28) if kind == "images" else struct.pack(">2I", 0x0801, 10**9)
+    path = tmp_path / f"train-{kind}-idx{rank}-ubyte.gz"
+    path.write_bytes(gzip.compress(header, 1) + gzip.compress(bytes(10**6 * item // 10), 1) * 10)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"names \d+ entries"):
+            load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_damaged_gzip_is_refused(tmp_path):

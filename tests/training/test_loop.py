@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -187,6 +188,147 @@ def test_other_settings_data_and_models_are_refused(digits, tmp_path):
     checkpoint.save(tmp_path / "other", state)
     with pytest.raises(CheckpointError, match=r"'features.0.weight' of shape \(32, 1, 3, 3\), expected \(64, 3"):
         load_model(tmp_path / "other")
+
+
+def test_two_trainings_do_not_share_a_folder(digits, tmp_path):
+    """The second is refused while the first is at work, also in the same process, and the first is left alone."""
+    refused = []
+
+    def intrude(record):
+        with pytest.raises(TrainingError, match=f"written by process {os.getpid()}") as error:
+            Trainer(SETTINGS, digits).run(1, out=tmp_path, progress=False)
+        refused.append(error)
+
+    first = Trainer(SETTINGS, digits)
+    first.run(1, out=tmp_path, progress=False, on_epoch=intrude)
+    assert len(refused) == 1
+    second = Trainer(SETTINGS, digits)
+    second.resume(tmp_path)
+    assert second.run(2, out=tmp_path, progress=False)
+
+
+def test_a_killed_trainings_folder_is_free(digits, tmp_path):
+    script = (
+        f"import os, pathlib, sgr_kernels.training.records as r\nr.claimed(pathlib.Path({str(tmp_path)!r})).__enter__()"
+    )
+    subprocess.run([sys.executable, "-c", f"{script}\nos._exit(1)"], check=False)
+    Trainer(SETTINGS, digits).run(1, out=tmp_path, progress=False)
+
+
+def leaves(tree, path=()):
+    """Every place in a nested state, its inner nodes too."""
+    if path:
+        yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from leaves(value, (*path, key))
+
+
+def replaced(tree, path, change):
+    """A copy of the tree with one place changed, or left out where the change is None."""
+    if not path:
+        return change(tree)
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = replaced(tree[path[0]], path[1:], change)
+    return copy
+
+
+def without(tree, path):
+    return replaced(tree, path[:-1], lambda node: {k: v for k, v in node.items() if k != path[-1]})
+
+
+FREE = {("data", "name"), ("epochs",)}  # a name to show; absent from older files
+
+
+def test_hand_edited_checkpoints_are_refused_in_one_line(digits, tmp_path):
+    """Whatever is left out of the tree, or is of another kind than it was."""
+    digits = DataSet(digits.train.first(20), digits.test.first(10))
+    settings = dataclasses.replace(SETTINGS, method="sgr", batch_size=8, seed=0)
+    Trainer(settings, digits).run(2, out=tmp_path, progress=False, stop=stop_after(4))
+    state = checkpoint.load(tmp_path / CHECKPOINT_FILE)
+    trainer = Trainer(settings, digits)
+    trainer.load_state_dict(state)
+    assert (trainer.epoch, trainer.step) == (1, 1)
+    before = bits(trainer)
+    broken = {}
+    for path in leaves(state):
+        place = ".".join(map(str, path))
+        if isinstance(path[-1], str) and path not in FREE and path[0] != "settings":  # which have defaults
+            broken[f"{place} left out"] = without(state, path)
+        node = state
+        for key in path:
+            node = node[key]
+        changes = {"a list": ["x"], "text": "x", "a tensor": torch.ones(7, 7, dtype=torch.int64)}
+        if isinstance(node, torch.Tensor):
+            changes["of integers"] = node.to(torch.int16)
+        for name, value in changes.items():
+            if path not in FREE and not (name == "text" and isinstance(node, str)):
+                broken[f"{place} {name}"] = replaced(state, path, lambda node, value=value: value)
+    assert len(broken) > 300
+    for what, tree in broken.items():
+        with pytest.raises(CheckpointError) as error:
+            trainer.load_state_dict(tree)
+        assert "\n" not in str(error.value), what
+    after = bits(trainer)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # refused before anything is taken over
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("position", "epoch"), -1, "position"),
+        (("position", "step"), -1, "position"),
+        (("position", "step"), 4, "position"),
+        (("position", "epoch"), 3, "history"),
+        (("seconds",), -1.0, "seconds"),
+        (("seconds",), math.nan, "seconds"),
+        (("optimizer", "state"), {}, r"optimizer\.state lacks 0"),
+        (("optimizer", "param_groups", 0, "betas"), (0.5, 0.9), "betas"),
+        (("optimizer", "param_groups", 0, "params"), [1, 0], "params"),
+        (("settings", "strength"), "1", "strength must be a number, got '1'"),
+        (("settings", "spell"), "1", "unknown training setting 'spell'"),
+        (("rng", "cpu"), torch.full((5056,), 255, dtype=torch.uint8), "rng"),
+        (("epochs",), -1, "epochs"),
+    ],
+)
+def test_checkpoints_that_make_no_sense_are_refused(digits, tmp_path, path, value, message):
+    Trainer(SETTINGS, digits).run(2, out=tmp_path, progress=False, stop=stop_after(5))
+    state = checkpoint.load(tmp_path / CHECKPOINT_FILE)
+    node = state
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(SETTINGS, digits).load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", ["settings", "data", "model", "position"])
+def test_networks_of_edited_checkpoints_are_refused(digits, tmp_path, part):
+    Trainer(SETTINGS, digits).run(1, out=tmp_path, progress=False)
+    state = checkpoint.load(tmp_path / CHECKPOINT_FILE)
+    for other in ({}, "x", ["x"], None):
+        checkpoint.save(tmp_path / CHECKPOINT_FILE, {**state, part: other})
+        with pytest.raises(CheckpointError, match=part):
+            load_model(tmp_path)
+    del state[part]
+    checkpoint.save(tmp_path / CHECKPOINT_FILE, state)
+    with pytest.raises(CheckpointError, match=f"lacks '{part}'"):
+        load_model(tmp_path)
+
+
+def test_a_falling_learning_rate_is_resumed_to_the_same_end_only(digits, tmp_path):
+    """The rates so far were those of a training of two epochs."""
+    settings = dataclasses.replace(SETTINGS, schedule="cosine")
+    Trainer(settings, digits).run(2, out=tmp_path, progress=False, stop=stop_after(1))
+    before = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    for epochs in (1, 3):
+        other = Trainer(settings, digits)
+        other.resume(tmp_path)
+        with pytest.raises(TrainingError, match=f"a training of 2 epochs.*cosine.*got {epochs}"):
+            other.run(epochs, out=tmp_path, progress=False)
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+    same = Trainer(settings, digits)
+    same.resume(tmp_path)
+    assert same.run(2, progress=False)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(digits, tmp_path):
