@@ -102,7 +102,8 @@ class SGRLoss(Recorded):
             value, and what the covariance learns from, are those of the whole batch, from the plain backward.
         sampling: Of a ``fraction`` below 1: ``"importance"`` draws samples by what they carry of the penalty,
             ``"uniform"`` draws all alike. Either estimate of the gradient is unbiased given the batch
-            (`sgr_kernels.penalty.sampling`). BatchNorm takes the statistics of the whole batch for constants.
+            (`sgr_kernels.penalty.sampling`). BatchNorm in training mode goes by the whole batch's statistics, and
+            by what the drawn samples tell of their derivatives (`sgr_kernels.penalty.layers.batch_norm`).
         method: Way to the penalty's gradient. ``"double-backward"`` is exact and needs a model that can be
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled

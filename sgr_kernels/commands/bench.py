@@ -14,6 +14,7 @@ BENCHMARKS = {
     "crossovers": "tiny images: up to which size the dense matrix, formed, is fastest; writes auto's table",
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
+    "batch-norm": "the penalty's gradient on a part of the batch beside the whole batch's, under BatchNorm",
     "agreement": "finite differences' gradients beside the exact ones, on a ReLU network",
     "cuda-static": "what the CUDA kernels cost, counted without a GPU: instructions, bytes, launches, least times",
     "plot": "figures of the operators' results",

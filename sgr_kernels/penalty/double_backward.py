@@ -33,16 +33,16 @@ class DoubleBackward:
         x = task.leaf()
         with differentiable_twice() as rules:
             first = task.start(x, inside=True)
-            gradient = self._gradient(first.losses, x, rules)
+            gradient = self._gradient(first.losses, x, task.shares, rules)
         self._expect_graph(gradient, task.passes.model)
         task.learn(first.losses.detach(), gradient.detach())
         return task.outcome(first.losses, task.metric.omegas(gradient), first.outputs, gradient)
 
-    def _gradient(self, losses: Tensor, x: Tensor, rules: DifferentiableTwice | None) -> Tensor:
+    def _gradient(self, losses: Tensor, x: Tensor, shares: Tensor | None, rules: DifferentiableTwice | None) -> Tensor:
         if rules is not None:
             rules.skipped = True
         try:
-            return input_gradient(losses, x, create_graph=True)
+            return input_gradient(losses, x, create_graph=True, shares=shares)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

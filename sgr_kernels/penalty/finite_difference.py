@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from sgr_kernels.penalty.gradients import SpentPass, spend, substitute
@@ -59,7 +59,7 @@ class FiniteDifference:
         # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.
         leaf = task.images.detach().requires_grad_()
         first = task.start(leaf)
-        coupled = self.coupled or any(map(couples_samples, task.passes.modules))
+        coupled = self.coupled or task.passes.coupled
         shares = _relative_shares(task, first.losses)
         weights = sample_weights(first.losses, leaf, coupled, shares)
         outputs, losses = detached(first.outputs), first.losses.detach()
@@ -96,14 +96,6 @@ def _relative_shares(task: Task, losses: Tensor) -> Tensor:
     return ones if task.shares is None else task.shares.to(ones.dtype) * len(ones)
 
 
-def couples_samples(model: Any) -> bool:
-    """Whether BatchNorm in training mode makes each sample's loss a function of the others' images."""
-    return isinstance(model, nn.Module) and any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )
-
-
 def samples_interact(passes: Passes, images: Tensor) -> bool:
     """Whether the weight of one sample's loss changes the gradient in another's image, tried."""
     found = []
@@ -132,10 +124,10 @@ def sample_weights(losses: Tensor, images: Tensor, coupled: bool, shares: Tensor
     """The u_b, (B,): about proportional to what ``s_b |v_b| / |x_b|`` will be, with mean square about 1.
 
     A cross-entropy's gradient is proportional to ``1 - phi_y = 1 - exp(-l)``. Powers of two cost no rounding when they
-    are divided out of g. All ones where samples are coupled: with different ones g would not be that of the sum.
+    are divided out of g. The shares where samples are coupled: with others g would not be that of the sum.
     """
     if coupled or len(losses) == 0:
-        return torch.ones_like(shares)
+        return torch.where(shares > 0, shares, 1)
     weights = (-torch.expm1(-losses.detach().float())).clamp(min=1e-2) * shares.clamp(min=1e-2) / _reach(images)
     return torch.exp2(torch.log2(weights / _root_mean_square(weights)).round()).to(shares.dtype)
 

@@ -30,7 +30,7 @@ class ForwardMode:
         """Values from g, their gradients from the slopes."""
         x = task.leaf()
         first = task.start(x, inside=True)
-        gradient, outputs = input_gradient(first.losses, x), detached(first.outputs)
+        gradient, outputs = input_gradient(first.losses, x, shares=task.shares), detached(first.outputs)
         task.learn(first.losses.detach(), gradient)
         del first
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sgr_kernels import checks
-from sgr_kernels.penalty.layers.batch_norm import batch_statistics
+from sgr_kernels.penalty.layers.batch_norm import PartOfBatch, batch_statistics
 from sgr_kernels.penalty.wrappers import is_compiled, modules_in, opened, uncompiled, unwrapped
 
 Evaluate = Callable[[Any, Any], Tensor]
@@ -52,6 +52,9 @@ class Passes:
         self._random = _RandomStreams(device) if replays else None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
+        self._shares: Tensor | None = None
+        self._samples = 0
+        self._first_of_part: dict[int, tuple[Tensor, Tensor]] = {}
         self._known = [uncompiled(model)] if isinstance(model, nn.Module) else []
         if replays and not self._known:
             # Compiled code bears no hooks: of a callable with some, what it plainly refers to.
@@ -90,16 +93,33 @@ class Passes:
         with self._random.replayed():
             if torch.compiler.is_compiling() and not isinstance(model, nn.Module):
                 return model(images)
-            with self._lent_buffers():
+            whole = not inside and is_compiled(model)
+            with self._lent_buffers({} if whole else self._statistics), self._part_of_batch(whole):
                 return model(images)
 
-    def part(self, index: Tensor) -> Passes:
-        """The further passes of some samples; BatchNorm takes the statistics of the first pass for constants."""
+    def part(self, index: Tensor, shares: Tensor, samples: int) -> Passes:
+        """The further passes of some of so many samples, of given weights in a mean over all.
+
+        BatchNorm goes by the statistics of the first pass (`PartOfBatch`); in a compiled model that is not looked into
+        by the part's own.
+        """
         part = copy.copy(self)
         part.labels = select(self.labels, index)
         found = {module: batch_statistics(module, before) for module, before in self._buffers.items()}
         part._statistics = {module: statistics for module, statistics in found.items() if statistics is not None}
+        part._shares, part._samples, part._first_of_part = shares, samples, {}
         return part
+
+    @property
+    def coupled(self) -> bool:
+        """Whether BatchNorm makes each sample's loss a function of the others' images."""
+        return bool(self._statistics) or any(map(couples_samples, self.modules))
+
+    def _part_of_batch(self, whole: bool) -> contextlib.AbstractContextManager[Any]:
+        if whole or not self._statistics or self._shares is None:
+            return contextlib.nullcontext()
+        means = [statistics["running_mean"] for statistics in self._statistics.values()]
+        return PartOfBatch(means, self._shares, self._samples, self._first_of_part)
 
     def _remember(self, module: nn.Module) -> None:
         """Keep what the buffers of a module were before it was called."""
@@ -108,7 +128,7 @@ class Passes:
                 self._buffers[part] = {name: _clone(buffer) for name, buffer in part._buffers.items()}
 
     @contextlib.contextmanager
-    def _lent_buffers(self) -> Iterator[None]:
+    def _lent_buffers(self, statistics: dict[nn.Module, dict[str, Tensor]]) -> Iterator[None]:
         """Modules work on copies of their buffers, or on given statistics."""
         own: dict[nn.Module, tuple[dict[str, Tensor | None], bool]] = {}
 
@@ -118,8 +138,8 @@ class Passes:
                 if part not in own and not isinstance(part, torch.jit.ScriptModule):
                     own[part] = dict(part._buffers), part.training
                     part._buffers.update({name: _clone(buffer) for name, buffer in self._buffers[part].items()})
-                    if part in self._statistics:
-                        part._buffers.update(self._statistics[part])
+                    if part in statistics:
+                        part._buffers.update(statistics[part])
                         part.training = False
 
         try:
@@ -134,6 +154,14 @@ class Passes:
             for part, (buffers, training) in own.items():
                 part._buffers.update(buffers)
                 part.training = training
+
+
+def couples_samples(model: Any) -> bool:
+    """Whether BatchNorm in training mode makes each sample's loss a function of the others' images."""
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
 
 
 def _clone(buffer: Tensor | None) -> Tensor | None:

@@ -60,7 +60,7 @@ def sampled(task: Task, way: Way, count: int, offset: Tensor, uniformly: bool) -
         chosen, shares = sampling.draw(omegas, count, offset, uniformly)
     part = replace(
         task,
-        passes=task.passes.part(chosen),
+        passes=task.passes.part(chosen, shares, len(task.images)),
         images=task.images[chosen],
         shares=shares,
         learn=lambda losses, gradient: None,

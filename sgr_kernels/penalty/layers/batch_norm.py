@@ -1,17 +1,27 @@
-"""BatchNorm on a part of a batch: normalized by the statistics of the whole, as constants."""
+"""BatchNorm on a part of a batch: by the statistics of the whole, which a few samples change as the whole would.
+
+The whole batch's statistics are known from its own pass. The derivatives of the penalty also go through them: weights
+that BatchNorm makes scale-free would otherwise be drawn to zero. So the part's own statistics, weighted so that they
+estimate the whole's without bias, lend their derivatives: ``mean = m + (p - p0)``, with m of the whole, p of the part
+and p0 its value at the part's first pass.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def batch_statistics(module: nn.Module, before: dict[str, Tensor | None]) -> dict[str, Tensor] | None:
     """The mean and variance by which a BatchNorm has normalized its last batch, read off its running ones.
 
     The running statistics are ``r' = r + f (s - r)``, with f the momentum or one over the number of batches, so that
-    ``s = r + (r' - r) / f``. The variance is the unbiased one, larger by ``n / (n - 1)`` than what normalized n values.
-    Where a module saw no batch or several, the running statistics serve.
+    ``s = r + (r' - r) / f``. The variance is the unbiased one. Where a module saw no batch or several, the running
+    statistics serve.
 
     Args:
         module: Any module.
@@ -33,3 +43,56 @@ def batch_statistics(module: nn.Module, before: dict[str, Tensor | None]) -> dic
         assert then is not None
         found[name] = torch.where(count - earlier == 1, then + (now - then) / factor, now)
     return found
+
+
+class PartOfBatch(TorchFunctionMode):
+    """While active, BatchNorm by statistics of a whole batch follows what a part of it does.
+
+    Args:
+        statistics: Means and variances of the whole, (C,), as modules in evaluation mode would pass them.
+        shares: Weight of each sample of the part in an estimate of the whole's mean, (B,).
+        samples: In the whole.
+        first: Means and variances of the part at its first pass, by the same; filled there.
+    """
+
+    def __init__(
+        self, statistics: list[Tensor], shares: Tensor, samples: int, first: dict[int, tuple[Tensor, Tensor]]
+    ) -> None:
+        self._known = {id(mean) for mean in statistics}
+        self._shares, self._samples, self._first = shares, samples, first
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Normalize a part; everything else as it is."""
+        if func is F.batch_norm and len(args) > 2 and id(args[1]) in self._known:
+            return self._normalized(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _normalized(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        shape, inside = (1, -1, *(1,) * (x.dim() - 2)), tuple(range(2, x.dim()))
+        shares = self._shares.to(x.dtype)[:, None]
+        centred = x - mean.view(shape)
+
+        def over_part(values: Tensor) -> Tensor:
+            return (shares * (values.mean(inside) if inside else values)).sum(0)
+
+        own = over_part(centred), over_part(centred.square())
+        first = self._first.setdefault(id(mean), (own[0].detach(), own[1].detach()))
+        shift = own[0] - first[0]
+        spread = own[1] - first[1] - shift.square()  # about the mean as it moves
+        count = self._samples * x[0, 0].numel()
+        scale = (variance * (1 - 1 / count) + spread + eps).rsqrt()  # running variances are the unbiased ones
+        scale = scale if weight is None else scale * weight
+        result = (centred - shift.view(shape)) * scale.view(shape)
+        return result if bias is None else result + bias.view(shape)
