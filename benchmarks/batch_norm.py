@@ -1,7 +1,7 @@
 """How far the penalty's gradient on a part of the batch is from the whole batch's under BatchNorm, on a ResNet.
 
-With ``fraction`` below 1 the penalty's gradient is that of a few samples, normalized by the whole batch's statistics, of
-which the few estimate the derivatives. Beside it: a few samples drawn at random and normalized by their own statistics.
+With ``fraction`` below 1 the penalty's gradient is that of a few samples, normalized by the whole batch's statistics,
+of which the few estimate the derivatives. Beside it: a few drawn at random and normalized by their own statistics.
 ``sgr bench batch-norm --data DIR`` compares the means over draws with the exact gradient, before and after some epochs.
 """
 
