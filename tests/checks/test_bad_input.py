@@ -225,6 +225,8 @@ def test_a_mean_correction_needs_a_mean():
     for covariance in (without, CovarianceFunction.from_images(images), without.resize(5)):
         with pytest.raises(ValueError, match="mean_correction: CovarianceFunction keeps no mean"):
             SGRLoss(covariance, mean_correction=True)
+    without.mean.fill_(0.1)  # by hand
+    SGRLoss(without, mean_correction=True)
     loaded = CovarianceFunction.from_values(torch.ones(1, 1, 5), 4)
     loaded.load_state_dict(learnt.state_dict())
     SGRLoss(loaded, mean_correction=True)
