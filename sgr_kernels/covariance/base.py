@@ -66,6 +66,7 @@ class Estimate(Covariance):
     updates: Tensor
     skipped: Tensor
     scale: Tensor
+    target_variance: float | None
 
     def __init__(
         self,
@@ -76,11 +77,11 @@ class Estimate(Covariance):
         process_group: Any = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
-        if target_variance is not None and not 0 < target_variance < math.inf:
-            raise ValueError(f"target_variance: expected a positive number or None, got {target_variance!r}")
-        self.shape, self.decay, self.target_variance = shape, float(decay), target_variance
+        self.shape, self.target_variance = shape, None
+        self.decay = checks.number("decay", decay, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        if target_variance is not None:
+            wanted = "a positive number or None"
+            self.target_variance = checks.number("target_variance", target_variance, wanted, lambda x: 0 < x < math.inf)
         if process_group not in ("auto", None) and not distributed.is_initialized():
             raise ValueError(
                 "process_group: torch.distributed is not initialized; call torch.distributed.init_process_group first"
