@@ -48,13 +48,6 @@ def _without_autocast(kernel: Callable[Concatenate[Tensor, P], T]) -> Callable[C
     return run
 
 
-def _by_fft(frequencies: int, device: torch.device) -> bool:
-    """Whether an axis goes through FFT: on CPUs where that is faster, on GPUs (unmeasured) where matrices are huge."""
-    if device.type == "cpu":
-        return by_fft(frequencies, _FFT_FROM)
-    return device.type == "cuda" and frequencies >= 2048
-
-
 def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
     """Images whose transforms fit the cache on a CPU; on other devices, what keeps scratch below the input's size."""
     per_image = 8 * frequencies * itemsize * gradient.shape[1]
@@ -75,7 +68,7 @@ class _Axis:
 
     def __init__(self, extent: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> None:
         self.extent, self.frequencies = extent, frequencies
-        self.matrix = None if _by_fft(frequencies, device) else basis(extent, frequencies, dtype, device)
+        self.matrix = None if by_fft(frequencies, device, _FFT_FROM) else basis(extent, frequencies, dtype, device)
 
     def rows_forward(self, planes: Tensor, out: Tensor) -> None:
         """(n, extent, w) to (n, 2F, w)."""

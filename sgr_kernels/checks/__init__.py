@@ -12,6 +12,7 @@ from sgr_kernels.checks.arguments import (
     covariance_form,
     describe,
     image_size,
+    number,
 )
 from sgr_kernels.checks.caller import warn_caller
 
@@ -27,5 +28,6 @@ __all__ = [
     "covariance_form",
     "describe",
     "image_size",
+    "number",
     "warn_caller",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,21 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
     return f"{type(value).__name__} {value!r}"
+
+
+def number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> float:
+    """A number, or what converts to one (a tensor or array of one element), that fits.
+
+    Raises:
+        ValueError: If it is none, or does not fit.
+    """
+    try:
+        result = math.nan if isinstance(value, (bool, str)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        result = math.nan
+    if not fits(result):
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return result
 
 
 def check_floating_point(name: str, value: Tensor) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, distributed, nn
 from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.checks.caller import warn_caller
-from sgr_kernels.toeplitz.constants import wide_dtype
+from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.toeplitz.constants import tracing, wide_dtype
 
 
 class Covariance(nn.Module):
@@ -65,7 +66,7 @@ class Estimate(Covariance):
     updates: Tensor
     skipped: Tensor
     scale: Tensor
-    _has_mean: bool = True
+    target_variance: float | None
 
     def __init__(
         self,
@@ -76,11 +77,11 @@ class Estimate(Covariance):
         process_group: Any = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
-        if target_variance is not None and not 0 < target_variance < math.inf:
-            raise ValueError(f"target_variance: expected a positive number or None, got {target_variance!r}")
-        self.shape, self.decay, self.target_variance = shape, float(decay), target_variance
+        self.shape, self.target_variance = shape, None
+        self.decay = checks.number("decay", decay, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        if target_variance is not None:
+            wanted = "a positive number or None"
+            self.target_variance = checks.number("target_variance", target_variance, wanted, lambda x: 0 < x < math.inf)
         if process_group not in ("auto", None) and not distributed.is_initialized():
             raise ValueError(
                 "process_group: torch.distributed is not initialized; call torch.distributed.init_process_group first"
@@ -88,6 +89,7 @@ class Estimate(Covariance):
         self.process_group = process_group
         self.frozen = False
         self._skipped_reported = 0
+        self._any_mean = Derived()
         values = values.to(compute_dtype(values.dtype))  # the default dtype may be a low-precision one
         self.register_buffer("values", values)
         self.register_buffer("mean", values.new_zeros(shape))
@@ -177,11 +179,10 @@ class Estimate(Covariance):
 
         None where there is none and never will be: of a frozen covariance that was made without one.
         """
-        return self.mean * self.scale.sqrt() if self._has_mean else None
-
-    def _look_for_mean(self) -> None:
-        """A frozen covariance whose mean is zero has none; asked where it is frozen or loaded, not at every step."""
-        self._has_mean = not self.frozen or bool(self.mean.any())
+        # Asked for once, not at every step: a frozen mean changes by hand alone.
+        if self.frozen and not tracing() and not self._any_mean((self.mean,), lambda: bool(self.mean.any())):
+            return None
+        return self.mean * self.scale.sqrt()
 
     def warn_if_skipped(self) -> None:
         """Warn of batches that were skipped since the last warning; synchronizes with the device."""
@@ -243,7 +244,6 @@ class Estimate(Covariance):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply(lambda tensor: tensor)  # where tensors were assigned, they may be of low precision
-        self._look_for_mean()
         with torch.no_grad():
             self._refresh()
 

@@ -23,10 +23,8 @@ def exponential(layout: Layout, decay_length: float, cross_channel: float, round
     Raises:
         ValueError: If the decay length or the share between channels is out of range.
     """
-    if not decay_length > 0:
-        raise ValueError(f"decay_length: expected a positive number of pixels, got {decay_length!r}")
-    if not -1 <= cross_channel <= 1:
-        raise ValueError(f"cross_channel: expected a number in [-1, 1], got {cross_channel!r}")
+    decay_length = checks.number("decay_length", decay_length, "a positive number of pixels", lambda x: x > 0)
+    cross_channel = checks.number("cross_channel", cross_channel, "a number in [-1, 1]", lambda x: -1 <= x <= 1)
     size = layout.image_size
     if layout.form == "radial":
         distance = torch.arange(bin_count(size, layout.binning), dtype=torch.float64)
@@ -35,7 +33,7 @@ def exponential(layout: Layout, decay_length: float, cross_channel: float, round
         y, x = (torch.arange(a, b, dtype=torch.float64) for a, b in zip(first, size))
         distance = torch.hypot(y[:, None], x[None, :])
         distance = distance.round() if rounded else distance
-    mixing = torch.full((layout.channels, layout.channels), float(cross_channel), dtype=torch.float64)
+    mixing = torch.full((layout.channels, layout.channels), cross_channel, dtype=torch.float64)
     return torch.einsum("cd,...->cd...", mixing.fill_diagonal_(1.0), torch.exp(-distance / decay_length))
 
 

@@ -125,9 +125,7 @@ class IdentityCovariance(Covariance):
 
     def __init__(self, variance: float = 1.0, shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        if not 0 <= variance < math.inf:
-            raise ValueError(f"variance: expected a finite number >= 0, got {variance!r}")
-        self.variance = float(variance)
+        self.variance = checks.number("variance", variance, "a finite number >= 0", lambda x: 0 <= x < math.inf)
         self.shape = None if shape is None else tuple(shape)
         self.frozen = True
 

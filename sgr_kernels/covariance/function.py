@@ -196,7 +196,6 @@ class CovarianceFunction(Estimate):
                 f"got an average of {variance:g}; the penalty would always be zero"
             )
         self.frozen = True
-        self._look_for_mean()
         with torch.no_grad():
             self._refresh()
         return self
@@ -286,7 +285,6 @@ class CovarianceFunction(Estimate):
         other.updates.copy_(self.updates)
         other.skipped.copy_(self.skipped)
         other.frozen = self.frozen
-        other._look_for_mean()
         with torch.no_grad():
             other._refresh()
         return other

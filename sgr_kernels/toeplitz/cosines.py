@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from sgr_kernels.toeplitz.constants import constant, tracing, wide_dtype
 
 # Measured on a CPU: from here on Fourier transforms of lengths with small factors are faster than float64's matrices,
-# and of any length. Where something traces, the length decides alone.
-_FFT_FROM, _FFT_ALWAYS_FROM = 96, 768
+# and of any length. GPUs were not measured: there only matrices that would be huge are avoided.
+_FFT_FROM, _FFT_ALWAYS_FROM, _FFT_ON_GPUS_FROM = 96, 768, 2048
 _LARGE_PLANE = 1 << 14
 
 
@@ -31,12 +31,14 @@ def _largest_factor(n: int) -> int:
     return n
 
 
-def by_fft(length: int, start: int | None = None) -> bool:
-    """Whether transforms of a length go through FFT, from ``start`` on if the length has small factors."""
-    if tracing():
-        return length >= _FFT_ALWAYS_FROM
-    start = _FFT_FROM if start is None else start
-    return length >= _FFT_ALWAYS_FROM or (length >= start and _largest_factor(length) <= 13)
+def by_fft(length: int, device: torch.device, start: int | None = None) -> bool:
+    """Whether transforms of a length go through FFT, on CPUs from ``start`` on if the length has small factors."""
+    if device.type != "cpu":
+        return device.type == "cuda" and length >= _FFT_ON_GPUS_FROM
+    if length >= _FFT_ALWAYS_FROM:
+        return True
+    # Where something traces, the length decides alone.
+    return length >= (_FFT_FROM if start is None else start) and not tracing() and _largest_factor(length) <= 13
 
 
 def _angles(positions: int, frequencies: int, device: torch.device) -> Tensor:
@@ -81,7 +83,7 @@ def odd_frequencies(x: Tensor, frequencies: int, part: str, dim: int) -> Tensor:
         part: ``"even"`` for cosines, ``"odd"`` for sines.
         dim: -1 or -2.
     """
-    if not by_fft(frequencies):
+    if not by_fft(frequencies, x.device):
         return _times(_odd_matrix(x.shape[dim], frequencies, part, x.device), x, dim)
     x = pad(x.movedim(dim, -1).contiguous(), (0, frequencies + 1 - x.shape[dim]))
     if part == "odd":  # sin(theta_k d) = (-1)^k cos(theta_k (F - d))
@@ -99,7 +101,7 @@ def odd_frequencies(x: Tensor, frequencies: int, part: str, dim: int) -> Tensor:
 def odd_displacements(y: Tensor, reach: int, part: str, dim: int) -> Tensor:
     """The adjoint of `odd_frequencies`: frequencies along ``dim`` to displacements 0..reach-1."""
     frequencies = y.shape[dim]
-    if not by_fft(frequencies):
+    if not by_fft(frequencies, y.device):
         return _times(_odd_matrix(reach, frequencies, part, y.device).mT, y, dim)
     y = y.movedim(dim, -1).contiguous()
     evens, odds = y[..., 0::2], y[..., 1::2]
@@ -117,7 +119,7 @@ def periodic_frequencies(x: Tensor, extent: int, dim: int) -> Tensor:
 
     Of the whole range, N displacements, it is its own inverse up to a factor: twice, it multiplies by ``2N - 1``.
     """
-    if extent < _FFT_ALWAYS_FROM:
+    if not by_fft(extent, x.device, _FFT_ALWAYS_FROM):
         return _times(_periodic_matrix(x.shape[dim], extent, x.device), x, dim)
     x = pad(x.movedim(dim, -1), (0, extent - x.shape[dim]))
     return torch.fft.rfft(torch.cat([x, x[..., 1:].flip(-1)], -1)).real.movedim(-1, dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,6 +195,24 @@ def test_a_variance_that_cannot_be_brought_to_a_target(freeze):
     freeze(psd="none")
 
 
+@pytest.mark.parametrize("value", ["1", None, True, [1.0, 2.0], torch.ones(2), torch.nan, object()])
+def test_what_is_no_number(value):
+    for name, use in (
+        ("decay", lambda: CovarianceFunction(1, 4, decay=value)),
+        ("target_variance", lambda: FullCovariance(1, 4, target_variance="x" if value is None else value)),
+        ("variance", lambda: IdentityCovariance(value)),
+        ("decay_length", lambda: CovarianceFunction.exponential(1, 4, value)),
+        ("cross_channel", lambda: CovarianceFunction.exponential(1, 4, 2.0, cross_channel=value)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected a .*, got"):
+            use()
+
+
+def test_what_converts_to_a_number_is_one():
+    for variance in (torch.tensor(0.5), np.float32(0.5), np.array([0.5])[0]):
+        assert CovarianceFunction(1, 4, target_variance=variance).target_variance == 0.5
+
+
 def test_bytes_are_told_what_to_do():
     covariance, images = CovarianceFunction(1, 4), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     for name, use in (
@@ -225,6 +244,8 @@ def test_a_mean_correction_needs_a_mean():
     for covariance in (without, CovarianceFunction.from_images(images), without.resize(5)):
         with pytest.raises(ValueError, match="mean_correction: CovarianceFunction keeps no mean"):
             SGRLoss(covariance, mean_correction=True)
+    without.mean.fill_(0.1)  # by hand
+    SGRLoss(without, mean_correction=True)
     loaded = CovarianceFunction.from_values(torch.ones(1, 1, 5), 4)
     loaded.load_state_dict(learnt.state_dict())
     SGRLoss(loaded, mean_correction=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sgr_kernels import functional as sgr
-from sgr_kernels.backends import oracle, torch_spectral
+from sgr_kernels.backends import oracle
 from sgr_kernels.toeplitz import cosines
 from tests.conftest import DEVICES, KNOWN_BACKENDS, Place, unavailable
 from tests.helpers import (
@@ -137,8 +137,7 @@ def test_displacement_covariance_agrees_with_the_mean_over_pairs(case, place):
 @pytest.mark.parametrize("case", [c for c in CASES if c.form != "radial"][::6], ids=str)
 def test_the_algorithm_through_fourier_transforms_is_the_same(case, monkeypatch):
     """Every size, form and reach by FFT, which on its own begins with long axes."""
-    monkeypatch.setattr(torch_spectral, "_by_fft", lambda frequencies, device: True)
-    monkeypatch.setattr(cosines, "_FFT_FROM", 1)
+    monkeypatch.setattr(cosines, "_FFT_ALWAYS_FROM", 1)
     place = Place("torch", torch.device("cpu"))
     test_product_and_quadratic_form_agree_with_the_dense_matrix(case, place)
     test_displacement_covariance_agrees_with_the_mean_over_pairs(case, place)

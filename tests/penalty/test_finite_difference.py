@@ -29,6 +29,7 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 def criterion(method: str = "finite-difference", dtype: torch.dtype = torch.float64, **options) -> SGRLoss:
     covariance = CovarianceFunction.exponential(2, (SIZE, SIZE), 3.0).to(dtype)
+    covariance.mean.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))  # for Eq. 12
     return SGRLoss(covariance, 3.0, method=method, **options)
 
 
