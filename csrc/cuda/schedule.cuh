@@ -13,6 +13,7 @@
 
 #include "fused_cross_spectrum.cuh"
 #include "fused_product.cuh"
+#include "large_product.cuh"
 #include "staged_channels.cuh"
 #include "staged_transform.cuh"
 
@@ -20,6 +21,7 @@ namespace sgr::cuda {
 
 enum class Precision { kHighest, kHigh, kMedium };
 
+constexpr int64_t kPassBytes = 40 << 20;       // of the large images' path
 constexpr int64_t kWorkspaceBytes = 32 << 20;  // of the staged path: what stays in a large GPU's L2 cache
 constexpr int64_t kMaximumPartials = 128;      // of the fused cross spectrum; by shape alone
 
@@ -122,6 +124,64 @@ bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& a
        launch_fused_cross_spectrum<PRECISION, 3, 2, L>, launch_fused_cross_spectrum<PRECISION, 4, 2, L>}};
   const int blocks = fused_blocks(arguments.geometry);
   return blocks > 0 && kLaunch[blocks - 1][arguments.geometry.channels - 1](launcher, arguments, result);
+}
+
+template <class PRECISION, int CHANNELS, bool SYMMETRIC, class LAUNCHER>
+bool launch_large_product(LAUNCHER& launcher, LargeArguments arguments, float* quadratic) {
+  using Columns = LargeColumns<PRECISION, CHANNELS, SYMMETRIC>;
+  using Forward = typename PRECISION::Forward;
+  const Geometry& geometry = arguments.geometry;
+  const int l_tiles = tiles_of(geometry.columns), k_tiles = tiles_of(geometry.rows);
+  const int shared = Columns::shared_bytes(half_tiles(geometry.height));
+  if (shared > launcher.shared_limit) return false;
+  const auto basis = [&](int64_t kind, int pixels, int frequencies, bool by_frequency, bool as_data) {
+    return launcher.template constants<uint32_t>({4 * Forward::kKind + kind, pixels, frequencies}, [&] {
+      return large_basis<Forward>(pixels, frequencies, by_frequency, as_data);
+    });
+  };
+  arguments.row_forward = basis(0, geometry.width, geometry.columns, true, false);
+  arguments.column_forward = basis(1, geometry.height, geometry.rows, true, true);
+  arguments.column_inverse = basis(2, geometry.height, geometry.rows, false, false);
+  arguments.row_inverse = basis(2, geometry.width, geometry.columns, false, false);
+  const int64_t pairs = SYMMETRIC ? CHANNELS * (CHANNELS + 1) / 2 : CHANNELS * CHANNELS;
+  const int64_t magnitudes = kMagnitudeBlocks + geometry.batch * kImageBlocks;
+  arguments.magnitudes = launcher.template workspace<unsigned>(magnitudes);
+  arguments.spectrum_tiles = launcher.template workspace<float>(pairs * l_tiles * k_tiles * kTileEntries);
+  if (quadratic) arguments.partial = launcher.template workspace<double>(geometry.batch * l_tiles);
+  launcher.launch(largest_magnitudes<CHANNELS>, magnitudes, 1, kLargeThreads, 16, arguments);
+  launcher.launch(arrange_large_spectrum<CHANNELS, SYMMETRIC>, l_tiles * k_tiles, 1, kTileEntries, 0, arguments);
+
+  // T of a pass stays in a large GPU's L2 cache.
+  const bool inverse = arguments.product.data != nullptr;
+  const int64_t per_image = int64_t{2} * CHANNELS * geometry.height * l_tiles * kTile;
+  const int64_t most = std::max<int64_t>(1, kPassBytes / sizeof(float) / per_image);
+  const int64_t passes = inverse ? ceil_divide(geometry.batch, most) : 1;
+  const int64_t images = ceil_divide(geometry.batch, passes);
+  if (inverse) arguments.transformed = launcher.template workspace<float>(images * per_image);
+  for (arguments.first = 0; arguments.first < geometry.batch; arguments.first += images) {
+    arguments.images = std::min(images, geometry.batch - arguments.first);
+    launcher.launch(large_columns<Columns>, arguments.images * l_tiles, 1, kLargeThreads, shared, arguments);
+    if (inverse)
+      launcher.launch(large_rows<typename PRECISION::Inverse>,
+                      ceil_divide(arguments.images * CHANNELS * geometry.height, kLargeWarps * kTile),
+                      ceil_divide(half_tiles(geometry.width), kRowTiles), kLargeThreads, 0, arguments);
+  }
+  if (quadratic)
+    launcher.launch(sum_quadratic<float>, geometry.batch, 1, kWarp, 0, static_cast<const double*>(arguments.partial),
+                    static_cast<int64_t>(l_tiles), quadratic);
+  return true;
+}
+
+template <class P, class LAUNCHER>
+bool large_product_of(LAUNCHER& launcher, const LargeArguments& arguments, float* quadratic, bool symmetric) {
+  using L = LAUNCHER;
+  static constexpr bool (*kLaunch[3][2])(L&, LargeArguments, float*) = {
+      {launch_large_product<P, 1, true, L>, launch_large_product<P, 1, true, L>},
+      {launch_large_product<P, 2, false, L>, launch_large_product<P, 2, true, L>},
+      {launch_large_product<P, 3, false, L>, launch_large_product<P, 3, true, L>}};
+  const Geometry& geometry = arguments.geometry;
+  if (geometry.channels > 3 || half_tiles(geometry.height) > kLargeTiles) return false;
+  return kLaunch[geometry.channels - 1][symmetric](launcher, arguments, quadratic);
 }
 
 template <class PRODUCT, class LAUNCHER>
@@ -275,6 +335,10 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
       constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, bool) = {
           fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
       if (kFused[static_cast<int>(precision)](launcher, arguments, symmetric)) return;
+      const LargeArguments large{examined(gradient, geometry), product, spectrum, geometry};
+      constexpr bool (*kLarge[])(LAUNCHER&, const LargeArguments&, float*, bool) = {
+          large_product_of<Highest, LAUNCHER>, large_product_of<High, LAUNCHER>, large_product_of<Medium, LAUNCHER>};
+      if (kLarge[static_cast<int>(precision)](launcher, large, quadratic, symmetric)) return;
     }
   }
   with_product_of<T>(precision, [&](auto arithmetic) {
