@@ -1,6 +1,7 @@
 # make demo    train and compare clean, gradient-norm and SGR classifiers on real digits; writes demo-report/
 # make test    the test suite
 # make lint    style, types
+# make fuzz    the tests that draw examples, with fresh ones; what fails prints how to see it again
 # make bench   the operators' benchmark (results in benchmarks/results/)
 # make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure, with the PYTHON that has torch
 PYTHON ?= python3
@@ -13,13 +14,17 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 GPU_RESULTS ?= gpu-results
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test fuzz lint format bench gpu clean
 
 demo: $(READY)
 	$(BIN)/sgr demo --out demo-report
 
 test: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+fuzz: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile=fresh \
+	    $(shell grep -rl 'from hypothesis' tests --include='test_*.py')
 
 lint: $(READY)
 	$(BIN)/ruff check .

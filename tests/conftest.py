@@ -25,13 +25,16 @@ torch.set_num_threads(1)
 KNOWN_BACKENDS = ("torch", "reference", "native", "triton")
 DEVICES = ("cpu", "cuda")
 
-# Examples are drawn from a fixed seed: a red test is red again.
+# Examples are drawn from a fixed seed: a red test is red again. `make fuzz` draws others each time.
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
     deadline=None,
     max_examples=30,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "fresh", hypothesis.settings.get_profile("fixed"), derandomize=False, max_examples=300, print_blob=True
 )
 hypothesis.settings.load_profile("fixed")
 

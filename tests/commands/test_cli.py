@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from sgr_kernels.cli import COMMANDS, main
+from sgr_kernels.commands import train
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.suite import Plan
+from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import load_model
 from sgr_kernels.training.records import claimed
 from tests.data_files import write_idx
@@ -248,6 +250,40 @@ def test_trials_of_another_length_are_not_taken_for_these(few_digits, searched, 
     assert main([*command, str(tmp_path / "fresh")]) == 0
     again, fresh = (json.loads((folder / "search.json").read_text()) for folder in (out, tmp_path / "fresh"))
     assert again == fresh
+
+
+def test_a_search_judges_by_images_that_no_trial_has_seen(few_digits, tmp_path, monkeypatch):
+    """Neither for accuracy nor under attack, nor by test images."""
+    judged, trained_on = [], []
+    search, area, trainer = train.strength_search, train.attack_area, train.Trainer
+
+    def searching(settings, strengths, validation, *rest, **options):
+        judged.append(validation.images)
+        return search(settings, strengths, validation, *rest, **options)
+
+    def attacking(model, images, *rest, **options):
+        judged.append(images.images)
+        return area(model, images, *rest, **options)
+
+    def training(settings, data, **options):
+        trained_on.append(data.train.images)
+        return trainer(settings, data, **options)
+
+    for name, replacement in (("strength_search", searching), ("attack_area", attacking), ("Trainer", training)):
+        monkeypatch.setattr(train, name, replacement)
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "gn", "--batch-size", "16"]
+    assert main([*command, "--epochs", "1", "--search-strength", "0.5", "--device", "cpu"]) == 0
+
+    def pixels(images):
+        return {image.numpy().tobytes() for part in images for image in part}
+
+    data = load(few_digits)
+    seen, judges = pixels(trained_on[:2]), pixels(judged)  # of the trials; the last training is the chosen one's
+    assert len(judged) == 3
+    assert judges
+    assert not judges & seen
+    assert not judges & pixels([data.test.images])
+    assert judges | seen == pixels([data.train.images]) == pixels(trained_on[2:])
 
 
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from sgr_kernels.cli import main
-from sgr_kernels.reproduce import claims, lrc, paper, pictures, stats, transfer
+from sgr_kernels.reproduce import claims, lab, lrc, paper, pictures, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
-from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
 from sgr_kernels.reproduce.scales import METHODS, SCALES, SearchScale
 from sgr_kernels.reproduce.smoothness import softmax_along
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.datasets import load as load_data
+from sgr_kernels.training.search import Search
 
 TINY = replace(
     SCALES["mnist"]["smoke"],
@@ -140,6 +141,32 @@ def test_another_seed_costs_no_more_than_itself(whole, tmp_path):
     made = {path for path in (tmp_path / "more" / "measurements").rglob("*.json") if path not in before}
     assert made
     assert all("clean-seed2" in path.name for path in made)
+
+
+def test_a_search_judges_by_images_that_no_trial_has_seen(tmp_path, monkeypatch):
+    judged, seen = [], []
+
+    def searching(settings, strengths, validation, train, area, **options):
+        judged.append(validation.images)
+        area(train([settings])[0])
+        return Search(settings.method, "pgd", 1.0, 1.0, [], 1.0)
+
+    def trained(self, wanted, *, data, epochs):
+        seen.append(data.train.images)
+        return [Network("trial", settings, None) for settings, _ in wanted]
+
+    monkeypatch.setattr(lab, "strength_search", searching)
+    monkeypatch.setattr(lab, "attack_area", lambda model, images, *rest, **options: judged.append(images.images))
+    monkeypatch.setattr(Lab, "trained", trained)
+    lab_in(tmp_path).search("gn")
+
+    def pixels(images):
+        return {image.numpy().tobytes() for part in images for image in part}
+
+    assert len(judged) == 2
+    assert pixels(judged)
+    assert not pixels(judged) & pixels(seen)
+    assert not pixels(judged) & pixels([load_data("mnist-sample").test.images])
 
 
 def test_results_of_another_scale_are_not_mixed_in(whole, tmp_path):

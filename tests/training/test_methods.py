@@ -92,7 +92,8 @@ def test_strengths_of_adversarial_training_are_uniform(batch):
     assert float(seen.max()) < 2.0
 
 
-def test_adversarial_training_starts_from_own_predictions_unless_labels_may_leak(batch):
+@pytest.mark.parametrize("criterion", [with_fgsm(0.2), with_pgd(0.2, 3)], ids=["fgsm", "pgd"])
+def test_adversarial_training_starts_from_own_predictions_unless_labels_may_leak(batch, criterion):
     images, _ = batch
     model = network()
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_adversarial_training_starts_from_own_predictions_unless_labels_may_leak
         torch.manual_seed(0)
         return criterion.mixture(model, images, labels)
 
-    assert torch.equal(mixture(with_fgsm(0.2), own), mixture(with_fgsm(0.2), other))
+    assert torch.equal(mixture(criterion, own), mixture(criterion, other))
     leaking = with_fgsm(0.2, true_labels=True)
     assert not torch.equal(mixture(leaking, own), mixture(leaking, other))
 
