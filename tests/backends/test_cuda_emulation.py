@@ -144,7 +144,9 @@ def test_quadratic_form_alone(emulator: Emulator, shape: tuple[int, ...]) -> Non
     check_quadratic(emulator, images(shape), table(shape[1], shape[2:]), operator="quadratic_form_only")
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 12, 28), (2, 3, 32, 31), (2, 4, 8, 9), (1, 3, 64, 33), (2, 3, 6, 67), (2, 6, 5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 1, 12, 28), (2, 3, 32, 31), (2, 4, 8, 9), (1, 3, 64, 33), (2, 3, 6, 67), (2, 6, 5, 7)], ids=str
+)
 def test_product_of_an_asymmetric_covariance(emulator: Emulator, shape: tuple[int, ...]) -> None:
     gradient, covariance = images(shape), table(shape[1], shape[2:], asymmetric=True)
     _, v = emulator.product(gradient, spectrum_of(covariance, gradient), "product")
@@ -173,7 +175,9 @@ def test_signed_covariances(emulator: Emulator, shape: tuple[int, ...], dtype: t
     assert (norms(v.double() - expected) <= V_TOLERANCE[dtype] * norms(expected)).all()
 
 
-@pytest.mark.parametrize(("shape", "reach"), [((3, 1, 28, 28), 5), ((2, 3, 32, 32), 0), ((2, 2, 64, 50), 9), ((2, 2, 7, 80), 6)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "reach"), [((3, 1, 28, 28), 5), ((2, 3, 32, 32), 0), ((2, 2, 64, 50), 9), ((2, 2, 7, 80), 6)], ids=str
+)
 def test_short_covariances_need_fewer_frequencies(emulator: Emulator, shape: tuple[int, ...], reach: int) -> None:
     check_quadratic(emulator, images(shape), table(shape[1], shape[2:], reach=reach))
 
@@ -313,7 +317,9 @@ def test_lower_precision_cross_spectrum_is_tf32(emulator: Emulator, shape: tuple
     assert torch.equal(high, emulator.cross_spectrum(a, None, frequencies, precision="medium"))
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 28, 28), (3, 3, 32, 32), (1, 2, 40, 64), (3, 3, 6, 66), (3, 5, 9, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 1, 28, 28), (3, 3, 32, 32), (1, 2, 40, 64), (3, 3, 6, 66), (3, 5, 9, 8)], ids=str
+)
 def test_results_do_not_depend_on_the_order_of_threads(emulator: Emulator, shape: tuple[int, ...]) -> None:
     gradient, covariance = images(shape), table(shape[1], shape[2:])
     spectrum = spectrum_of(covariance, gradient)
