@@ -15,7 +15,9 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from sgr_kernels.penalty.layers.elementary import RULES
+from sgr_kernels.penalty.layers.normalization import batch_norm
 
+_RULES = {**RULES, F.batch_norm: batch_norm}
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
@@ -138,7 +140,7 @@ class DifferentiableTwice(TorchFunctionMode):
         dims = _CONVOLUTIONS.get(func)
         if dims is not None:
             return self._convolve(func, dims, *args, **(kwargs or {}))
-        return RULES.get(func, func)(*args, **(kwargs or {}))
+        return _RULES.get(func, func)(*args, **(kwargs or {}))
 
     def _convolve(
         self,
