@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -32,6 +33,8 @@ from sgr_kernels.penalty.way import Outcome, Task, Way
 from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
 from sgr_kernels.toeplitz.constants import recording
 
+logger = logging.getLogger("sgr_kernels")
+
 __all__ = ["SGRLoss", "StepStatistics", "linear_warmup"]
 
 # Tells "left out" from None, so that a frozen covariance can go without a source but never silently ignores one.
@@ -56,6 +59,11 @@ def _blame_devices(model: Any, images: Tensor, labels: Any, error: RuntimeError)
     if len(set().union(*found.values())) > 1:
         where = ", ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in found.items() if on)
         raise ValueError(f"device: got {where}; move them to one with .to(device) ({error})") from error
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("SGRLoss: %s", message)
 
 
 def _check_positive(argument: str, value: Any) -> None:
@@ -224,6 +232,12 @@ class SGRLoss(Recorded):
         step = self.steps if self.training else 0
         update = self.training and self.perturbation is not None and step % self.update_every == 0
         penalize = step % self.penalty_every == 0
+
+        if update and isinstance(model, nn.Module) and not model.training:
+            _say_once(
+                "the model is in evaluation mode and the criterion in training mode: the covariance goes on learning; "
+                "criterion.eval() stops that"
+            )
 
         def learn(losses: Tensor, gradient: Tensor | None) -> None:
             if update:

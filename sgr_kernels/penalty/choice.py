@@ -177,12 +177,15 @@ def _compare_exact(way: Way, trial: Trial) -> None:
         if best <= (0.02 if rounding < _WIDE else 0.1):
             return
     message = (
-        f"method: the parameters' gradient by {way.name} differs by {best:.2g} of its size from a difference of plain "
-        "gradients"
+        f"the parameters' gradient by {way.name} differs by {best:.2g} of its size from a difference of plain gradients"
     )
     if rounding < _WIDE and not trial.allow_kinks:
-        raise PenaltyGradientError(message)
-    logger.warning("SGRLoss: %s, whose own rounding is %.1g", message.removeprefix("method: "), rounding**0.5)
+        raise PenaltyGradientError(f"method: {message}")
+    if rounding >= _WIDE:
+        message += (
+            ", which proves nothing: part of the model computes in less than float64, and kinks lie within a step"
+        )
+    logger.warning("SGRLoss: %s", message)
 
 
 def _compare_difference(way: Way, trial: Trial) -> None:
