@@ -101,8 +101,8 @@ class Estimate(Covariance):
         """Second moment of one batch (Eq. 15 or 16), like ``values``."""
         raise NotImplementedError
 
-    def _average_variance(self) -> Tensor:
-        """Mean diagonal entry of the matrix that ``values`` stands for."""
+    def _average_variance(self, values: Tensor) -> Tensor:
+        """Mean diagonal entry of the matrix that values stand for."""
         raise NotImplementedError
 
     def _transposed(self, values: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Estimate(Covariance):
     def _refresh(self) -> None:
         """Rewrite in place what is derived from ``values``, so that a captured CUDA graph sees it."""
         if self.target_variance is not None:
-            ratio = self.target_variance / self._average_variance()
+            ratio = self.target_variance / self._average_variance(self.values)
             # A zero estimate, or one too small to divide by, means a zero penalty.
             self.scale.copy_(torch.where((ratio > 0) & ratio.isfinite(), ratio, 0.0))
 
@@ -216,6 +216,19 @@ class Estimate(Covariance):
                 "from its transpose"
             )
 
+    def check_variance(self, values: Tensor) -> None:
+        """Expect a variance, of values that are to stay, that can be brought to the target; waits for the device.
+
+        Raises:
+            ValueError: If there is a target and no positive variance: the penalty would be zero for ever.
+        """
+        variance = float(self._average_variance(values))
+        if self.target_variance is not None and not variance > 0:
+            raise ValueError(
+                f"target_variance: expected values with a positive variance to bring to {self.target_variance:g}, "
+                f"got an average of {variance:g}; the penalty would always be zero"
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert the state, but never below float32."""
 
@@ -237,6 +250,8 @@ class Estimate(Covariance):
         try:
             if isinstance(values, Tensor) and values.shape == self.values.shape:
                 self.check_values(values)
+                if self.frozen:
+                    self.check_variance(values)
             if isinstance(mean, Tensor) and not bool(mean.isfinite().all()):
                 raise ValueError("mean: expected finite numbers, got NaN or infinity")
         except ValueError as error:

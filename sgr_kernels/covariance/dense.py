@@ -84,8 +84,8 @@ class FullCovariance(Estimate):
         flat = perturbation.flatten(1)
         return flat.mT @ flat / flat.shape[0]
 
-    def _average_variance(self) -> Tensor:
-        return self.values.diagonal().mean()
+    def _average_variance(self, values: Tensor) -> Tensor:
+        return values.diagonal().mean()
 
     def product(self, gradient: Tensor) -> Tensor:
         """``v = Sigma g``, like ``gradient``; differentiable in the gradient."""

@@ -189,12 +189,7 @@ class CovarianceFunction(Estimate):
         Raises:
             ValueError: If no variance is there to be brought to a target: the penalty would be zero for ever.
         """
-        variance = float(self._average_variance())
-        if self.target_variance is not None and not variance > 0:
-            raise ValueError(
-                f"target_variance: expected values with a positive variance to bring to {self.target_variance:g}, "
-                f"got an average of {variance:g}; the penalty would always be zero"
-            )
+        self.check_variance(self.values)
         self.frozen = True
         with torch.no_grad():
             self._refresh()
@@ -203,8 +198,8 @@ class CovarianceFunction(Estimate):
     def _second_moment(self, perturbation: Tensor) -> Tensor:
         return construction.second_moment(perturbation, self.layout)
 
-    def _average_variance(self) -> Tensor:
-        return at_zero(self.values, self.layout.form).diagonal().mean()
+    def _average_variance(self, values: Tensor) -> Tensor:
+        return at_zero(values, self.layout.form).diagonal().mean()
 
     def _transposed(self, values: Tensor) -> Tensor:
         return self.layout.transposed(values)

@@ -54,7 +54,10 @@ def _rotation(first: Tensor, last: Tensor, between: Tensor) -> tuple[Tensor, Ten
 
 
 def pack(matrices: Tensor) -> Tensor:
-    """The distinct entries of symmetric matrices (C, C, ...): the diagonals, then what is above them by rows."""
+    """The distinct entries of symmetric matrices (C, C, ...): the diagonals, then what is above them, backwards.
+
+    So, in three dimensions: xx, yy, zz, yz, xz, xy.
+    """
     rows, columns = _distinct(matrices.shape[0], matrices.device)
     return matrices[rows, columns]
 
@@ -68,7 +71,7 @@ def unpack(entries: Tensor) -> Tensor:
 def _distinct(count: int, device: torch.device) -> Tensor:
     """Rows and columns of the distinct entries, (2, n)."""
     diagonal = torch.arange(count, device=device).expand(2, -1)
-    return torch.cat([diagonal, torch.triu_indices(count, count, 1, device=device)], 1)
+    return torch.cat([diagonal, torch.triu_indices(count, count, 1, device=device).flip(1)], 1)
 
 
 @constant
@@ -110,7 +113,7 @@ def _scaled(formula: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 @_scaled
 def _of_pairs(a: Tensor) -> Tensor:
-    return _positive_part_of_pair(a, _identity(a), a[:2].mean(0))
+    return _positive_part_in_plane(a, _identity(a), a[:2].mean(0))
 
 
 @_scaled
@@ -122,51 +125,48 @@ def _of_triples(a: Tensor) -> Tensor:
     middle, identity = a[:3].mean(0), _identity(a)
     shifted = a - middle * identity
     cofactors = _cofactors(shifted)
-    spread = _norm(shifted) / 6**0.5
-    determinant = shifted[0] * cofactors[0] + shifted[3] * cofactors[3] + shifted[4] * cofactors[4]
+    spread = (_inner(shifted, shifted) / 6).sqrt()
+    determinant = _inner(shifted, cofactors) / 3
     cosine = determinant / torch.where(spread > 0, 2 * spread**3, 1.0)
-    angle = cosine.abs().clamp(max=1).acos() / 3
-    extreme = torch.where(cosine < 0, -2.0, 2.0) * spread * angle.cos()
+    angle = cosine.abs().clamp_(max=1).acos_() / 3
+    extreme = 2 * spread * angle.cos_().copysign_(cosine)
     # The cofactors of (shifted - extreme): a multiple of the projector onto its eigenvector.
-    projector = cofactors + extreme * shifted + extreme**2 * identity
+    projector = cofactors + extreme * shifted + extreme * extreme * identity
     trace = projector[:3].sum(0)
     projector = projector / torch.where(trace > 0, trace, 1.0)
-    projector[0] += (trace <= 0).to(a.dtype)  # of a multiple of the identity any direction will do
+    projector[0] += trace <= 0  # of a multiple of the identity any direction will do
     extreme = middle + extreme
-    rest = _positive_part_of_pair(a - extreme * projector, identity - projector, (3 * middle - extreme) / 2)
+    rest = _positive_part_in_plane(a - extreme * projector, identity - projector, (3 * middle - extreme) / 2)
     return rest + extreme.clamp(min=0) * projector
 
 
-def _positive_part_of_pair(a: Tensor, plane: Tensor, middle: Tensor) -> Tensor:
+def _positive_part_in_plane(a: Tensor, plane: Tensor, middle: Tensor) -> Tensor:
     """Of matrices that vanish outside a plane (its projector), from the mean of their two eigenvalues in it."""
-    reach = _norm(a - middle * plane) / 2**0.5
+    deviation = a - middle * plane
+    reach = (_inner(deviation, deviation) / 2).sqrt()
     low, high = middle - reach, middle + reach
     share = torch.where(low < 0, high.clamp(min=0) / torch.where(reach > 0, 2 * reach, 1.0), 1.0)
-    return share * (a - torch.where(low < 0, low, 0.0) * plane)
+    return share * (a - low.clamp(max=0) * plane)
 
 
-def _norm(a: Tensor) -> Tensor:
-    """Frobenius norms of symmetric matrices of order 2 or 3."""
-    order = 2 if a.shape[0] == 3 else 3
-    squares = a * a
-    return (squares[:order].sum(0) + 2 * squares[order:].sum(0)).sqrt()
-
-
-def _identity(a: Tensor) -> Tensor:
-    """Entries of the identity, (n, 1)."""
-    return (torch.arange(a.shape[0], device=a.device) < (2 if a.shape[0] == 3 else 3)).to(a.dtype)[:, None]
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Of symmetric matrices of order 2 or 3: the trace of their product."""
+    return (a * b * (2 - _identity(a))).sum(0)
 
 
 def _cofactors(a: Tensor) -> Tensor:
     """Of symmetric matrices of order 3."""
-    xx, yy, zz, xy, xz, yz = a.unbind(0)
-    return torch.stack(
-        [
-            yy * zz - yz * yz,
-            xx * zz - xz * xz,
-            xx * yy - xy * xy,
-            xz * yz - xy * zz,
-            xy * yz - xz * yy,
-            xy * xz - yz * xx,
-        ]
-    )
+    diagonal, off = a[:3], a[3:]
+    turned, twice = a.view(2, 3, -1).roll(-1, 1), a.view(2, 3, -1).roll(-2, 1)
+    product = turned * twice
+    return torch.cat([product[0] - off * off, product[1] - off * diagonal])
+
+
+def _identity(a: Tensor) -> Tensor:
+    """Entries of the identity of order 2 or 3, (n, 1)."""
+    return _diagonal(a.shape[0], a.dtype, a.device)
+
+
+@constant
+def _diagonal(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (torch.arange(count, device=device) < (2 if count == 3 else 3)).to(dtype)[:, None]

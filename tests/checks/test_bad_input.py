@@ -266,6 +266,14 @@ def _loaded(build, change):
     build().load_state_dict(state)
 
 
+def test_a_frozen_state_without_variance_is_not_loaded():
+    frozen = CovarianceFunction.exponential(1, 4, 2.0, target_variance=1.0)
+    with pytest.raises(RuntimeError, match="target_variance: expected values with a positive variance"):
+        frozen.load_state_dict(frozen.state_dict() | {"values": torch.zeros_like(frozen.values)})
+    fresh = CovarianceFunction(1, 4, target_variance=1.0)
+    fresh.load_state_dict(fresh.state_dict())  # nothing learnt yet
+
+
 def test_states_that_do_not_fit_are_not_loaded():
     def build() -> CovarianceFunction:
         return CovarianceFunction(2, 4)
