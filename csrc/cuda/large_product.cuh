@@ -4,8 +4,8 @@
 //   U[l,t] = B' X',  Z[l,k] = U A,  Y = Lambda Z (mixing channels),  T[t,l] = A Y'
 // for each of the four parities; neither Z nor Y reaches memory. The second one finishes rows: v[s,n] = B T'. A data
 // tile is an operand of the next product as it stands, see fragment.cuh; constants come split from the host. Scales are
-// powers of two throughout, so that no operand reaches fp16's 2^16: images below 2^kLargeCeiling, U, Y and T by
-// `halved` of the frequencies, which keeps the transforms' norm at or below one.
+// powers of two throughout, so that no operand reaches fp16's 2^16: of images by their largest pixel and their size, of
+// U, Y and T by `halved` of the frequencies, which keeps the transforms' norm at or below one.
 #pragma once
 
 #include "image_tiles.cuh"
@@ -14,17 +14,16 @@
 namespace sgr::cuda {
 
 constexpr int kLargeWarps = 8, kLargeThreads = kLargeWarps * kWarp;
-constexpr int kLargeCeiling = 6;      // |Y| <= 2^6 sqrt(4 * 3 * 128 * 128)
-constexpr int kLargeTiles = 8;        // of half an image's rows, at most
+constexpr int kLargeTiles = 8;        // of half an image's rows, that a block has at a time
 constexpr int kMagnitudeBlocks = 64;  // that look for the spectrum's largest entry
 constexpr int kImageBlocks = 8;       // that look for one image's
 
 __host__ __device__ inline int tiles_of(int size) { return (size + kTile - 1) / kTile; }
 __host__ __device__ inline int half_tiles(int pixels) { return tiles_of((pixels + 1) / 2); }
 // The exponent of the power of two at or above sqrt(F / 2).
-__host__ __device__ inline int halved(int frequencies) {
+__host__ __device__ inline int halved(int64_t frequencies) {
   int exponent = 0;
-  while (2 << 2 * exponent < frequencies) ++exponent;
+  while (int64_t{2} << 2 * exponent < frequencies) ++exponent;
   return exponent;
 }
 
@@ -86,7 +85,8 @@ __device__ inline unsigned largest_of(const unsigned* values, int count) {
 __device__ inline int large_image_exponent(const LargeArguments& arguments, int64_t image) {
   // A parity's entry is the sum of four pixels.
   const unsigned bits = largest_of(arguments.magnitudes + kMagnitudeBlocks + image * kImageBlocks, kImageBlocks);
-  return scaling_exponent(bits, kLargeCeiling - 2);
+  const Geometry& geometry = arguments.geometry;  // |Y| is at most the norm of all parities
+  return scaling_exponent(bits, 13 - halved(2 * int64_t{geometry.channels} * geometry.height * geometry.width));
 }
 // So that the norm of Y is at or below that of U.
 __device__ inline int large_spectrum_exponent(const LargeArguments& arguments) {
@@ -156,14 +156,14 @@ template <class PRECISION, int CHANNELS, bool SYMMETRIC>
 struct LargeColumns {
   using Forward = typename PRECISION::Forward;
   using Inverse = typename PRECISION::Inverse;
-  static constexpr int kExchangeTiles = 2 * kParities * 2 * CHANNELS;  // Y of two steps of two tiles
+  static constexpr int kExchangeTiles = kParities * 2 * CHANNELS;  // two k tiles of Y, or two t tiles of T
   static int shared_bytes(int t_tiles) {
     return 4 * kTileEntries * (kParities * CHANNELS * t_tiles + kExchangeTiles) + 4 * kLargeWarps;
   }
 
   const LargeArguments& arguments;
-  uint32_t* transformed;  // U, later T: [parity][channel][t tile]
-  uint32_t* exchange;     // Y: [step][parity][k tile][channel]
+  uint32_t* transformed;  // U: [parity][channel][t tile]
+  uint32_t* exchange;     // Y or T: [parity][one of two tiles][channel]
   float* forms;
   int warp, lane, l_tile, l_tiles, k_tiles, t_tiles, s_tiles;
   int64_t image;  // of this pass
@@ -322,18 +322,32 @@ struct LargeColumns {
   }
 
   __device__ void run() const {
-    constexpr int kHalf = kLargeTiles / 2;  // t tiles of a warp
     const bool inverse = arguments.product.data != nullptr;
-    const int parity = warp / 2, member = warp % 2;
     transform_rows();
+    // Taller images have T in several turns, and Y anew in each.
+    float form = 0.0f;
+    for (int first = 0; first < t_tiles && (inverse || first == 0); first += kLargeTiles) {
+      const float again = transform_columns(first, inverse);
+      if (first == 0) form = again;
+    }
+    if (!arguments.partial) return;
+    form = warp_sum(form);
+    if (lane == 0) forms[warp] = form;
     __syncthreads();
+    write_quadratic();
+  }
 
-    // Each step brings two k tiles of Y, one by each of the parity's warps, which have every other t tile of T.
-    Fragment sum[kHalf][CHANNELS] = {};
+ private:
+  // T of the t tiles from `first` on; the lane's part of z' Lambda z is returned. Each step brings two k tiles of Y,
+  // one by each of the parity's warps, which have every other t tile of T.
+  __device__ float transform_columns(int first, bool inverse) const {
+    const int parity = warp / 2, member = warp % 2;
+    uint32_t* y = exchange + parity * 2 * CHANNELS * kTileEntries;
+    Fragment sum[kLargeTiles / 2][CHANNELS] = {};
     float form = 0.0f;
 #pragma unroll 1
     for (int k = 0; k < k_tiles; k += 2) {
-      uint32_t* y = exchange + (k / 2 % 2 * kParities + parity) * 2 * CHANNELS * kTileEntries;
+      __syncthreads();
       if (k + member < k_tiles) form += mix(parity, k + member, y + member * CHANNELS * kTileEntries);
       __syncthreads();
       if (!inverse) continue;
@@ -343,8 +357,8 @@ struct LargeColumns {
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) load_tile(data[c], y + (step * CHANNELS + c) * kTileEntries, lane);
 #pragma unroll
-        for (int i = 0; i < kHalf; ++i) {
-          const int t = 2 * i + member;
+        for (int i = 0; i < kLargeTiles / 2; ++i) {
+          const int t = first + 2 * i + member;
           if (t >= t_tiles) continue;
           typename Inverse::Tile constant;
           load_tile(constant,
@@ -359,24 +373,21 @@ struct LargeColumns {
         }
       }
     }
-    form = warp_sum(form);
-    if (lane == 0) forms[warp] = form;
-    if (inverse) {
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i)
+    for (int i = 0; i < kLargeTiles / 2; ++i) {
+      if (!inverse || first + 2 * i >= t_tiles) continue;
+      __syncthreads();
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-          if (2 * i + member < t_tiles)
-            store_fragment(sum[i][c], reinterpret_cast<float*>(transformed_tile(parity, c, 2 * i + member)), lane);
+      for (int c = 0; c < CHANNELS; ++c)
+        store_fragment(sum[i][c], reinterpret_cast<float*>(y + (member * CHANNELS + c) * kTileEntries), lane);
+      __syncthreads();
+      write_rows(first + 2 * i);
     }
-    __syncthreads();
-    write_quadratic();
-    if (inverse) write_rows();
+    return form;
   }
 
- private:
   __device__ void write_quadratic() const {
-    if (!arguments.partial || threadIdx.x > 0) return;
+    if (threadIdx.x > 0) return;
     const int exponent = large_image_exponent(arguments, arguments.first + image);
     double sum = 0.0;
     for (int i = 0; i < kLargeWarps; ++i) sum += forms[i];
@@ -386,22 +397,23 @@ struct LargeColumns {
         sum / (static_cast<double>(geometry.rows) * geometry.columns) * unscale.first * unscale.second;
   }
 
-  // T with its parities in y merged, 16 column frequencies of every row of the image; padding becomes zero.
-  __device__ void write_rows() const {
+  // Two t tiles of T with their parities in y merged, 16 column frequencies a row of the image; padding becomes zero.
+  __device__ void write_rows(int t_tile) const {
     const Geometry& geometry = arguments.geometry;
     const int half_height = (geometry.height + 1) / 2, pitch = l_tiles * kTile;
     const float scale = power_of_two(-halved(geometry.rows));
     const int lines = static_cast<int>(arguments.images) * CHANNELS * geometry.height;
+    const float* tiles = reinterpret_cast<const float*>(exchange);
 #pragma unroll 1
-    for (int task = warp; task < 2 * CHANNELS * t_tiles; task += kLargeWarps) {
-      const int r = task % 2, channel = task / 2 % CHANNELS, t_tile = task / (2 * CHANNELS);
-      const Fragment even = load_fragment(reinterpret_cast<float*>(transformed_tile(r, channel, t_tile)), lane);
-      const Fragment odd = load_fragment(reinterpret_cast<float*>(transformed_tile(2 + r, channel, t_tile)), lane);
+    for (int task = warp; task < 2 * 2 * CHANNELS; task += kLargeWarps) {
+      const int r = task % 2, place = task / 2, channel = place % CHANNELS;  // place: member and channel
+      const Fragment even = load_fragment(tiles + (r * 2 * CHANNELS + place) * kTileEntries, lane);
+      const Fragment odd = load_fragment(tiles + ((2 + r) * 2 * CHANNELS + place) * kTileEntries, lane);
       const int first_line = r * lines + (static_cast<int>(image) * CHANNELS + channel) * geometry.height;
       float* target = arguments.transformed + static_cast<int64_t>(first_line) * pitch + kTile * l_tile;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int t = kTile * t_tile + lane_row(lane, i);
+        const int t = kTile * (t_tile + place / CHANNELS) + lane_row(lane, i);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           float* column = target + lane_column(lane, n, 0);

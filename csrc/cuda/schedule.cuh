@@ -180,7 +180,7 @@ bool large_product_of(LAUNCHER& launcher, const LargeArguments& arguments, float
       {launch_large_product<P, 2, false, L>, launch_large_product<P, 2, true, L>},
       {launch_large_product<P, 3, false, L>, launch_large_product<P, 3, true, L>}};
   const Geometry& geometry = arguments.geometry;
-  if (geometry.channels > 3 || half_tiles(geometry.height) > kLargeTiles) return false;
+  if (geometry.channels > 3) return false;
   return kLaunch[geometry.channels - 1][symmetric](launcher, arguments, quadratic);
 }
 
