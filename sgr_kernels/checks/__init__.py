@@ -2,10 +2,12 @@
 
 from sgr_kernels.checks.arguments import (
     as_images,
+    check_floating,
     check_form,
     check_images,
     check_in_graph,
     check_max_displacement,
+    check_number,
     check_same_device,
     check_table,
     covariance_form,
@@ -16,10 +18,12 @@ from sgr_kernels.checks.caller import warn_caller
 
 __all__ = [
     "as_images",
+    "check_floating",
     "check_form",
     "check_images",
     "check_in_graph",
     "check_max_displacement",
+    "check_number",
     "check_same_device",
     "check_table",
     "covariance_form",
