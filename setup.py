@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -22,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
@@ -45,6 +48,21 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 def say(message: str) -> None:
     print(f"sgr_kernels: {message}", file=sys.stderr, flush=True)
+
+
+LEFT_OUT: dict[str, str] = {}
+"""Kernels that this build leaves out, and why."""
+
+
+def leave_out(kind: str, reason: str) -> None:
+    """Say so, and remember it for the note that goes with the package: installers hide what a build says."""
+    say(f"{kind} kernels left out: {reason}")
+    LEFT_OUT[kind] = reason[:2000]
+
+
+def write_note(package: Path) -> None:
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps({"left_out": LEFT_OUT}) + "\n")
 
 
 @dataclass
@@ -128,9 +146,13 @@ def cuda_architectures() -> list[str]:
     return flags
 
 
+def wanted_build() -> str:
+    return os.environ.get("SGR_BUILD") or "auto"
+
+
 def choose(found: Toolchain) -> list[str]:
     """The kernels to build: of ``cpu`` and ``cuda``, those wanted and possible."""
-    mode = os.environ.get("SGR_BUILD", "auto")
+    mode = wanted_build()
     if mode not in ("auto", "cpu", "cuda", "none"):
         raise ValueError(f"SGR_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
     wanted = {"auto": ["cpu", "cuda"], "cpu": ["cpu"], "cuda": ["cpu", "cuda"], "none": []}[mode]
@@ -139,9 +161,9 @@ def choose(found: Toolchain) -> list[str]:
             raise RuntimeError(f"SGR_BUILD={mode}: cannot build the {kind} kernels: {found.missing[kind]}")
     for kind in ("cpu", "cuda"):
         if kind not in wanted:
-            say(f"{kind} kernels left out: SGR_BUILD={mode}")
+            leave_out(kind, f"SGR_BUILD={mode}")
         elif kind in found.missing:
-            say(f"{kind} kernels left out: {found.missing[kind]}")
+            leave_out(kind, found.missing[kind])
     return [kind for kind in wanted if kind not in found.missing]
 
 
@@ -152,10 +174,14 @@ class BuildKernels(build_ext):
     kinds: list[str]
 
     def run(self) -> None:
-        if self.inplace:  # super() hides this from build_extension, and copies afterwards what has been built
+        if (
+            self.inplace and self.extensions
+        ):  # super() hides this from build_extension, and copies afterwards what has been built
             for binary in (ROOT / "sgr_kernels").glob("_C.*.so"):
                 binary.unlink()
         super().run()
+        if self.extensions:  # a later word than the other files', which are copied first
+            write_note(ROOT / "sgr_kernels" if self.inplace else Path(self.build_lib, "sgr_kernels"))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -166,8 +192,9 @@ class BuildKernels(build_ext):
         except CompileError as error:
             if not ext.optional:
                 raise
-            say(f"{self.kinds[-1]} kernels left out: their build failed: {error}")
+            leave_out(self.kinds[-1], f"their build failed: {error}")
             if self.kinds == ["cpu"]:
+                Wheel.pure = True
                 raise  # which setuptools reports, and goes on
             self.kinds = ["cpu"]
             self.build_extension(ext)
@@ -217,6 +244,25 @@ class BuildKernels(build_ext):
         ]
 
 
+class CopyPython(build_py):
+    """Copies the package and, beside it, a note on the kernels that are left out."""
+
+    def run(self) -> None:
+        super().run()
+        write_note(ROOT / "sgr_kernels" if self.editable_mode else Path(self.build_lib, "sgr_kernels"))
+
+
+class Wheel(bdist_wheel):
+    """Tagged by what was built, not by what was meant to be: one without kernels is for any machine."""
+
+    pure = False
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and self.pure:
+            self.root_is_pure, self.distribution.ext_modules = True, None
+
+
 def nvcc_version(nvcc: Path) -> str:
     output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
     match = re.search(r"release (\S+),", output)
@@ -250,14 +296,15 @@ def run(command: list[str]) -> None:
 if __name__ == "__main__":
     BuildKernels.found = Toolchain.find()
     BuildKernels.kinds = choose(BuildKernels.found)
+    commands = {"build_ext": BuildKernels, "build_py": CopyPython, "bdist_wheel": Wheel}
     if BuildKernels.kinds:
-        optional = os.environ.get("SGR_BUILD", "auto") == "auto"
+        optional = wanted_build() == "auto"
         sources = [str(path.relative_to(ROOT)) for path in [CSRC / "register.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]]
         setup(
             ext_modules=[Extension("sgr_kernels._C", sources, py_limited_api=True, optional=optional)],
-            cmdclass={"build_ext": BuildKernels},
+            cmdclass=commands,
             options={"bdist_wheel": {"py_limited_api": "cp310"}},
         )
     else:
         say("pure Python package: the plain PyTorch backend serves")
-        setup()
+        setup(cmdclass=commands)

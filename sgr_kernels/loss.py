@@ -197,9 +197,7 @@ class SGRLoss(Recorded):
             PenaltyGradientError: If the model does not support the method.
             RuntimeError: If too many penalties in a row were not finite.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            hint = "; divide by 255" if isinstance(images, Tensor) and images.dtype == torch.uint8 else ""
-            raise TypeError(f"images: expected a real floating-point tensor, got {checks.describe(images)}{hint}")
+        checks.check_floating_point("images", images)
         self._stop_if_hopeless()
         differentiable = torch.is_grad_enabled()
         if differentiable:

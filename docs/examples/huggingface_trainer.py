@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,9 +21,14 @@ class RobustTrainer(Trainer):
         criterion = sgr.SGRLoss(covariance, strength, method="auto")
         model.add_module("criterion", criterion)
         super().__init__(model, **rest)
+        # compute_loss gives the mean over its batch: the Trainer is to divide it by the gradient accumulation steps
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        if self.args.label_smoothing_factor:
+            smoothing = self.args.label_smoothing_factor
+            criterion.loss_fn = partial(nn.functional.cross_entropy, reduction="none", label_smoothing=smoothing)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """SGR loss of a batch."""
-        criterion = self.accelerator.unwrap_model(model).criterion
+        criterion = self.accelerator.unwrap_model(model, keep_torch_compile=False).criterion
         loss = criterion(lambda pixels: model(pixel_values=pixels).logits, inputs["pixel_values"], inputs["labels"])
         return (loss, {"logits": criterion.peek().outputs}) if return_outputs else loss

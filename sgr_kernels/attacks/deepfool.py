@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,7 @@ from sgr_kernels.attacks.objective import (
     inspect_logits,
     logits_of,
 )
+from sgr_kernels.checks import check_number
 
 ConventionName = Literal["cleverhans", "authors", "foolbox"]
 
@@ -80,8 +80,7 @@ def deepfool(
     """
     if convention not in _CONVENTIONS:
         raise ValueError(f"convention: expected one of {sorted(_CONVENTIONS)}, got {convention!r}")
-    if not 0 <= overshoot < math.inf:
-        raise ValueError(f"overshoot: expected a finite number >= 0, got {overshoot}")
+    overshoot = check_number("overshoot", overshoot)
     check_count("max_iterations", max_iterations, least=0)
     check_count("candidates", candidates, least=2)
     images = check_images(images, bounds)

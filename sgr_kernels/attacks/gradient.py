@@ -31,6 +31,7 @@ from sgr_kernels.attacks.objective import (
     logit_loss,
     logits_of,
 )
+from sgr_kernels.checks import check_number
 
 Norm = Literal["Linf", "L2"]
 
@@ -141,8 +142,8 @@ def pgd(
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise ValueError(f"step_size: expected a finite number > 0, got {step_size}")
+    if step_size is not None:
+        step_size = check_number("step_size", step_size, above=True)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
     images = check_images(images, bounds)

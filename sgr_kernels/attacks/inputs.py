@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.attacks.levels import Bounds
+from sgr_kernels.checks import describe
 
 DEFAULT_SEED = 20180
 
@@ -25,8 +26,13 @@ def check_images(images: Tensor, bounds: Bounds) -> Tensor:
         raise TypeError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")
     if images.ndim < 2:
         raise ValueError(f"images: expected a batch (B, C, H, W), got shape {tuple(images.shape)}")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
+    if bounds is not None:
+        if not (
+            isinstance(bounds, tuple | list) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+        ):
+            raise TypeError(f"bounds: expected (low, high) or None, got {describe(bounds)}")
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
     if images.numel() == 0:
         return images
     low, high = (float(v) for v in images.detach().aminmax())
@@ -69,6 +75,17 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def private_generator(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or a new one on the CPU with the fixed seed 20180: the global stream is never used."""
     return generator if generator is not None else torch.Generator().manual_seed(DEFAULT_SEED)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU with a seed of 64 bits.
+
+    Raises:
+        ValueError: not a whole number from 0 to 2**64 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**64 - 1, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
 
 
 def child_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:

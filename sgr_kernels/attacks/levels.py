@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from sgr_kernels.checks import check_number
 from sgr_kernels.checks.caller import warn_caller
 
 Eps = float | Sequence[float]
@@ -61,14 +61,12 @@ def check_eps(eps: Eps, bounds: Bounds = None) -> list[float]:
         bounds: for strengths in pixel units, the range of the pixels: more than the whole range draws a warning.
 
     Raises:
+        TypeError: a strength is not a number.
         ValueError: a strength is negative, infinite or NaN, or the list is empty.
     """
-    levels = [float(level) for level in _as_iterable(eps)]
+    levels = [check_number("eps", level) for level in _as_iterable(eps)]
     if not levels:
         raise ValueError("eps: expected at least one strength, got an empty list")
-    for level in levels:
-        if not (math.isfinite(level) and level >= 0):
-            raise ValueError(f"eps: expected a finite number >= 0, got {level}")
     if bounds is not None and max(levels) > (bounds[1] - bounds[0]) * (1 + 1e-6):
         warn_caller(
             f"eps: {max(levels)} is more than the whole range {bounds} of the pixels; eps is in the images' own units, "
@@ -83,5 +81,9 @@ def one_or_stacked(results: list[Tensor], eps: Eps) -> Tensor:
 
 
 def _as_iterable(eps: Eps) -> Iterable[float]:
-    """Numbers and zero-dimensional tensors become a list of one."""
-    return eps if isinstance(eps, Iterable) and getattr(eps, "ndim", 1) > 0 else [cast(float, eps)]
+    """Numbers, zero-dimensional tensors, and what is neither number nor list become a list of one."""
+    return eps if isinstance(eps, Iterable) and not _is_one(eps) else [cast(float, eps)]
+
+
+def _is_one(eps: object) -> bool:
+    return isinstance(eps, str | Mapping) or getattr(eps, "ndim", 1) == 0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
 
@@ -34,12 +36,27 @@ class BuildInfo(TypedDict):
     """Versions of torch, the C++ compiler and nvcc."""
     error: str | None
     """Why there are no kernels."""
+    left_out: dict[str, str]
+    """Device types whose kernels the build left out, and why."""
+
+
+def _left_out(note: Path) -> dict[str, str]:
+    """What the build noted; nothing where there is no note, as in a checkout that was never built."""
+    try:
+        reasons = json.loads(note.read_text())["left_out"]
+        return {str(kind): str(reason) for kind, reason in reasons.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+_LEFT_OUT = _left_out(Path(__file__).parents[1] / "_build.json")
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """The binary, or None and the reason. Importing it registers the kernels with PyTorch's dispatcher."""
     if importlib.util.find_spec(name) is None:
-        return None, _NOT_BUILT
+        reason = _LEFT_OUT.get("cpu")
+        return None, _NOT_BUILT + (f" (this build's were left out: {reason})" if reason else "")
     try:
         module = importlib.import_module(name)
     except Exception as error:  # whatever it is, the package goes on
@@ -62,7 +79,14 @@ binary, _error = _load("sgr_kernels._C")
 def build_info() -> BuildInfo:
     """What the compiled kernels were built with, and for what."""
     if binary is None:
-        return {"kernels": [], "instruction_sets": [], "cuda_architectures": [], "built_with": {}, "error": _error}
+        return {
+            "kernels": [],
+            "instruction_sets": [],
+            "cuda_architectures": [],
+            "built_with": {},
+            "error": _error,
+            "left_out": dict(_LEFT_OUT),
+        }
     built_with: dict[str, str] = dict(binary.build_info())
     architectures = built_with.pop("cuda_architectures")
     del built_with["schemas"]
@@ -72,4 +96,5 @@ def build_info() -> BuildInfo:
         "cuda_architectures": architectures.split(",") if architectures else [],
         "built_with": {name: version for name, version in built_with.items() if version},
         "error": None,
+        "left_out": dict(_LEFT_OUT),
     }

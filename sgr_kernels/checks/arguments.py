@@ -10,12 +10,35 @@ from torch import Tensor
 
 from sgr_kernels.toeplitz.geometry import FORMS, Size, bin_count
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def describe(value: object) -> str:
     """A tensor's shape and dtype, or another value's type, for error messages."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
-    return f"{type(value).__name__} {value!r}"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_number(name: str, value: object, *, above: bool = False) -> float:
+    """A number, finite in single precision, >= 0, or with ``above`` > 0.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range.
+    """
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError("a number in words")
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a number, got {describe(value)}") from error
+    if not 0 <= number <= _LARGEST or (above and number == 0):
+        bound = "> 0" if above else ">= 0"
+        where = " in single precision" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{name}: expected a finite number {bound}{where}, got {value}")
+    return number
 
 
 def number(name: str, value: object, wanted: str, fits: Callable[[float], bool]) -> float:
@@ -36,8 +59,7 @@ def number(name: str, value: object, wanted: str, fits: Callable[[float], bool])
 def check_floating_point(name: str, value: Tensor) -> None:
     """Expect a real floating-point tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        bytes_given = isinstance(value, Tensor) and value.dtype == torch.uint8
-        hint = f"; for bytes, {name}.float() / 255" if bytes_given else ""
+        hint = "; divide by 255" if isinstance(value, Tensor) and value.dtype == torch.uint8 else ""
         raise TypeError(f"{name}: expected a real floating-point tensor, got {describe(value)}{hint}")
 
 

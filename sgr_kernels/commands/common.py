@@ -33,6 +33,14 @@ def natural(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """Argument type: a seed of 64 bits."""
+    value = natural(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2**64, got {text}")
+    return value
+
+
 def nonnegative(text: str) -> float:
     """Argument type: a finite number >= 0."""
     value = float(text)
@@ -84,8 +92,8 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros((), device=chosen).item()  # "meta" makes tensors, but keeps no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return chosen
 

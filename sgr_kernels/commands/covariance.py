@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "test"), default="test", help="images to use")
     add("--images", type=common.whole, metavar="N", help="only the first N of them")
     add("--eps", type=common.positive, default=8.0, help="strength of fgsm and pgd, in grey levels (1/255)")
-    add("--seed", type=common.natural, default=0, help="of PGD's random starts")
+    add("--seed", type=common.seed, default=0, help="of PGD's random starts")
     common.add_batch_size(parser)
     add("--out", metavar="FILE", default="covariance.png", help="picture; the numbers go beside it as .json")
     common.add_device(parser)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=common.whole, default=defaults.draws, help="draws of noise for each digit; the worst counts")
     add("--strength", type=common.nonnegative, default=defaults.strength, help="of the penalties of GN and SGR")
     add("--decay-length", type=common.positive, default=defaults.decay_length, help="of SGR's covariance, in pixels")
-    add("--seed", type=common.natural, default=defaults.seed, help="of everything random")
+    add("--seed", type=common.seed, default=defaults.seed, help="of everything random")
     common.add_device(parser)
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
-    add("--seed", type=common.natural, default=Plan.seed, help="of random starts and noise")
+    add("--seed", type=common.seed, default=Plan.seed, help="of random starts and noise")
     common.add_batch_size(parser)
     add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint")
     common.add_device(parser)

@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
-    add("--seed", type=common.natural, default=_DEFAULTS["seed"], help="of everything random")
+    add("--seed", type=common.seed, default=_DEFAULTS["seed"], help="of everything random")
     add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
     common.add_device(parser)
 

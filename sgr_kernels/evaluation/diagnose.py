@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from sgr_kernels.attacks.guard import Model, model_device, preserve
 from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, child_generator, private_generator
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
+from sgr_kernels.checks import check_number
 from sgr_kernels.evaluation.loaders import Loader, batches
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -140,11 +141,10 @@ def diagnose(
         ValueError: strengths that are not positive, an empty loader, labels out of range, or a model without finite
             logits and input gradients.
     """
-    grid = sorted(float(s) for s in strengths)
-    if not grid or not all(s > 0 and math.isfinite(s) for s in grid):
-        raise ValueError(f"strengths: expected positive numbers, got {list(strengths)}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: expected a number > 0, got {tolerance}")
+    grid = sorted(check_number("strengths", strength, above=True) for strength in strengths)
+    if not grid:
+        raise ValueError("strengths: expected at least one, got an empty list")
+    tolerance = check_number("tolerance", tolerance, above=True)
     check_count("draws", draws)
     generator = private_generator(generator)
     losses: list[Tensor] = []

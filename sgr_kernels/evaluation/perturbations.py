@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import fgsm, pgd
-from sgr_kernels.attacks.guard import ask, model_device, preserve, random_streams
+from sgr_kernels.attacks.guard import model_device, preserve, random_streams
+from sgr_kernels.attacks.inputs import check_images, check_labels, seeded
+from sgr_kernels.attacks.objective import differentiable, input_gradient, logits_of
 from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.functional import displacement_covariance
 
@@ -31,12 +33,17 @@ def perturbations(
 
     Returns:
         (B, C, H, W), detached.
+
+    Raises:
+        TypeError: images that are not floating point, or labels that are not integers.
+        ValueError: an unknown source, bad images, labels or strengths, or a model without finite input gradients.
     """
     if source in ("gradient", "sign"):
         with preserve(model), torch.enable_grad():
-            leaf = images.detach().clone().requires_grad_()
-            loss = nn.functional.cross_entropy(ask(model, leaf), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            leaf = differentiable(check_images(images, None))
+            logits = logits_of(model, leaf)
+            check_labels(labels, *logits.shape)
+            gradient = input_gradient(nn.functional.cross_entropy(logits, labels, reduction="none"), leaf)
         return gradient if source == "gradient" else gradient.sign()
     attacks: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}
     if source not in attacks:
@@ -57,7 +64,7 @@ def perturbation_covariance(model: nn.Module, loader: Loader, source: str, *, ep
     Raises:
         ValueError: for an unknown source or an empty loader.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     total, count = torch.zeros(()), 0
     with random_streams(model):
         for images, labels in batches(loader, model_device(model)):

@@ -51,6 +51,7 @@ from sgr_kernels.attacks.objective import (
     logit_loss,
     logits_of,
 )
+from sgr_kernels.checks import check_number
 from sgr_kernels.evaluation.curves import wilson_interval
 from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.evaluation.planted import planted_examples
@@ -144,6 +145,7 @@ def sanity_report(
         TypeError: as the attacks.
         ValueError: as the attacks, or an empty loader.
     """
+    check_number("eps", eps)
     (eps,) = check_eps(eps, bounds)
     check_count("steps", steps)
     check_count("max_images", max_images)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks import correlated_noise, fgsm, pgd
 from sgr_kernels.attacks.guard import model_device, random_streams
+from sgr_kernels.attacks.inputs import seeded
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.loaders import Loader, batches
@@ -95,7 +95,7 @@ def evaluate(
     channels, height, width = images.shape[1:]
 
     def curve(attack: Callable[..., Tensor], eps: Sequence[float]) -> RobustnessCurve:
-        generator = torch.Generator().manual_seed(plan.seed)
+        generator = seeded(plan.seed)
         return robustness_curve(model, loader, attack, list(eps), generator)
 
     on_part("clean")

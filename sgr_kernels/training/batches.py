@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgr_kernels.attacks.inputs import check_count
 from sgr_kernels.training.datasets import ImageSet
 from sgr_kernels.training.processes import Processes
 
@@ -84,10 +85,8 @@ class Batches:
         augmentation: Augmentation | None = None,
         processes: Processes = _ALONE,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        check_count("batch_size", batch_size)
+        check_count("seed", seed, least=0)
         self.images = data.images.to(device)
         self.labels = data.labels.to(device)
         self.batch_size, self.seed, self.shuffle, self.augmentation = batch_size, seed, shuffle, augmentation

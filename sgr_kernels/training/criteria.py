@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels import attacks
+from sgr_kernels.checks import check_floating_point, describe
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.loss import StepStatistics
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
@@ -23,7 +24,13 @@ class CrossEntropy(nn.Module):
         self._last: StepStatistics | None = None
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of ``model(images)``, a scalar."""
+        """Mean cross-entropy of ``model(images)``, a scalar.
+
+        Raises:
+            TypeError: images that are not floating point, labels or outputs that are not tensors.
+            ValueError: shapes that do not fit, or labels out of range.
+        """
+        check_floating_point("images", images)
         outputs = model(images)
         loss = cross_entropy_per_sample(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
@@ -75,6 +82,8 @@ class Augmented(CrossEntropy):
 
     def mixture(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The images, the second half of them perturbed. Batches are in random order, so any half will do."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a tensor of classes or of probabilities, got {describe(labels)}")
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         eps = self.largest * float(torch.rand((), generator=generator))
         clean, rest = images.split([len(images) // 2, len(images) - len(images) // 2])

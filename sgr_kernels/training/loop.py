@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from sgr_kernels.attacks.guard import ask
+from sgr_kernels.attacks.inputs import check_labels
+from sgr_kernels.attacks.objective import logits_of
+from sgr_kernels.checks import check_floating_point
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.checkpoint import TrainingError
@@ -290,6 +292,10 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
     """Share of images whose largest logit is at the label; the model is in evaluation mode meanwhile.
 
     Several processes each bring their part of the images.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: outputs that are not logits (B, classes), or labels out of range.
     """
     training = model.training
     model.eval()
@@ -297,7 +303,10 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
     try:
         with torch.no_grad():
             for images, labels in batches:
-                correct += int((ask(model, images).argmax(1) == labels).sum())
+                check_floating_point("images", images)
+                logits = logits_of(model, images)
+                check_labels(labels, *logits.shape)
+                correct += int((logits.argmax(1) == labels).sum())
                 seen += len(labels)
     finally:
         model.train(training)

@@ -134,7 +134,7 @@ def _require_kind(name: str, value: Any, kind: str) -> None:
     kinds = {"str": (str, "a string"), "int": (int, "a whole number"), "bool": (bool, "True or False")}
     accepted, words = kinds.get(kind, ((int, float), "a number"))
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind != "bool"):
-        raise ValueError(f"{name} must be {words}, got {value!r}")
+        raise ValueError(f"{name} must be {words}, got {' '.join(repr(value).split())}")
 
 
 @dataclass(frozen=True)

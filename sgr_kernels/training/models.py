@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.checks import check_floating_point
+
 __all__ = ["CarliniWagner", "Standardize", "architecture_for", "carlini_wagner"]
 
 _GREY_LEVEL = 1 / 255
@@ -76,6 +78,7 @@ class CarliniWagner(nn.Module):
         """(B, C, H, W) in [0, 1] -> logits (B, classes)."""
         if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(f"images must be (B, {', '.join(map(str, self.image_shape))}), got {tuple(images.shape)}")
+        check_floating_point("images", images)
         return self.classifier(self.features(self.standardize(images)))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sgr_kernels.attacks import correlated_noise, pgd
+from sgr_kernels.checks import check_number
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import robustness_curve
 from sgr_kernels.training.batches import Batches
@@ -94,14 +95,14 @@ def strength_search(
     Raises:
         ValueError: if there are no strengths, or the method has none.
     """
-    if not strengths or not all(strength > 0 for strength in strengths):
-        raise ValueError(f"strengths must be positive numbers, got {list(strengths)}")
+    ascending = sorted(check_number("strengths", strength, above=True) for strength in strengths)
+    if not ascending:
+        raise ValueError("strengths: expected at least one, got none")
     if not METHODS[settings.method].penalized:
         raise ValueError(f"method {settings.method!r} has no strength to search for")
     batches = Batches(validation, 100, device=device)
 
     plain = replace(settings, method="clean", strength=0.0, perturbation="sign")
-    ascending = sorted(strengths)
     models = train([plain, *(replace(settings, strength=strength) for strength in ascending)])
     (clean_accuracy, clean_area), *measured = [(accuracy(model, batches), area(model)) for model in models]
     trials = [

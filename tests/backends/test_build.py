@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -102,6 +104,67 @@ def test_failing_build_leaves_no_earlier_binary(checkout: Path, options: list[st
     assert "cpu kernels left out: their build failed" in result.stderr
     assert not built(checkout)
     assert (checkout / "sgr_kernels" / "_C.abi3.so").exists() == (not options)
+
+
+# Makes an empty file of whatever it is asked to compile or link.
+OBEDIENT = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+
+
+def wheel(checkout: Path, **environment: str) -> tuple[str, set[str], dict[str, str]]:
+    """The tag of a built wheel, what it holds, and what it says that was left out, and why."""
+    result = build(checkout, "bdist_wheel", **environment)
+    assert result.returncode == 0, result.stderr
+    (path,) = checkout.glob("dist/*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith("/WHEEL"))
+        tag = path.stem.split("-", 2)[2]
+        text = archive.read(metadata).decode()
+        assert f"Tag: {tag}" in text
+        assert f"Root-Is-Purelib: {str(tag == 'py3-none-any').lower()}" in text
+        assert any(name == "sgr_kernels/__init__.py" for name in names)
+        return tag, names, json.loads(archive.read("sgr_kernels/_build.json"))["left_out"]
+
+
+def test_a_wheel_is_tagged_by_what_was_built(checkout: Path) -> None:
+    tag, names, left_out = wheel(checkout, CXX=executable(checkout / "cxx", OBEDIENT), CUDA_HOME="/nowhere")
+    assert tag.startswith("cp310-abi3-linux")
+    assert "sgr_kernels/_C.abi3.so" in names
+    assert list(left_out) == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "no C++ compiler found"),
+        ("echo out of order >&2; exit 1", "out of order"),
+        ("exit 3", "their build failed"),
+    ],
+)
+def test_a_wheel_without_kernels_is_for_any_machine_and_says_why(
+    checkout: Path, compiler: str | None, reason: str
+) -> None:
+    environment = {} if compiler is None else {"CXX": executable(checkout / "cxx", compiler)}
+    tag, names, left_out = wheel(checkout, **environment)
+    assert tag == "py3-none-any"
+    assert not [name for name in names if name.endswith(".so")]
+    assert reason in left_out["cpu"]
+
+
+@pytest.mark.parametrize("command", [["build_ext", "--inplace"], ["build_py"]])
+def test_other_builds_keep_the_reason_too(checkout: Path, command: list[str]) -> None:
+    compiler = executable(checkout / "cxx", "echo out of order >&2; exit 1")
+    build(checkout, *command, **({"CXX": compiler} if "--inplace" in command else {}))
+    (note,) = (p for p in checkout.rglob("_build.json"))
+    assert (note.parent == checkout / "sgr_kernels") == ("--inplace" in command)
+    found = json.loads(note.read_text())["left_out"]["cpu"]
+    assert ("out of order" if "--inplace" in command else "no C++ compiler found") in found
+
+
+def test_an_empty_mode_is_the_usual_one(checkout: Path) -> None:
+    result = build(checkout, SGR_BUILD="", CXX=executable(checkout / "cxx", "echo out of order >&2; exit 1"))
+    assert result.returncode == 0, result.stderr
+    assert "cpu kernels left out: their build failed" in result.stderr
 
 
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
@@ -207,6 +270,23 @@ def test_absent_binary_is_no_error() -> None:
     binary, error = extension._load("sgr_kernels._absent")
     assert binary is None
     assert "no compiled kernels" in str(error)
+
+
+@pytest.mark.parametrize("content", [None, "half a", "[]", '{"left_out": 3}'])
+def test_a_lost_note_is_no_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "note").write_text(content)
+    assert extension._left_out(tmp_path / "note") == {}
+
+
+def test_the_reason_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no kernels, and where there are no CUDA kernels."""
+    (tmp_path / "note").write_text('{"left_out": {"cpu": "out of order", "cuda": "nvcc not found"}}')
+    left_out = extension._left_out(tmp_path / "note")
+    monkeypatch.setattr(extension, "_LEFT_OUT", left_out)
+    assert extension.build_info()["left_out"] == left_out
+    _, error = extension._load("sgr_kernels._absent")
+    assert "left out: out of order" in str(error)
 
 
 def test_build_info() -> None:

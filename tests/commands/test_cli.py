@@ -388,6 +388,7 @@ def test_demo_writes_its_report(tmp_path):
     [
         (["train", "--data", "/nowhere"], "data must be 'mnist-sample' or a folder, got '/nowhere'"),
         (["train", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["train", "--device", "meta"], "device 'meta' cannot be used here"),
         (["evaluate", "/nowhere"], "no checkpoint at /nowhere"),
         (["covariance", "--source", "pgd"], "--source pgd needs a CHECKPOINT"),
         (["covariance", "--out", "c.pdf"], "--out must end in .png, got c.pdf"),
@@ -408,6 +409,13 @@ def test_bad_input_gets_one_clear_line(arguments, message, capsys, tmp_path, mon
         (["train", "--epochs", "0"], "argument --epochs: expected a whole number >= 1, got 0"),
         (["train", "--decay-length", "0"], "argument --decay-length: expected a number > 0, got 0"),
         (["evaluate", "x", "--seed", "-1"], "argument --seed: expected a whole number >= 0, got -1"),
+        *(
+            (
+                [*command, "--seed", str(2**64)],
+                "argument --seed: expected a whole number below 2**64, got 18446744073709551616",
+            )
+            for command in (["train"], ["evaluate", "x"], ["covariance"], ["demo"])
+        ),
         (["sing"], "invalid choice: 'sing'"),
         ([], "the following arguments are required: COMMAND"),
     ],

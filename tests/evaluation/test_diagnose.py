@@ -148,10 +148,10 @@ def test_zero_gradients_predict_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strengths": [0.1, 0.0]}, "strengths: expected positive"),
-        ({"strengths": []}, "strengths: expected positive"),
+        ({"strengths": [0.1, 0.0]}, "strengths: expected"),
+        ({"strengths": []}, "strengths: expected"),
         ({"draws": 0}, "draws: expected a whole number >= 1"),
-        ({"tolerance": 0.0}, "tolerance: expected a number > 0"),
+        ({"tolerance": 0.0}, "tolerance: expected a finite number > 0"),
         ({"loader": []}, "loader: expected at least one image"),
         ({"loader": [(images_like(2) * float("nan"), torch.tensor([0, 1]))]}, "images: expected finite values"),
         ({"loader": [(images_like(2), torch.tensor([0, 9]))]}, "labels: expected 0 to 3"),

@@ -93,26 +93,70 @@ def test_lightning_trains_and_restores_the_criterion(tmp_path: Path) -> None:
     assert int(state["criterion.covariance.updates"]) == 8
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_hugging_face_trainer_trains(tmp_path: Path) -> None:
+def hugging_face() -> tuple[Any, Any]:
+    """The library and the example; skips where it is not installed."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = load("huggingface_trainer")
+        return transformers, load("huggingface_trainer")
+
+
+def hugging_face_norms(folder: Path, strength: float | None, **options: Any) -> tuple[list[float], Any]:
+    """Norm of the gradient at each step of an epoch, and the trainer; the library's own where there is no strength."""
+    transformers, example = hugging_face()
     configuration = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=6, patch_size=2,
         num_channels=1, num_labels=2,
     )  # fmt: skip
+    norms = []
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(gradients).norm()))
+
     images, labels = separable()
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels)]
-    trainer = module.RobustTrainer(
-        transformers.ViTForImageClassification(configuration),
-        sgr.CovarianceFunction(1, (6, 6), target_variance=0.1),
-        args=transformers.TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], use_cpu=True),
-        train_dataset=data,
-        eval_dataset=data,
+    arguments = transformers.TrainingArguments(
+        str(folder), num_train_epochs=1, report_to=[], use_cpu=True, max_grad_norm=0, save_strategy="no", **options
     )
+    rest = {"args": arguments, "train_dataset": data, "eval_dataset": data, "callbacks": [Look()]}
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(configuration)
+    if strength is None:
+        trainer = transformers.Trainer(model, **rest)
+    else:
+        covariance = sgr.CovarianceFunction(1, (6, 6), target_variance=0.1)
+        trainer = example.RobustTrainer(model, covariance, strength, **rest)
     trainer.train()
+    return norms, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_trainer_trains(tmp_path: Path) -> None:
+    _, trainer = hugging_face_norms(tmp_path, 1.0)
     assert int(trainer.model.criterion.covariance.updates) > 0
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [
+    {"per_device_train_batch_size": 16},
+    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 16, "label_smoothing_factor": 0.3},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "label_smoothing_factor": 0.3},
+    {"per_device_train_batch_size": 16, "gradient_checkpointing": True},
+    {"per_device_train_batch_size": 16, "torch_compile": True, "torch_compile_backend": "eager"},
+], ids=lambda options: "-".join(list(options)[1:]) or "plain")  # fmt: skip
+def test_hugging_face_options_mean_what_they_mean_without_a_penalty(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Without a penalty's strength the gradients are the library's own; with one every option still works."""
+    own, reference = hugging_face_norms(tmp_path / "own", None, **options)
+    found, trainer = hugging_face_norms(tmp_path / "found", 0.0, **options)
+    assert len(own) == 4
+    assert found == pytest.approx(own, rel=1e-3)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-3)
+    penalized, _ = hugging_face_norms(tmp_path / "penalized", 10.0, **options)
+    assert penalized[0] == pytest.approx(own[0], rel=0.5)
+    assert penalized[0] != pytest.approx(own[0], rel=1e-4)

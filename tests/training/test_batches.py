@@ -84,7 +84,7 @@ def test_augmented_images_are_crops_of_the_padded_ones(flip):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number >= 1, got 0"):
         Batches(numbered(3), 0)
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+    with pytest.raises(ValueError, match="seed: expected a whole number >= 0, got -1"):
         Batches(numbered(3), seed=-1)
