@@ -154,9 +154,8 @@ class SGRLoss(Recorded):
         count_calls: bool = True,
         nonfinite_patience: int = 10,
     ) -> None:
-        _check_positive("update_every", update_every)
-        _check_positive("penalty_every", penalty_every)
-        _check_positive("nonfinite_patience", nonfinite_patience)
+        for name in ("update_every", "penalty_every", "nonfinite_patience"):
+            _check_positive(name, locals()[name])
         super().__init__(nonfinite_patience)
         if not isinstance(covariance, Covariance):
             raise TypeError(f"covariance: expected a sgr_kernels covariance module, got {checks.describe(covariance)}")
@@ -176,7 +175,7 @@ class SGRLoss(Recorded):
         self.update_every, self.penalty_every, self.fraction = update_every, penalty_every, float(fraction)
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
         self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
-        self._way: Way | None = None
+        self._ways = choice.Ways()
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
@@ -298,13 +297,14 @@ class SGRLoss(Recorded):
 
     def _tried_way(self, model: Any, images: Tensor, labels: Any) -> Way:
         """The way to the penalty's gradient; before its first use it is tried, leaving no trace."""
-        if self._way is not None:
-            return self._way
+        way = self._ways.get(model)
+        if way is not None:
+            return way
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
             return choice.WAYS[self.method]()
         way = choice.choose(self.method, choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks))
         if way.proved:
-            self._way = way
+            self._ways.keep(model, way)
         return way
 
     def extra_repr(self) -> str:

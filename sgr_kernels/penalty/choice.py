@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,6 +95,41 @@ class Trial:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+
+class Ways:
+    """The ways that were tried, by model: a module itself, or the code of a function, which is new at every step.
+
+    Copies and pickles begin empty, so that what they serve is tried, too.
+    """
+
+    def __init__(self) -> None:
+        self._of_modules: weakref.WeakKeyDictionary[nn.Module, Way] = weakref.WeakKeyDictionary()
+        self._of_code: dict[Any, Way] = {}
+
+    def get(self, model: Any) -> Way | None:
+        """The way that was tried on a model."""
+        key = _key(model)
+        return self._of_modules.get(key) if isinstance(key, nn.Module) else self._of_code.get(key)
+
+    def keep(self, model: Any, way: Way) -> None:
+        """Remember it."""
+        key = _key(model)
+        if isinstance(key, nn.Module):
+            self._of_modules[key] = way
+        else:
+            self._of_code[key] = way
+
+    def __reduce__(self) -> tuple[type[Ways], tuple[()]]:
+        """Empty."""
+        return Ways, ()
+
+
+def _key(model: Any) -> Any:
+    model = uncompiled(model)
+    while isinstance(model, functools.partial):
+        model = model.func
+    return model if isinstance(model, nn.Module) else getattr(model, "__code__", type(model))
 
 
 def is_traceable(method: str) -> bool:

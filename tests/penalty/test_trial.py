@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -516,3 +518,20 @@ def test_steps_counted_by_hand_have_one_cadence_for_all_their_calls(every: int) 
         loss.advance()
     assert loss.steps == 4
     assert int(covariance.updates) == 8 // every
+
+
+def test_every_model_of_a_criterion_is_tried() -> None:
+    """Two in turn, a copy of the criterion and one that was pickled: each model is tried once by each."""
+    good, bad, (images, labels) = head(nn.GELU()), head(Lambda(_Remembers.apply)), batch()
+    loss = criterion("double-backward")
+    loss(good, images, labels)
+    for other in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        with pytest.raises(PenaltyGradientError, match="differs by"):
+            other(bad, images, labels)
+        other(good, images, labels)
+    for call in (lambda x: good(x), functools.partial(good)):
+        loss(call, images, labels)
+    with pytest.raises(PenaltyGradientError, match="differs by"):
+        loss(functools.partial(bad), images, labels)
+    with pytest.raises(PenaltyGradientError, match="differs by"):
+        loss(lambda x: bad(x), images, labels)
