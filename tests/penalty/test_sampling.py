@@ -194,6 +194,16 @@ def test_batch_norm_goes_by_the_whole_batch_s_statistics(method: str, layer: nn.
     assert float(torch.cosine_similarity(mean - plain, exact - plain, dim=0)) > 0.95
 
 
+def test_many_batch_norms_do_not_amplify_a_few_samples() -> None:
+    """A part's derivative of a statistic is a projection, too: it does not grow from layer to layer."""
+    blocks = [layer for _ in range(12) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
+    model, (images, labels) = network(*blocks), batch(32)
+    exact = gradients(criterion()(model, images, labels), model)
+    loss = criterion(fraction=1 / 8)
+    largest = max(float(gradients(loss(model, images, labels), model).norm()) for _ in range(30))
+    assert largest <= 10 * float(exact.norm())
+
+
 def test_a_callable_s_batch_norm_too() -> None:
     model, (images, labels) = network(nn.BatchNorm2d(4)), batch()
     loss, other = criterion(fraction=1 / 4), criterion(fraction=1 / 4)

@@ -1,9 +1,13 @@
-"""BatchNorm on a part of a batch: by the statistics of the whole, which a few samples change as the whole would.
+"""BatchNorm on a part of a batch: the values of the whole batch's statistics, the derivatives of the part's.
 
 The whole batch's statistics are known from its own pass. The derivatives of the penalty also go through them: weights
-that BatchNorm makes scale-free would otherwise be drawn to zero. So the part's own statistics, weighted so that they
-estimate the whole's without bias, lend their derivatives: ``mean = m + (p - p0)``, with m of the whole, p of the part
-and p0 its value at the part's first pass.
+that BatchNorm makes scale-free would otherwise be drawn to zero. So the part is normalized by its own statistics, its
+samples weighted as they stand for the whole, and brought to the whole's values by constants:
+
+    y = (s_p / s) (x - m_p) / s_p + (m_p - m) / s,    of which (m_p, s_p) in the constants are those of the first pass.
+
+In each direction that is a projection, as BatchNorm's own derivative is, however few the samples; an unbiased estimate
+of the whole's derivative is none, and grows without bound from layer to layer.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ class PartOfBatch(TorchFunctionMode):
         statistics: Means and variances of the whole, (C,), as modules in evaluation mode would pass them.
         shares: Weight of each sample of the part in an estimate of the whole's mean, (B,).
         samples: In the whole.
-        first: Means and variances of the part at its first pass, by the same; filled there.
+        first: Means and inverse deviations of the part at its first pass, by the same; filled there.
     """
 
     def __init__(
@@ -81,18 +85,17 @@ class PartOfBatch(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         shape, inside = (1, -1, *(1,) * (x.dim() - 2)), tuple(range(2, x.dim()))
-        shares = self._shares.to(x.dtype)[:, None]
-        centred = x - mean.view(shape)
+        shares = (self._shares / self._shares.sum()).to(x.dtype)[:, None]
 
         def over_part(values: Tensor) -> Tensor:
             return (shares * (values.mean(inside) if inside else values)).sum(0)
 
-        own = over_part(centred), over_part(centred.square())
-        first = self._first.setdefault(id(mean), (own[0].detach(), own[1].detach()))
-        shift = own[0] - first[0]
-        spread = own[1] - first[1] - shift.square()  # about the mean as it moves
+        own_mean = over_part(x)
+        centred = x - own_mean.view(shape)
+        own_scale = (over_part(centred.square()) + eps).rsqrt()
+        first_mean, first_scale = self._first.setdefault(id(mean), (own_mean.detach(), own_scale.detach()))
         count = self._samples * x[0, 0].numel()
-        scale = (variance * (1 - 1 / count) + spread + eps).rsqrt()  # running variances are the unbiased ones
-        scale = scale if weight is None else scale * weight
-        result = (centred - shift.view(shape)) * scale.view(shape)
+        scale = (variance * (1 - 1 / count) + eps).rsqrt()  # running variances are the unbiased ones
+        result = centred * (own_scale * scale / first_scale).view(shape) + ((first_mean - mean) * scale).view(shape)
+        result = result if weight is None else result * weight.view(shape)
         return result if bias is None else result + bias.view(shape)
