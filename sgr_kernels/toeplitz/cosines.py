@@ -106,7 +106,7 @@ def odd_displacements(y: Tensor, reach: int, part: str, dim: int) -> Tensor:
     y = y.movedim(dim, -1).contiguous()
     evens, odds = y[..., 0::2], y[..., 1::2]
     v = torch.cat([evens, (-odds if part == "odd" else odds).flip(-1)], -1)
-    u = torch.fft.rfft(v) * _twist(frequencies, y.device).conj()
+    u = torch.fft.rfft(v) * _twist(frequencies, y.device).conj_physical()
     rest = frequencies - u.shape[-1]
     x = torch.cat([u.real, -u.imag[..., 1 : rest + 1].flip(-1)], -1)
     first = x[..., :1]
