@@ -59,8 +59,8 @@ def _chunk(gradient: Tensor, frequencies: int, itemsize: int) -> int:
 def _by_pieces(transform: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
     """``out.copy_(transform(x))``, so many entries of the first dimension at a time that on CPUs they stay in cache."""
     piece = max(1, _PIECE // max(1, x[:1].numel())) if x.is_cpu else max(1, len(x))
-    for part, into in zip(x.split(piece), out.split(piece)):
-        into.copy_(transform(part))
+    for start in range(0, len(x), piece):  # of nothing, no transform
+        out[start : start + piece].copy_(transform(x[start : start + piece]))
 
 
 class _Axis:

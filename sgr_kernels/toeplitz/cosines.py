@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 from sgr_kernels.toeplitz.constants import constant, tracing, wide_dtype
 
 # Measured on a CPU: from here on Fourier transforms of lengths with small factors are faster than float64's matrices,
-# and of any length. GPUs were not measured: there only matrices that would be huge are avoided.
-_FFT_FROM, _FFT_ALWAYS_FROM, _FFT_ON_GPUS_FROM = 96, 768, 2048
+# and of any length. On GPUs, unmeasured, and in what a compiler traces only matrices that would be huge are avoided.
+_FFT_FROM, _FFT_ALWAYS_FROM, _HUGE = 96, 768, 2048
 _LARGE_PLANE = 1 << 14
 
 
@@ -33,12 +33,12 @@ def _largest_factor(n: int) -> int:
 
 def by_fft(length: int, device: torch.device, start: int | None = None) -> bool:
     """Whether transforms of a length go through FFT, on CPUs from ``start`` on if the length has small factors."""
-    if device.type != "cpu":
-        return device.type == "cuda" and length >= _FFT_ON_GPUS_FROM
-    if length >= _FFT_ALWAYS_FROM:
-        return True
-    # Where something traces, the length decides alone.
-    return length >= (_FFT_FROM if start is None else start) and not tracing() and _largest_factor(length) <= 13
+    if device.type not in ("cpu", "cuda"):
+        return False
+    if tracing() or device.type == "cuda":
+        return length >= _HUGE
+    start = _FFT_FROM if start is None else start
+    return length >= _FFT_ALWAYS_FROM or (length >= start and _largest_factor(length) <= 13)
 
 
 def _angles(positions: int, frequencies: int, device: torch.device) -> Tensor:
@@ -106,7 +106,7 @@ def odd_displacements(y: Tensor, reach: int, part: str, dim: int) -> Tensor:
     y = y.movedim(dim, -1).contiguous()
     evens, odds = y[..., 0::2], y[..., 1::2]
     v = torch.cat([evens, (-odds if part == "odd" else odds).flip(-1)], -1)
-    u = torch.fft.rfft(v) * _twist(frequencies, y.device).conj()
+    u = torch.fft.rfft(v) * _twist(frequencies, y.device).conj_physical()
     rest = frequencies - u.shape[-1]
     x = torch.cat([u.real, -u.imag[..., 1 : rest + 1].flip(-1)], -1)
     first = x[..., :1]

@@ -3,6 +3,8 @@
 For real pixels the frequencies ``theta_k`` and ``theta_{2F-1-k} = 2 pi - theta_k`` are conjugate, so that the even k of
 0..2F-1 say everything: with ``k = 2j``, ``exp(-i theta_k s) = exp(-i pi s / (2F)) exp(-2 pi i j s / F)``, a complex FFT
 of length F of the pixels, twisted and folded to that period.
+
+Conjugates are written out: an operator's kernel that a compiled graph calls loses those that PyTorch only notes.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ def _centre(extent: int, frequencies: int, like: Tensor) -> Tensor:
 def analyze(pixels: Tensor, frequencies: int) -> Tensor:
     """``pixels @ basis(N, F)`` along the last axis: (..., N), real, to cosines and sines (..., 2F)."""
     extent = pixels.shape[-1]
-    twisted = pad(pixels * _twist(extent, frequencies, pixels).conj(), (0, -extent % frequencies))
+    twisted = pad(pixels * _twist(extent, frequencies, pixels).conj_physical(), (0, -extent % frequencies))
     folded = twisted.unflatten(-1, (-1, frequencies)).sum(-2) if twisted.shape[-1] != frequencies else twisted
     even = torch.fft.fft(folded, norm="ortho")  # of k = 0, 2, .., 2F-2
     middle = (frequencies + 1) // 2
-    odd = pad(even[..., middle:].flip(-1).conj(), (0, frequencies % 2))
+    odd = pad(even[..., middle:].flip(-1).conj_physical(), (0, frequencies % 2))
     z = torch.stack([even[..., :middle], odd], -1).flatten(-2)[..., :frequencies]
     z = z * _centre(extent, frequencies, pixels)
     return torch.cat([z.real, -z.imag], -1)
@@ -51,8 +53,8 @@ def synthesize(quadrants: Tensor, extent: int) -> Tensor:
     """``quadrants @ basis(N, F).mT`` along the last axis: cosines and sines (..., 2F) to pixels (..., N)."""
     frequencies = quadrants.shape[-1] // 2
     z = torch.complex(quadrants[..., :frequencies], -quadrants[..., frequencies:])
-    z = z * _centre(extent, frequencies, quadrants).conj()
-    even = torch.cat([z[..., 0::2], z[..., 1::2].flip(-1).conj()], -1)
+    z = z * _centre(extent, frequencies, quadrants).conj_physical()
+    even = torch.cat([z[..., 0::2], z[..., 1::2].flip(-1).conj_physical()], -1)
     period = torch.fft.ifft(even, norm="ortho")
     if extent > frequencies:
         period = torch.cat([period, period], -1)

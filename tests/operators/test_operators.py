@@ -306,10 +306,11 @@ def test_expanded_gradients_and_covariances_have_stride_zero(place):
     torch.testing.assert_close(v.cpu(), dense_product(one, flat, "even")[0])
 
 
+@pytest.mark.parametrize("size", [(3, 4), (1, 800)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_empty_batches(form, place):
-    g = torch.empty(0, 2, 3, 4, device=place.device)
-    f = covariances(form, 2, (3, 4)).float().to(place.device)
+def test_empty_batches(form, size, place):
+    g = torch.empty(0, 2, *size, device=place.device)
+    f = covariances(form, 2, size).float().to(place.device)
     assert sgr.covariance_product(g, f, form=form, backend=place.backend).shape == g.shape
     assert sgr.covariance_quadratic_form(g, f, form=form, backend=place.backend).shape == (0,)
     estimate = sgr.displacement_covariance(g, form=form, backend=place.backend)

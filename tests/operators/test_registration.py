@@ -96,6 +96,15 @@ def test_compilation_without_a_graph_break(form, kernels):
     _check_compiled(compiled, step, g, covariances(form, 2, (6, 7), smooth=True).to(g))
 
 
+@pytest.mark.parametrize("size", [(1, 700), (1, 2100), (240, 3)], ids=str)
+def test_compilation_of_long_axes(size):
+    """Their kernels run through FFT, and what a compiler traces may choose otherwise."""
+    torch._dynamo.reset()
+    step = functools.partial(_all_operators, backend="torch")
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    _check_compiled(compiled, step, gradients((2, 1, *size)), covariances("radial", 1, size, smooth=True))
+
+
 def test_compilation_for_a_dynamic_batch(kernels):
     """One compilation serves every batch size."""
     torch._dynamo.reset()
