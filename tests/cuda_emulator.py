@@ -41,7 +41,8 @@ def missing_compiler() -> str | None:
 
 def build(directory: Path) -> Path:
     """Compile the emulator into ``directory``, once for given sources, whatever number of processes ask for it."""
-    sources = sorted([*KERNELS.glob("*.cuh"), *EMULATION.iterdir()])
+    headers = [KERNELS / "rounding.h", KERNELS.parent / "plan.h"]
+    sources = sorted([*KERNELS.glob("*.cuh"), *headers, *EMULATION.iterdir()])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     binary = directory / f"emulator-{digest}"
     with open(directory / "lock", "w") as lock:

@@ -40,6 +40,7 @@ struct FusedProduct {
   // in shared memory. Large ones read the spectrum through the cache, and a parity's warps exchange U and W.
   static constexpr bool kSpectrumShared = BLOCKS == 1;
   static constexpr bool kExchange = BLOCKS > 1;
+  static constexpr bool kReload = kPlanes * BLOCKS > 6;  // constants anew for each owned block: registers are scarce
 
   // Shared memory in words. X and later V lie in `image`, U and later W in `exchange`; arriving images in `staging`,
   // which large ones have where later U is.
@@ -171,12 +172,19 @@ struct FusedProduct {
     return form;
   }
 
+  __device__ void load_inverse(typename Inverse::Tile (&constant)[BLOCKS], int columns) const {
+#pragma unroll
+    for (int x = 0; x < BLOCKS; ++x) constant[x] = basis.inverse(1, parity & 1, columns, x);
+  }
+
   // From X to W (rows: pixels of x, columns: this warp's row frequencies), and the parts of q.
   __device__ void through_spectrum(Fragment (&w)[kOwned][kPlanes][BLOCKS], float (&form)[IMAGES], bool inverse) const {
 #pragma unroll 1
     for (int columns = 0; columns < kBlocks; ++columns) {
       Fragment z[kOwned][kPlanes];
       transform_columns(z, columns);
+      typename Inverse::Tile constant[BLOCKS];
+      if constexpr (!kReload) load_inverse(constant, columns);
 #pragma unroll
       for (int owned = 0; owned < kOwned; ++owned) {
 #pragma unroll
@@ -184,9 +192,7 @@ struct FusedProduct {
           Fragment y[CHANNELS];
           form[i] += mix(z[owned] + i * CHANNELS, y, member * kOwned + owned, columns);
           if (!inverse) continue;
-          typename Inverse::Tile constant[BLOCKS];
-#pragma unroll
-          for (int x = 0; x < BLOCKS; ++x) constant[x] = basis.inverse(1, parity & 1, columns, x);
+          if constexpr (kReload) load_inverse(constant, columns);
 #pragma unroll
           for (int c = 0; c < CHANNELS; ++c) {
             const typename Inverse::Tile data = Inverse::data(y[c]);
