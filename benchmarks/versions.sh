@@ -21,9 +21,9 @@ interpreted=tests/backends/triton_interpreter
 tools="numpy scipy hypothesis pytest pytest-benchmark pytest-xdist matplotlib safetensors tqdm setuptools wheel ninja"
 # name | torch | Triton in place of torch's own | tests | environment
 rows="
-torch-2.11|torch==2.11.*||$quick|
-torch-2.13|torch==2.13.*||$quick|
-torch-newest|torch||$quick|
+torch-2.11|torch==2.11.*||$quick|SGR_BUILD=cpu
+torch-2.13|torch==2.13.*||$quick|SGR_BUILD=cpu
+torch-newest|torch||$quick|SGR_BUILD=cpu
 triton-3.6|torch==2.13.*|triton==3.6.*|$interpreted|TRITON_INTERPRET=1 SGR_BUILD=none
 triton-3.7|torch==2.13.*|triton==3.7.*|$interpreted|TRITON_INTERPRET=1 SGR_BUILD=none
 triton-3.9|torch==2.13.*|triton==3.9.*|$interpreted|TRITON_INTERPRET=1 SGR_BUILD=none

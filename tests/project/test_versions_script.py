@@ -42,6 +42,7 @@ def test_each_row_is_tested_in_its_environment_and_kept(tmp_path: Path) -> None:
     rows = run(tmp_path, "torch-2.11")
     assert rows[0] == wanted
     assert rows[1].startswith("| torch-2.11 | 2.99.0")
+    assert "build cpu" in (tmp_path / "torch-2.11.log").read_text()
     assert "interpret , path" in (tmp_path / "torch-2.11.log").read_text()
     assert sorted(run(tmp_path, "triton-3.9")) == sorted(rows)  # a row is replaced, not added
 
