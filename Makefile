@@ -3,6 +3,7 @@
 # make lint    style, types
 # make fuzz    the tests that draw examples, with fresh ones; what fails prints how to see it again
 # make bench   the operators' benchmark (results in benchmarks/results/)
+# make versions  the quick tests under other versions of torch and Triton; an hour
 # make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure, with the PYTHON that has torch
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 GPU_RESULTS ?= gpu-results
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test fuzz lint format bench gpu clean
+.PHONY: demo test fuzz lint format bench gpu versions clean
 
 demo: $(READY)
 	$(BIN)/sgr demo --out demo-report
@@ -40,6 +41,9 @@ bench: $(READY)
 
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(GPU_RESULTS) $(PARTS)
+
+versions:
+	PYTHON=$(PYTHON) benchmarks/versions.sh versions $(ROWS)
 
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

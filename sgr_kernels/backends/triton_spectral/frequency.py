@@ -118,13 +118,11 @@ def gram_kernel(
     odd_rows, odd_columns, odd = both, both, both
     for i in range(IMAGES):
         image = split * IMAGES + i
-        exists = image < images
-        a_cc, a_cs, a_sc, a_ss = load_parities(
-            a, (image * CHANNELS + c) * (4 * count) + place, columns, count, (f < count) & exists
-        )
-        b_cc, b_cs, b_sc, b_ss = load_parities(
-            b, (image * CHANNELS + d) * (4 * count) + place, columns, count, mask & exists
-        )
+        # Compared, for a scalar spread by "&" is an integer to Triton's interpreter, and from 3.9 on no mask.
+        inside = f < tl.where(image < images, count, 0)
+        a_cc, a_cs, a_sc, a_ss = load_parities(a, (image * CHANNELS + c) * (4 * count) + place, columns, count, inside)
+        inside = (d < CHANNELS) & inside
+        b_cc, b_cs, b_sc, b_ss = load_parities(b, (image * CHANNELS + d) * (4 * count) + place, columns, count, inside)
         both += (a_cc * b_cc + a_cs * b_cs) + (a_sc * b_sc + a_ss * b_ss)
         if SIGNED:
             odd_rows += (a_cc * b_sc + a_cs * b_ss) - (a_sc * b_cc + a_ss * b_cs)
