@@ -20,15 +20,23 @@ __version__               of this package
 docs/api.md lists the modules' names as well.
 """
 
-from sgr_kernels import attacks, backends, evaluation, functional
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sgr_kernels import backends, functional
 from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
-from sgr_kernels.evaluation import diagnose
 from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.wrappers import PenaltyGradientError
-from sgr_kernels.training import models
+
+if TYPE_CHECKING:
+    from sgr_kernels import attacks, evaluation
+    from sgr_kernels.evaluation import diagnose
+    from sgr_kernels.training import models
 
 __all__ = [
     "Covariance",
@@ -48,3 +56,23 @@ __all__ = [
     "models",
     "use_backend",
 ]
+
+# What a training loop does without is imported when it is first asked for.
+_LATER = {
+    "attacks": ("sgr_kernels.attacks", None),
+    "evaluation": ("sgr_kernels.evaluation", None),
+    "diagnose": ("sgr_kernels.evaluation", "diagnose"),
+    "models": ("sgr_kernels.training.models", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'sgr_kernels' has no attribute {name!r}")
+    path, part = _LATER[name]
+    module = importlib.import_module(path)
+    return module if part is None else getattr(module, part)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

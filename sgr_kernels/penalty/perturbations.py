@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from sgr_kernels import attacks
 
 Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -35,20 +34,22 @@ def only_where_finite(perturbation: Tensor, losses: Tensor, gradient: Tensor | N
     return torch.where(finite.view(-1, *(1,) * (perturbation.dim() - 1)), perturbation, torch.nan)
 
 
-# The attacks work on the model's own predictions. Pixels are not clipped: inputs may be standardized.
-def _fgsm(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return attacks.fgsm(model, images, eps=EPS, bounds=None) - images
+def _by_attack(name: str, **options: Any) -> Perturbation:
+    """Perturbations by an attack on the model's own predictions. Pixels are not clipped: inputs may be standardized."""
+
+    def source(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        from sgr_kernels import attacks  # most trainings do without
+
+        return getattr(attacks, name)(model, images, bounds=None, **options) - images
+
+    return source
 
 
-def _pgd(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return attacks.pgd(model, images, eps=EPS, steps=PGD_STEPS, bounds=None) - images
-
-
-def _deepfool(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return attacks.deepfool(model, images, bounds=None) - images
-
-
-ATTACKS: dict[str, Perturbation] = {"fgsm": _fgsm, "pgd": _pgd, "deepfool": _deepfool}
+ATTACKS: dict[str, Perturbation] = {
+    "fgsm": _by_attack("fgsm", eps=EPS),
+    "pgd": _by_attack("pgd", eps=EPS, steps=PGD_STEPS),
+    "deepfool": _by_attack("deepfool"),
+}
 
 
 def check_perturbation(value: str | Perturbation | None) -> None:
