@@ -48,7 +48,7 @@ def penalties(model: nn.Module, images: Tensor, labels: Tensor, draws: int, frac
     count, own = round(fraction * len(images)), torch.zeros_like(exact)
     for step in range(draws):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(step))[:count]
-        own += of(sgr.SGRLoss(covariance, 1.0), images[chosen], select(labels, chosen)) / draws
+        own += of(sgr.SGRLoss(covariance, 1.0), images[chosen], select(labels, chosen, len(images))) / draws
     return {"exact": exact, "the whole batch's statistics": whole, "statistics of the few": own}
 
 

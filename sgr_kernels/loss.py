@@ -207,7 +207,7 @@ class SGRLoss(Recorded):
             step = self._step if choice.is_traceable(self.method) else self._untraced_step
             try:
                 outcome = step(model, images if differentiable else images.detach(), labels, differentiable)
-            except PenaltyGradientError:
+            except (PenaltyGradientError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:
                 _blame_devices(model, images, labels, error)
@@ -297,14 +297,17 @@ class SGRLoss(Recorded):
 
     def _tried_way(self, model: Any, images: Tensor, labels: Any) -> Way:
         """The way to the penalty's gradient; before its first use it is tried, leaving no trace."""
-        way = self._ways.get(model)
+        sampled = self._sample_count(images) is not None
+        options = (self.method, self.allow_kinks, sampled)
+        way = self._ways.get(model, options)
         if way is not None:
             return way
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
             return choice.WAYS[self.method]()
-        way = choice.choose(self.method, choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks))
+        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled)
+        way = choice.choose(self.method, trial)
         if way.proved:
-            self._ways.keep(model, way)
+            self._ways.keep(model, options, way)
         return way
 
     def extra_repr(self) -> str:

@@ -138,6 +138,8 @@ class _Substitute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
+        if ctx.gradients is None:
+            raise RuntimeError("SGRLoss: a second backward of one loss; pass retain_graph=True to the first")
         scale, by_scalar = incoming * ctx.factor, incoming if ctx.needs_input_grad[1] else None
         # Where no other backward will follow, the gradients become the answer: another copy would be a model's size.
         last = not torch._C._autograd._get_current_graph_task_keep_graph()

@@ -72,25 +72,34 @@ class Passes:
         hidden = self._replays and not self._known and not torch.compiler.is_compiling()
         with _before_modules(self._remember) if hidden else contextlib.nullcontext():
             outputs = model(images)
-        return Pass(outputs, self.evaluate(outputs, self.labels))
+        return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
 
     @_disable_dynamo(recursive=False)
     def again(self, images: Tensor, inside: bool = False) -> Pass:
         """A further pass over images that may have moved."""
         outputs = self.run(images, inside)
-        return Pass(outputs, self.evaluate(outputs, self.labels))
+        return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
+
+    def _one_a_sample(self, images: Tensor, losses: Tensor) -> Tensor:
+        if len(losses) != len(images):
+            raise ValueError(f"loss_fn: expected one loss per sample, ({len(images)},), got {checks.describe(losses)}")
+        return losses
 
     @property
     def modules(self) -> list[nn.Module]:
         """The model, or what modules a callable turned out to call."""
         return [self.model] if isinstance(self.model, nn.Module) else list(self._buffers)
 
+    def replayed(self) -> contextlib.AbstractContextManager[None]:
+        """While active, the random numbers of the first pass."""
+        assert self._random is not None
+        return self._random.replayed()
+
     @_disable_dynamo(recursive=False)
     def run(self, images: Tensor, inside: bool = False) -> Any:
         """The outputs of a further pass."""
-        assert self._random is not None
         model = uncompiled(self.model) if inside else unwrapped(self.model)
-        with self._random.replayed():
+        with self.replayed():
             if torch.compiler.is_compiling() and not isinstance(model, nn.Module):
                 return model(images)
             whole = not inside and is_compiled(model)
@@ -104,7 +113,7 @@ class Passes:
         by the part's own.
         """
         part = copy.copy(self)
-        part.labels = select(self.labels, index)
+        part.labels = select(self.labels, index, samples)
         found = {module: batch_statistics(module, before) for module, before in self._buffers.items()}
         part._statistics = {module: statistics for module, statistics in found.items() if statistics is not None}
         part._shares, part._samples, part._first_of_part = shares, samples, {}
@@ -217,14 +226,16 @@ def _before_modules(action: Callable[[nn.Module], None]) -> Iterator[None]:
         handle.remove()
 
 
-def select(labels: Any, index: Tensor | slice) -> Any:
-    """Labels of a part of the batch."""
+def select(labels: Any, index: Tensor, samples: int) -> Any:
+    """Labels of a part of the batch: of tensors with an entry for each sample those entries, others as they are."""
+    if labels is None or isinstance(labels, (bool, int, float)):
+        return labels
     if isinstance(labels, Tensor):
-        return labels[index]
-    if type(labels) in (list, tuple) and all(isinstance(item, Tensor) for item in labels):
-        return type(labels)(item[index] for item in labels)
-    if isinstance(labels, dict) and all(isinstance(item, Tensor) for item in labels.values()):
-        return {key: item[index] for key, item in labels.items()}
+        return labels[index] if labels.dim() > 0 and len(labels) == samples else labels
+    if type(labels) in (list, tuple) and any(isinstance(item, Tensor) for item in labels):
+        return type(labels)(select(item, index, samples) for item in labels)
+    if isinstance(labels, dict):
+        return {key: select(item, index, samples) for key, item in labels.items()}
     raise TypeError(
         f"labels: expected tensors, or a list, tuple or dict of them, for fraction < 1, got {checks.describe(labels)}"
     )

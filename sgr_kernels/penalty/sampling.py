@@ -51,9 +51,13 @@ def draw(omegas: Tensor, count: int, offset: Tensor, uniformly: bool) -> tuple[T
     chances = inclusion(torch.where(size > 0, 1.0, size) if uniformly else size, count)
     total = chances.cumsum(0)
     points = torch.arange(count, device=total.device, dtype=total.dtype) + offset.to(total.device)
-    chosen = torch.searchsorted(total, points, right=True).clamp(max=len(total) - 1)
+    # Where fewer could be drawn, a sample that could fills the place: one that is not finite would, times zero, be NaN.
+    drawn = points < total[-1]
+    chosen = torch.where(drawn, torch.searchsorted(total, points, right=True), chances.argmax()).clamp(
+        max=len(total) - 1
+    )
     chance = chances[chosen]
-    drawn = (chance > 0) & (points < total[-1])
+    drawn = drawn & (chance > 0)
     return chosen, torch.where(drawn, 1 / torch.where(drawn, chance, 1), 0) / len(total)
 
 

@@ -38,7 +38,7 @@ def batch_statistics(module: nn.Module, before: dict[str, Tensor | None]) -> dic
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.training or module.momentum == 0:
         return None
     count, earlier = module.num_batches_tracked, before.get("num_batches_tracked")
-    if module.running_mean is None or count is None or earlier is None:
+    if module.running_mean is None or count is None or earlier is None or module.running_mean.dtype.itemsize < 4:
         return None
     factor = 1 / count.clamp(min=1) if module.momentum is None else module.momentum
     found = {}
@@ -46,6 +46,7 @@ def batch_statistics(module: nn.Module, before: dict[str, Tensor | None]) -> dic
         now, then = getattr(module, name), before[name]
         assert then is not None
         found[name] = torch.where(count - earlier == 1, then + (now - then) / factor, now)
+    found["running_var"] = found["running_var"].clamp(min=0)  # a difference of near ones
     return found
 
 
@@ -85,7 +86,9 @@ class PartOfBatch(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         shape, inside = (1, -1, *(1,) * (x.dim() - 2)), tuple(range(2, x.dim()))
-        shares = (self._shares / self._shares.sum()).to(x.dtype)[:, None]
+        # Where the samples are folded into others (frames, views), nothing tells which is whose: all weigh alike.
+        shares = self._shares if len(self._shares) == len(x) else torch.ones_like(self._shares[:1]).expand(len(x))
+        shares = (shares / shares.sum()).to(x.dtype)[:, None]
 
         def over_part(values: Tensor) -> Tensor:
             return (shares * (values.mean(inside) if inside else values)).sum(0)
@@ -94,7 +97,7 @@ class PartOfBatch(TorchFunctionMode):
         centred = x - own_mean.view(shape)
         own_scale = (over_part(centred.square()) + eps).rsqrt()
         first_mean, first_scale = self._first.setdefault(id(mean), (own_mean.detach(), own_scale.detach()))
-        count = self._samples * x[0, 0].numel()
+        count = self._samples * x[0, 0].numel() * len(x) // len(self._shares)
         scale = (variance * (1 - 1 / count) + eps).rsqrt()  # running variances are the unbiased ones
         result = centred * (own_scale * scale / first_scale).view(shape) + ((first_mean - mean) * scale).view(shape)
         result = result if weight is None else result * weight.view(shape)

@@ -22,7 +22,11 @@ def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _size(x: Tensor, dim: Any, keepdim: bool, least: float = 0.0) -> Tensor:
-    """Euclidean norm, or ``least`` if that is more; constant where it is no more than that."""
+    """Euclidean norm, or ``least`` if that is more; constant where it is no more than that. Of 16 bits in 32."""
+    if x.dtype.itemsize < 4:
+        return (
+            _size(x.float(), dim, keepdim, least).to(x.dtype) if least == 0 else _size(x.float(), dim, keepdim, least)
+        )
     squares = x.square().sum(dim, keepdim=keepdim) if dim is not None else x.square().sum()
     if dim is None and keepdim:
         squares = squares.view((1,) * x.dim())
@@ -33,7 +37,7 @@ def _size(x: Tensor, dim: Any, keepdim: bool, least: float = 0.0) -> Tensor:
 def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
     if p != 2 or out is not None or input.is_complex():
         return F.normalize(input, p, dim, eps, out)
-    return input / _size(input, dim, True, eps)
+    return (input / _size(input, dim, True, eps)).to(input.dtype)
 
 
 def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
@@ -50,7 +54,8 @@ def _norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False,
 
 
 def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    return (x1 / _size(x1, dim, True, eps) * (x2 / _size(x2, dim, True, eps))).sum(dim)
+    cosines = (x1 / _size(x1, dim, True, eps) * (x2 / _size(x2, dim, True, eps))).sum(dim)
+    return cosines.to(torch.promote_types(x1.dtype, x2.dtype))
 
 
 RULES: dict[Any, Callable[..., Any]] = {

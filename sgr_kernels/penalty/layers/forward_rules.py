@@ -132,8 +132,8 @@ def _with(function: Any, **names: Any) -> Callable[..., Any]:
 def _builtin(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A softmax rule behind the signature ``(x, dim, dtype)`` of ``torch.softmax`` and ``Tensor.softmax``."""
 
-    def call(x: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return rule(x, dim, 3, dtype)
+    def call(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return rule(input, dim, 3, dtype)
 
     return call
 
