@@ -23,6 +23,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from sgr_kernels.backends import torch_spectral, triton_spectral
 from sgr_kernels.backends.schemas import NAMESPACE, SCHEMAS
@@ -34,13 +35,10 @@ SPECTRAL_BACKENDS = ("torch", "native", "triton")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-class Derivatives(Function):
+class Derivatives(_SingleLevelFunction):
     """A function for one level of transforms: as the kernel of an operator it leaves the others to the dispatcher."""
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Leave out what `Function.apply` does for the other levels, and `call` needs not."""
-        return super(Function, cls).apply(*args)  # type: ignore[misc]
+    _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)
 
 
 def _implementation(backend: str, operator: str, *args: Any) -> Any:
