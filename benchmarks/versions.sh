@@ -42,7 +42,10 @@ outcome() { # row, tests, environment: the last line of pytest
     git -C "$root" ls-files -z | tar -C "$root" --null -T - -cf - | tar -C "$here/source" -xf -
     cd "$here/source"
     # shellcheck disable=SC2086
-    env $3 "$here/bin/python" setup.py -q build_ext --inplace >"$here/build.log" 2>&1
+    if ! env $3 "$here/bin/python" setup.py -q build_ext --inplace >"$here/build.log" 2>&1; then
+        echo "build failed"
+        return
+    fi
     # shellcheck disable=SC2086
     env $3 PYTHONPATH=. OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
         "$here/bin/python" -m pytest -q -p no:cacheprovider $2 >"$here/tests.log" 2>&1 || true
