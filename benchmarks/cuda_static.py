@@ -111,11 +111,17 @@ class Tools:
         return target
 
     def launches(
-        self, operation: str, shape: Iterable[int], execute: bool, resident: dict[str, int] | None = None
+        self,
+        operation: str,
+        shape: Iterable[int],
+        architecture: str,
+        resident: dict[str, int] | None = None,
+        execute: bool = False,
     ) -> list[Launch]:
         """The launches of a call; their bytes where it is executed."""
         blocks = [text for pair in (resident or {}).items() for text in map(str, pair)]
         command = [str(self.directory / "tally"), str(OPERATIONS[operation]), *map(str, shape), str(int(execute))]
+        command.append(str(SHARED_MEMORY[architecture] - 1024))
         text = subprocess.run([*command, *blocks], check=True, capture_output=True, text=True).stdout
         found = []
         for line in text.splitlines():
@@ -256,11 +262,19 @@ def count_code(shape: tuple[int, ...], launches: list[Launch], codes: dict[str, 
     return kernels
 
 
-def count_bytes(tools: Tools, operation: str, shape: tuple[int, ...], resident: dict[str, int]) -> dict[str, float]:
+def count_bytes(
+    tools: Tools, operation: str, shape: tuple[int, ...], architecture: str, resident: dict[str, int]
+) -> dict[str, float]:
     """Bytes of device memory that a call reads and writes."""
     small = shape[2] * shape[3] <= 64 * 64
     sums = [
-        sum((found.bytes for found in tools.launches(operation, (batch, *shape[1:]), True, resident)), Counter())
+        sum(
+            (
+                found.bytes
+                for found in tools.launches(operation, (batch, *shape[1:]), architecture, resident, execute=True)
+            ),
+            Counter(),
+        )
         for batch in ((shape[0],) if small else (1, 2))
     ]
     return dict(sums[0]) if small else {k: sums[0][k] + (sums[1][k] - sums[0][k]) * (shape[0] - 1) for k in sums[0]}
@@ -268,15 +282,15 @@ def count_bytes(tools: Tools, operation: str, shape: tuple[int, ...], resident: 
 
 def count(tools: Tools, operation: str, shape: tuple[int, ...], architecture: str) -> dict[str, Any]:
     """All counts of a call, and the least times that they allow."""
-    launches = tools.launches(operation, shape, False)
+    launches = tools.launches(operation, shape, architecture)
     codes = tools.compile(launches, architecture)
     resident = {found.symbol: resident_blocks(found, codes[found.symbol], architecture) for found in launches}
-    launches = tools.launches(operation, shape, False, resident)
+    launches = tools.launches(operation, shape, architecture, resident)
     kernels = count_code(shape, launches, codes, architecture)
     instructions, tensor = (
         sum(kernel[name] for kernel in kernels.values()) for name in ("instructions", "tensor-core instructions")
     )
-    moved = count_bytes(tools, operation, shape, resident)
+    moved = count_bytes(tools, operation, shape, architecture, resident)
     needed = 4 * shape[0] * shape[1] * shape[2] * shape[3] * (2 if operation == "v+q" else 1)
     per_second = MULTIPROCESSORS * SCHEDULERS * CLOCK
     return {

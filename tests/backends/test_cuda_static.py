@@ -33,7 +33,7 @@ def committed() -> dict[str, Any]:
 @pytest.mark.parametrize(("operation", "shape"), CASES, ids=[label(*case) for case in CASES])
 def test_launches_and_bytes(tools: Tools, committed: dict[str, Any], operation: str, shape: tuple[int, ...]) -> None:
     before = committed[label(operation, shape)]
-    launches = tools.launches(operation, shape, False)
+    launches = tools.launches(operation, shape, ARCHITECTURE)
     resident = {
         found.symbol: before["kernels"][found.name]["resident blocks"]
         for found in launches
@@ -42,7 +42,7 @@ def test_launches_and_bytes(tools: Tools, committed: dict[str, Any], operation: 
     assert len(launches) <= before["launches"]
     if shape[2] > 224:
         return  # the same kernels once more
-    for name, amount in count_bytes(tools, operation, shape, resident).items():
+    for name, amount in count_bytes(tools, operation, shape, ARCHITECTURE, resident).items():
         assert amount <= LIMIT * before["bytes"][name], name
 
 

@@ -4,11 +4,11 @@
 // without its library: the compiler then reports every access to the functions
 // below. Numbers are not computed.
 //
-//   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE [KERNEL BLOCKS]...
+//   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE SHARED [KERNEL BLOCKS]...
 //
-// OPERATOR as in emulator.cpp; KERNEL BLOCKS: how many blocks of a kernel, by
-// its symbol, a multiprocessor holds. A line per launch: kernel, symbol, grid,
-// threads, shared bytes, arguments in hex, bytes.
+// OPERATOR as in emulator.cpp; SHARED: bytes of shared memory that a block may have; KERNEL BLOCKS: how many blocks of
+// a kernel, by its symbol, a multiprocessor holds. A line per launch: kernel, symbol, grid, threads, shared bytes,
+// arguments in hex, bytes.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -102,8 +102,8 @@ std::string pack(void (*)(Parameters...), const Parameters&... arguments) {
 
 struct TallyLauncher {
   bool execute;
+  int shared_limit;
   std::map<std::string, int> resident;
-  int shared_limit = 227 << 10;
   int multiprocessors = 132;
 
   template <class Kernel>
@@ -151,12 +151,12 @@ float* floats(bool execute, int64_t count) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 7) return 2;
+  if (argc < 8) return 2;
   const int operation = std::atoi(argv[1]);
   const Geometry geometry{std::atoll(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
                           std::atoi(argv[5]),  std::atoi(argv[4]), std::atoi(argv[5])};
-  TallyLauncher launcher{std::atoi(argv[6]) != 0, {}};
-  for (int i = 7; i + 1 < argc; i += 2) launcher.resident[argv[i]] = std::atoi(argv[i + 1]);
+  TallyLauncher launcher{std::atoi(argv[6]) != 0, std::atoi(argv[7]), {}};
+  for (int i = 8; i + 1 < argc; i += 2) launcher.resident[argv[i]] = std::atoi(argv[i + 1]);
 
   const int64_t plane = static_cast<int64_t>(geometry.height) * geometry.width, channels = geometry.channels;
   const auto images = [&](float* data) {
