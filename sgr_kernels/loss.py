@@ -89,7 +89,8 @@ class SGRLoss(Recorded):
     images. Sigma, and the perturbations it is estimated from, are constants for the backward.
 
     In training mode the covariance learns from the batch before it is used. Of the model only that changes what a
-    cross-entropy step would change: further forward passes, where a method needs them, leave no trace.
+    cross-entropy step would change: further forward passes, where a method needs them, leave no trace in buffers, modes
+    and random streams. Hooks and plain attributes see each of them, the last one perhaps on a part of the batch.
 
     With ``"gradient"`` or ``"sign"`` a step asks a GPU for a value only at the first call and, to see whether penalties
     are finite, at every ``nonfinite_patience``-th; for several channels and ``psd="clip"`` PyTorch's eigenvalue solver
@@ -110,16 +111,19 @@ class SGRLoss(Recorded):
             value, and what the covariance learns from, are those of the whole batch, from the plain backward.
         sampling: Of a ``fraction`` below 1: ``"importance"`` draws samples by what they carry of the penalty,
             ``"uniform"`` draws all alike. Either estimate of the gradient is unbiased given the batch
-            (`sgr_kernels.penalty.sampling`). BatchNorm in training mode goes by the whole batch's statistics, and
-            by what the drawn samples tell of their derivatives (`sgr_kernels.penalty.layers.batch_norm`).
+            (`sgr_kernels.penalty.sampling`), up to dropout, whose masks are drawn anew for the part, and BatchNorm in
+            training mode, which has the whole batch's statistics and the part's derivatives of them: close where the
+            part has many values a channel (`sgr_kernels.penalty.layers.batch_norm`). Other ways in which samples
+            change each other's losses are refused.
         method: Way to the penalty's gradient. ``"double-backward"`` is exact and needs a model that can be
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
             models; it is the cheapest, and on ReLU networks in float32 far from exact
-            (`sgr_kernels.penalty.finite_difference`). It frees the graph of the first pass, as does a ``fraction``
-            below 1: what a model has left of that elsewhere, such as an auxiliary loss, cannot be differentiated any
-            more. ``"auto"`` takes the first of these that the model supports, and says which in the log. Whatever it
-            is, it is tried on the first batch against a difference of plain gradients (`sgr_kernels.penalty.choice`).
+            (`sgr_kernels.penalty.finite_difference`). It frees the graph of the first pass, as do a ``fraction`` below 1
+            and a step without a penalty from which the covariance learns: an auxiliary loss that a model keeps of that
+            pass cannot be differentiated any more, and one that it keeps of the last pass is that of the last. ``"auto"``
+            takes the first of these that the model supports, and says which in the log. Whatever it is, it is tried on
+            the first batch against a difference of plain gradients (`sgr_kernels.penalty.choice`).
         allow_kinks: Use finite differences on a network on which the trial finds them far from exact.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
@@ -255,7 +259,7 @@ class SGRLoss(Recorded):
 
     def _sampled(self, task: Task, way: Way, count: int) -> Outcome:
         if not recording():  # a replayed graph goes on counting by itself
-            self.drawn.fill_(self.steps)
+            self.drawn.fill_(self.steps // self.penalty_every)
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
         self.drawn += 1
         return outcome

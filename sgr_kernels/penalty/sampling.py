@@ -28,7 +28,7 @@ _GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the unit 
 
 
 def offset(draws: Tensor) -> Tensor:
-    """A number in [0, 1) for the n-th draw, (); of the numbers of many draws none crowd."""
+    """A number in [0, 1) for the n-th draw, (); those of successive draws are spread evenly."""
     return torch.frac((draws + 1).to(wide_dtype(draws.device)) * _GOLDEN)
 
 

@@ -75,12 +75,19 @@ def _spent(task: Task) -> tuple[Pass, SpentPass]:
     """The plain pass after its backward; its graph is gone before another begins."""
     leaf = task.images.detach().requires_grad_()
     first = task.passes.first(leaf)
-    weights = torch.ones_like(first.losses.detach())
+    weights = torch.full_like(first.losses.detach(), _unit(leaf))
     spent = spend(first.losses, leaf, task.images if task.images.requires_grad else None, weights)
     return Pass(detached(first.outputs), first.losses.detach()), spent
 
 
 def _loss(value: Tensor, penalty: Tensor | None, spent: SpentPass) -> Tensor:
     """A value with the gradient of the mean loss, and of a penalty."""
-    share = value.new_full((), 1 / max(1, len(spent.gradient)))
+    share = value.new_full((), 1 / (_unit(spent.gradient) * max(1, len(spent.gradient))))
     return substitute(value, penalty, share, spent)
+
+
+def _unit(images: Tensor) -> float:
+    """Weight of a loss in a backward that a gradient scaler cannot reach: in half precision small gradients vanish."""
+    device = images.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return 1024.0 if half or images.dtype == torch.float16 else 1.0

@@ -254,3 +254,83 @@ def test_labels_that_cannot_be_cut() -> None:
     )
     with pytest.raises((TypeError, PenaltyGradientError), match="labels: expected tensors"):
         loss(model, images, "".join(str(int(label)) for label in labels))
+
+
+def test_what_else_couples_samples_is_refused() -> None:
+    """Batch statistics written by hand, without running ones, or of a BatchNorm that runs twice."""
+
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.tanh(self.norm(x)))
+
+    images, labels = batch()
+    for layer in (Centred(), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4, momentum=0.0), Twice()):
+        with pytest.raises(PenaltyGradientError, match="use fraction=1"):
+            criterion(fraction=1 / 4)(network(layer), images, labels)
+        criterion()(network(layer), images, labels).backward()
+
+
+def test_surplus_draws_do_not_bring_what_is_not_finite() -> None:
+    """Where fewer samples are finite than are to be drawn, wherever in the batch they stand."""
+    model, (images, labels) = network(), batch(4)
+    found = []
+    for broken in ([0, 1], [2, 3]):
+        loss = criterion(fraction=3 / 4)
+        order = [i for i in range(4) if i not in broken]
+        x, y = images.clone(), labels.clone()
+        x[order], y[order] = images[:2], labels[:2]
+        quadratic = loss.covariance.quadratic_form
+        mask = torch.zeros(4, dtype=torch.bool)
+        mask[broken] = True
+        loss.covariance.quadratic_form = lambda g, q=quadratic, m=mask: (
+            torch.where(m, torch.nan, q(g)) if len(g) == 4 and not g.requires_grad else q(g)
+        )
+        plain = gradients(nn.functional.cross_entropy(model(x), y), model)
+        found.append(gradients(loss(model, x, y), model) - plain)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0].norm()) > 0
+
+
+def test_labels_that_are_not_of_samples_pass_through() -> None:
+    """As mixup has them: two sets of labels and a number; a table of priors; a scalar tensor."""
+    model, (images, labels) = network(), batch()
+    prior = torch.zeros(CLASSES, dtype=torch.float64)
+
+    def mixed(outputs: Tensor, given: dict) -> Tensor:
+        a, b, share = given["pair"]
+        outputs = outputs + given["prior"]
+        return share * cross_entropy_per_sample(outputs, a) + (1 - share) * cross_entropy_per_sample(outputs, b)
+
+    for share in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        given = {"pair": (labels, labels.flip(0), share), "prior": prior, "nothing": None}
+        values = [
+            SGRLoss(criterion().covariance, 3.0, fraction=fraction, loss_fn=mixed)(model, images, given)
+            for fraction in (1.0, 1 / 4)
+        ]
+        torch.testing.assert_close(values[1], values[0])
+
+
+def test_small_gradients_survive_half_precision() -> None:
+    """A scaler's factor comes after the backward of the first pass, which scales by itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.GELU(), nn.Linear(32, CLASSES))
+    with torch.no_grad():
+        model[3].weight *= 3e-4
+    images, labels = (t.float() if t.is_floating_point() else t for t in batch())
+    covariance = CovarianceFunction.exponential(1, (SIZE, SIZE), 2.0)
+    loss = SGRLoss(covariance, 0.0, fraction=1 / 4)
+    wanted = gradients(nn.functional.cross_entropy(model(images), labels), model)
+    with torch.autocast("cpu", torch.float16):
+        value = loss(model, images, labels)
+    found = gradients(65536 * value, model) / 65536
+    assert (found - wanted).norm() <= 1e-2 * wanted.norm()
+    first = slice(0, 36 * 32)
+    assert (found[first] - wanted[first]).norm() <= 2e-2 * wanted[first].norm()

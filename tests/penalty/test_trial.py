@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
 from sgr_kernels.penalty.choice import METHODS
+from sgr_kernels.penalty.double_backward import differentiable_twice
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.models import carlini_wagner
 from tests.support_matrix import CLASSES, SIZE, criterion, difference_of_losses, gradients
@@ -535,3 +536,72 @@ def test_every_model_of_a_criterion_is_tried() -> None:
         loss(functools.partial(bad), images, labels)
     with pytest.raises(PenaltyGradientError, match="differs by"):
         loss(lambda x: bad(x), images, labels)
+
+
+def test_a_model_that_changes_is_tried_again() -> None:
+    """Another layer, another precision, another set of trained parameters, another method."""
+    model, (images, labels) = head(nn.GELU()), batch()
+    loss = criterion("double-backward")
+    loss(model, images, labels)
+    model[0][1] = Lambda(_Remembers.apply)
+    with pytest.raises(PenaltyGradientError, match="differs by"):
+        loss(model, images, labels)
+    frozen = head(Lambda(_Remembers.apply))
+    frozen[0].requires_grad_(False)
+    loss(frozen, images, labels)
+    frozen[0].requires_grad_(True)
+    with pytest.raises(PenaltyGradientError, match="differs by"):
+        loss(frozen, images, labels)
+
+
+def test_autocast_does_not_blind_the_trial() -> None:
+    model, (images, labels) = head(Lambda(_Remembers.apply)).float(), batch()
+    loss = criterion("double-backward", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(PenaltyGradientError, match="differs by"):
+        loss(model, images.float(), labels)
+
+
+def test_the_trial_s_noise_keeps_the_range_of_the_images() -> None:
+    def range_kept(x: Tensor) -> Tensor:
+        assert float(x.min()) >= 0
+        assert float(x.max()) <= 1
+        return (x + 1e-6).sqrt()
+
+    images, labels = batch()
+    images[:, :, :2] = 0
+    images[:, :, 2] = 1
+    model = nn.Sequential(Lambda(range_kept), head(nn.GELU())).double()
+    loss = criterion("double-backward")
+    loss(model, images, labels).backward()
+    assert loss._ways.get(model, ("double-backward", False, False)) is not None
+
+
+@pytest.mark.parametrize("name", ["normalize", "norm", "cosine"])
+@pytest.mark.parametrize("size", [300.0, 1e-4])
+def test_sixteen_bits_keep_their_values(name: str, size: float) -> None:
+    functions = {
+        "normalize": F.normalize,
+        "norm": lambda x: torch.linalg.vector_norm(x, dim=1),
+        "cosine": lambda x: F.cosine_similarity(x, x),
+    }
+    x = torch.full((1, 8), size, dtype=torch.float16)
+    with differentiable_twice():
+        found = functions[name](x)
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), functions[name](x.double()), rtol=2e-2, atol=1e-7)
+
+
+def test_checkpointed_batch_norm_is_right_by_double_backward() -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda z: F.gelu(self.norm(self.conv(z))), x, use_reentrant=False)
+
+    assert_right(head(Body()), "double-backward")
+
+
+def test_softmax_by_keyword() -> None:
+    assert_right(head(Lambda(lambda x: torch.softmax(input=x, dim=-1))), "forward-mode")
