@@ -119,11 +119,11 @@ class SGRLoss(Recorded):
             differentiated twice. ``"forward-mode"`` is exact too and needs forward-mode derivatives.
             ``"finite-difference"`` is approximate and needs plain forward and backward passes alone, also of compiled
             models; it is the cheapest, and on ReLU networks in float32 far from exact
-            (`sgr_kernels.penalty.finite_difference`). It frees the graph of the first pass, as do a ``fraction`` below 1
-            and a step without a penalty from which the covariance learns: an auxiliary loss that a model keeps of that
-            pass cannot be differentiated any more, and one that it keeps of the last pass is that of the last. ``"auto"``
-            takes the first of these that the model supports, and says which in the log. Whatever it is, it is tried on
-            the first batch against a difference of plain gradients (`sgr_kernels.penalty.choice`).
+            (`sgr_kernels.penalty.finite_difference`). It frees the graph of the first pass, as do a ``fraction`` below
+            1 and a step without a penalty from which the covariance learns: an auxiliary loss that a model keeps of
+            that pass cannot be differentiated any more, and one that it keeps of the last pass is that of the last.
+            ``"auto"`` takes the first of these that the model supports, and says which in the log. Whatever it is, it
+            is tried on the first batch against a difference of plain gradients (`sgr_kernels.penalty.choice`).
         allow_kinks: Use finite differences on a network on which the trial finds them far from exact.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
