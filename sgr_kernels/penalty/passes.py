@@ -139,13 +139,17 @@ class Passes:
     @contextlib.contextmanager
     def _lent_buffers(self, statistics: dict[nn.Module, dict[str, Tensor]]) -> Iterator[None]:
         """Modules work on copies of their buffers, or on given statistics."""
-        own: dict[nn.Module, tuple[dict[str, Tensor | None], bool]] = {}
+        # As they are now: inside a callable a module may hold others for a while (functional_call).
+        parts = [part for module in modules_in(opened(self.model)) for part in module.modules()]
+        own = {part: (dict(part._buffers), part.training) for part in (*parts, *self._buffers)}
+        lent: set[nn.Module] = set()
 
         def lend(module: nn.Module) -> None:
             self._remember(module)
             for part in opened(module).modules():
-                if part not in own and not isinstance(part, torch.jit.ScriptModule):
-                    own[part] = dict(part._buffers), part.training
+                if part not in lent and not isinstance(part, torch.jit.ScriptModule):
+                    lent.add(part)
+                    own.setdefault(part, (dict(part._buffers), part.training))
                     part._buffers.update({name: _clone(buffer) for name, buffer in self._buffers[part].items()})
                     if part in statistics:
                         part._buffers.update(statistics[part])
@@ -160,9 +164,9 @@ class Passes:
                 with _before_modules(lend):
                     yield
         finally:
-            for part, (buffers, training) in own.items():
-                part._buffers.update(buffers)
-                part.training = training
+            for part in lent:
+                part._buffers.update(own[part][0])
+                part.training = own[part][1]
 
 
 def couples_samples(model: Any) -> bool:

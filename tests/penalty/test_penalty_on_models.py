@@ -186,6 +186,18 @@ def test_modules_inside_a_callable_are_left_as_a_plain_step_leaves_them(method: 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_functional_call_inside_a_callable_keeps_the_module_s_own_buffers(method: str) -> None:
+    model, (images, labels) = classifier(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), batch()
+    own = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
+    given = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = criterion(method)
+    loss(lambda x: torch.func.functional_call(model, given, (x,)), images, labels).backward()
+    for name, buffer in model.named_buffers():
+        assert id(buffer) == own[name][0], name
+        assert torch.equal(buffer, own[name][1]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_batch_statistics_inside_a_callable(method: str) -> None:
     """Tried in evaluation mode first: that samples interact in training mode shows later."""
     torch.manual_seed(0)
