@@ -135,8 +135,7 @@ struct FusedCrossSpectrum {
       for (int index = 0; index < kOwned * kPairs; ++index)
         if (group == from - 1)
           sum[index / kPairs][index % kPairs] += load_fragment(memory + offset(index % kPairs, index / kPairs), lane);
-      __syncthreads();
-    }
+    }  // a thread next writes where it has just read
   }
 
   __device__ void run(const CrossSpectrumArguments& arguments) {

@@ -113,8 +113,7 @@ struct FusedProduct {
       exponent = *arguments.spectrum_exponent;
     }
     if (threadIdx.x == 0) *spectrum_exponent = exponent;
-    constants.wait();
-    __syncthreads();
+    constants.wait();  // the rest is read after further barriers
   }
 
   // U tile: rows are column frequencies of `columns`, columns are the rows of pixel tile `pixels`.
@@ -304,7 +303,6 @@ struct FusedProduct {
       if (inverse)
         Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -*spectrum_exponent, arguments.product,
                       geometry, first_image(turn));
-      __syncthreads();
     }
   }
 

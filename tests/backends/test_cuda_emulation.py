@@ -257,6 +257,14 @@ def test_special_values_stay_in_their_sample(emulator: Emulator, shape: tuple[in
     assert (norms(v[3:].double() - expected) <= 5e-6 * norms(expected)).all()
 
 
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("shape", [(1, 1, 12, 10), (1, 1, 36, 5), (1, 1, 70, 9)], ids=str)
+def test_a_bright_pixel_anywhere_sets_the_scale(emulator: Emulator, shape: tuple[int, ...], order: str) -> None:
+    gradient = images(shape)
+    gradient[..., -1, -1] = 1e7
+    check_quadratic(emulator, gradient, table(shape[1], shape[2:]), order=order)
+
+
 def transforms(batch: Tensor, frequencies: tuple[int, int]) -> Tensor:
     """Coefficients (B, C, 2, Fh, 2, Fw) in the orthonormal odd-frequency bases, float64."""
     bases = []

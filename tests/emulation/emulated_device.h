@@ -100,6 +100,7 @@ class Device {
   // Lets the others run.
   void yield() {
     if (++idle_ > 1000000) fail("waiting for what nobody sends");
+    yielded_ = true;
     suspend(false, true);
   }
 
@@ -162,14 +163,24 @@ class Device {
       fiber.runnable = true;
       fiber.finished = false;
     }
+    // A warp runs until a barrier holds it before the next one begins: the widest distance that barriers allow.
     for (int left = threads; left > 0;) {
       bool progress = false;
-      for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = fibers_[descending ? threads - 1 - i : i];
-        if (fiber.finished || !fiber.runnable) continue;
-        progress = true;
-        resume(descending ? threads - 1 - i : i);
-        if (fiber.finished) --left;
+      for (int i = 0; i < threads / kWarp; ++i) {
+        const int first = (descending ? threads / kWarp - 1 - i : i) * kWarp;
+        for (bool again = true; again;) {
+          again = false;
+          for (int lane = 0; lane < kWarp; ++lane) {
+            const int index = first + (descending ? kWarp - 1 - lane : lane);
+            Fiber& fiber = fibers_[index];
+            if (fiber.finished || !fiber.runnable) continue;
+            yielded_ = false;
+            resume(index);
+            if (fiber.finished) --left;
+            progress = true;
+            again |= !yielded_;
+          }
+        }
       }
       if (!progress) fail("a barrier or collective that not all threads reach");
     }
@@ -216,6 +227,7 @@ class Device {
   std::vector<Copy> copies_;
   size_t waiting_ = 0;
   int current_ = 0, idle_ = 0;
+  bool yielded_ = false;
 };
 
 inline Device& device() {
@@ -304,6 +316,7 @@ struct Arrival {
           {barrier, static_cast<uint32_t*>(target), static_cast<const uint32_t*>(source), bytes / 4});
   }
   void wait() {
+    if (*barrier > 1u << 30) emulation::fail("waiting at what is not prepared");
     while (*barrier <= phase) emulation::device().yield();
     emulation::device().complete(barrier);
     ++phase;
