@@ -302,7 +302,7 @@ class SGRLoss(Recorded):
     def _tried_way(self, model: Any, images: Tensor, labels: Any) -> Way:
         """The way to the penalty's gradient; before its first use it is tried, leaving no trace."""
         sampled = self._sample_count(images) is not None
-        options = (self.method, self.allow_kinks, sampled)
+        options = (self.method, self.allow_kinks, sampled, torch.is_autocast_enabled(images.device.type))
         way = self._ways.get(model, options)
         if way is not None:
             return way

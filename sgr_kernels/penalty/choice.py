@@ -142,7 +142,7 @@ def _key(model: Any) -> tuple[Any, ...]:
     )
     code = None if isinstance(model, nn.Module) else getattr(model, "__code__", type(model))
     others = tuple(id(module) for module in modules[1:])
-    return (modules[0] if modules else _NOBODY), code, others, state, torch.is_autocast_enabled()
+    return (modules[0] if modules else _NOBODY), code, others, state
 
 
 class _Nobody:

@@ -573,7 +573,7 @@ def test_the_trial_s_noise_keeps_the_range_of_the_images() -> None:
     model = nn.Sequential(Lambda(range_kept), head(nn.GELU())).double()
     loss = criterion("double-backward")
     loss(model, images, labels).backward()
-    assert loss._ways.get(model, ("double-backward", False, False)) is not None
+    assert loss._ways.get(model, ("double-backward", False, False, False)) is not None
 
 
 @pytest.mark.parametrize("name", ["normalize", "norm", "cosine"])
