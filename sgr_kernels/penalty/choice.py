@@ -79,9 +79,8 @@ class Trial:
         moved = images + (2e-3 * size * noise.to(images.device)).to(images.dtype)
         # Not beyond what the images hold: a model may look at their range, or take roots.
         low, high = images.min(), images.max()
-        return replace(
-            self, images=torch.where((moved < low) | (moved > high), 2 * images - moved, moved).clamp(low, high)
-        )
+        within = torch.where((moved < low) | (moved > high), 2 * images - moved, moved).clamp(low, high)
+        return replace(self, images=torch.where(high > low, within, moved))
 
     def doubled(self) -> Trial | None:
         """The same in float64 on a copy of the model; None where there can be none."""
