@@ -23,6 +23,7 @@ tools="numpy scipy hypothesis pytest pytest-benchmark pytest-xdist matplotlib sa
 rows="
 torch-2.11|torch==2.11.*||$quick|SGR_BUILD=cpu
 torch-2.13|torch==2.13.*||$quick|SGR_BUILD=cpu
+torch-2.14|torch==2.14.*||$quick|SGR_BUILD=cpu
 torch-newest|torch||$quick|SGR_BUILD=cpu
 triton-3.6|torch==2.13.*|triton==3.6.*|$interpreted|TRITON_INTERPRET=1 SGR_BUILD=none
 triton-3.7|torch==2.13.*|triton==3.7.*|$interpreted|TRITON_INTERPRET=1 SGR_BUILD=none
