@@ -32,6 +32,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from sgr_kernels.penalty.gradients import SpentPass, spend, substitute
+from sgr_kernels.penalty.layers.convolution import fast_image_gradients
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.way import Outcome, Task, mean
@@ -58,7 +59,8 @@ class FiniteDifference:
         """A loss of which a part of the gradient is there already."""
         # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.
         leaf = task.images.detach().requires_grad_()
-        first = task.start(leaf)
+        with fast_image_gradients(task.passes.model):
+            first = task.start(leaf)
         coupled = self.coupled or task.passes.coupled
         shares = _relative_shares(task, first.losses)
         weights = sample_weights(first.losses, leaf, coupled, shares)

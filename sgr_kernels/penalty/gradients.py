@@ -58,14 +58,14 @@ class SpentPass:
 
 
 @_disable_dynamo
-def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor) -> SpentPass:
+def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor | float) -> SpentPass:
     """Differentiate ``sum_b u_b l_b`` once, in the images and in all that the losses depend on.
 
     Args:
         losses: (B,).
         images: What the gradient g is wanted in; a leaf.
         origin: What the images are a copy of, if the loss is to have a gradient in them, too.
-        weights: u, (B,), powers of two, which cost no rounding when they are divided out of g.
+        weights: u, (B,) or one for all, powers of two, which cost no rounding when they are divided out of g.
 
     Raises:
         ValueError: If the losses do not depend on the images.
@@ -73,11 +73,16 @@ def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor
     if not losses.requires_grad:
         raise ValueError(_NO_PATH)
     found, rounding = leaves(losses, images), coarsest_rounding(losses, images)
+    seed = weights.to(losses.dtype) if isinstance(weights, Tensor) else torch.full_like(losses, weights)
     with hooks_withheld(found):
-        scaled, *gradients = torch.autograd.grad(losses, (images, *found), weights.to(losses.dtype), allow_unused=True)
+        scaled, *gradients = torch.autograd.grad(losses, (images, *found), seed, allow_unused=True)
     if scaled is None:
         raise ValueError(_NO_PATH)
-    gradient = scaled / weights.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
+    gradient = (
+        scaled
+        if not isinstance(weights, Tensor) and weights == 1
+        else scaled / seed.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
+    )
     pairs = [(leaf, value) for leaf, value in zip(found, gradients) if value is not None]
     if origin is not None:
         pairs.append((origin, scaled))

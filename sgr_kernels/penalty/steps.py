@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sgr_kernels.penalty import sampling
 from sgr_kernels.penalty.gradients import SpentPass, input_gradient, spend, substitute
+from sgr_kernels.penalty.layers.convolution import fast_image_gradients
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Pass
 from sgr_kernels.penalty.way import Outcome, Task, Way, mean
@@ -74,9 +75,9 @@ def sampled(task: Task, way: Way, count: int, offset: Tensor, uniformly: bool) -
 def _spent(task: Task) -> tuple[Pass, SpentPass]:
     """The plain pass after its backward; its graph is gone before another begins."""
     leaf = task.images.detach().requires_grad_()
-    first = task.passes.first(leaf)
-    weights = torch.full_like(first.losses.detach(), _unit(leaf))
-    spent = spend(first.losses, leaf, task.images if task.images.requires_grad else None, weights)
+    with fast_image_gradients(task.passes.model):
+        first = task.passes.first(leaf)
+    spent = spend(first.losses, leaf, task.images if task.images.requires_grad else None, _unit(leaf))
     return Pass(detached(first.outputs), first.losses.detach()), spent
 
 

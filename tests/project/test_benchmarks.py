@@ -124,7 +124,8 @@ def test_lazy_summary_compares_ways_seed_by_seed() -> None:
 def test_lazy_benchmark_goes_on_and_refuses_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lazy, "PLAN", lazy.Plan((0, 8), pgd_steps=2, decay_lengths=(4.0,), noise_eps=(0.5,), draws=2))
+    plan = lazy.Plan((0, 8), pgd_steps=2, decay_lengths=(4.0,), noise_eps=(0.5,), draws=2)
+    monkeypatch.setitem(lazy.PLANS, "mnist", plan)
     write_idx(tmp_path / "digits", 100, 20)
     out = tmp_path / "lazy.json"
     command = ["bench", "lazy", "--data", str(tmp_path / "digits"), "--out", str(out), "--epochs", "1"]

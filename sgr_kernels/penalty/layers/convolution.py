@@ -1,11 +1,15 @@
-"""Convolutions whose second derivatives are convolutions' first derivatives.
+"""Convolutions whose second derivatives are convolutions' first derivatives, and a fast gradient of images.
 
 PyTorch differentiates a convolution's backward by convolving with kernels as large as images, after transposing both:
 several times as slow as the weight gradient that it amounts to, which backends have a kernel of its own for.
+
+Nobody but who wants the gradient in the images asks for that of a first layer in its input, and on CPUs its kernel
+computes as if an image had 8 or 16 channels. It is a matrix product with windows added up, in 0.3 to 0.8 of the time.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sgr_kernels.penalty.layers.elementary import RULES
 from sgr_kernels.penalty.layers.normalization import batch_norm
+from sgr_kernels.penalty.wrappers import hidden_compiler, is_compiled
 
 _RULES = {**RULES, F.batch_norm: batch_norm}
 _LACKING = {function: rule for function, rule in RULES.items() if rule.__name__ == "_hardsigmoid"}
@@ -36,6 +41,9 @@ class _Geometry(NamedTuple):
 
     def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
         """Gradients in input, weight and bias."""
+        if wanted[0] and self.is_narrow(gradient, x, weight):
+            others = self.backward(gradient, x, weight, [False, *wanted[1:]]) if any(wanted[1:]) else [None] * 3
+            return [self._by_windows(gradient, x, weight), *others[1:]]
         zeros = (0,) * len(self.stride)
         return torch.ops.aten.convolution_backward(
             gradient,
@@ -50,6 +58,20 @@ class _Geometry(NamedTuple):
             self.groups,
             wanted,
         )
+
+    def is_narrow(self, gradient: Tensor | None, x: Tensor, weight: Tensor) -> bool:
+        """Whether the gradient in the input is faster by windows: few values in them, or none in two."""
+        windows = weight.shape[2:]
+        return (
+            (x.device.type, len(windows), self.groups) == ("cpu", 2, 1)
+            and x.dtype in (torch.float32, torch.float64)
+            and (weight[0].numel() <= len(weight) or tuple(windows) == tuple(self.stride))
+            and (gradient is None or gradient.is_contiguous())
+        )
+
+    def _by_windows(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        windows = weight.flatten(1).t().expand(len(gradient), -1, -1).bmm(gradient.flatten(2))
+        return F.fold(windows, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
 
 
 class _Convolution(torch.autograd.Function):
@@ -124,6 +146,45 @@ def _plain(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     return geometry.forward(x, weight)
 
 
+class _Narrow(TorchFunctionMode):
+    """While active, convolutions of few channels that have an input gradient run as above."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Route them, or call what was called."""
+        return _narrow(*args, **(kwargs or {})) if func is F.conv2d else func(*args, **(kwargs or {}))
+
+
+def _narrow(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if _is_ordinary(input, weight, padding) and input.dim() == 4 and input.requires_grad and input.is_contiguous():
+        geometry = _Geometry(_tuple(stride, 2), _tuple(padding, 2), _tuple(dilation, 2), groups)
+        lowered = torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype
+        if not lowered and geometry.is_narrow(None, input, weight):
+            return _Convolution.apply(input, weight, bias, geometry, None)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def fast_image_gradients(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """A plain pass in which the gradient in the images is cheap; what is compiled runs as it is."""
+    if torch.compiler.is_compiling() or is_compiled(model) or hidden_compiler(model) is not None:
+        return contextlib.nullcontext()
+    return _Narrow()
+
+
+def _is_ordinary(input: Tensor, weight: Tensor, padding: Any) -> bool:
+    plain = all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in (input, weight))
+    return plain and not torch._C._are_functorch_transforms_active() and not isinstance(padding, str)
+
+
 class DifferentiableTwice(TorchFunctionMode):
     """While active, convolutions run as above, and what has no second derivative by `RULES`.
 
@@ -157,9 +218,7 @@ class DifferentiableTwice(TorchFunctionMode):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        ordinary = all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in (input, weight))
-        transformed = torch._C._are_functorch_transforms_active()
-        if not ordinary or transformed or input.dim() != dims + 2 or isinstance(padding, str):
+        if not _is_ordinary(input, weight, padding) or input.dim() != dims + 2:
             return func(input, weight, bias, stride, padding, dilation, groups)
         # The images do not come before a parameter; they may before a weight that a network computes, or be one.
         leaves = self if isinstance(weight, Parameter) and (bias is None or isinstance(bias, Parameter)) else None
