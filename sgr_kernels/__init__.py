@@ -8,6 +8,7 @@ CovarianceFunction        covariance of perturbations by displacement: a running
 FullCovariance            their full matrix, for low-dimensional data
 IdentityCovariance        a multiple of the identity: the gradient-norm penalty
 Covariance                the interface of all three, for one's own
+NormPenalty               in their place: the gradient's norm itself
 functional                the differentiable operators: products, quadratic forms, second moments
 attacks                   the paper's attacks
 evaluation                accuracy against strength, and checks that an evaluation can be trusted
@@ -30,6 +31,7 @@ from sgr_kernels._version import __version__
 from sgr_kernels.backends import use_backend
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.loss import SGRLoss, linear_warmup
+from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.wrappers import PenaltyGradientError
 
@@ -43,6 +45,7 @@ __all__ = [
     "CovarianceFunction",
     "FullCovariance",
     "IdentityCovariance",
+    "NormPenalty",
     "PenaltyGradientError",
     "SGRLoss",
     "__version__",

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.penalty import choice, steps
-from sgr_kernels.penalty.metric import Metric
+from sgr_kernels.penalty.metric import CovarianceMetric, Metric
+from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.perturbations import (
@@ -98,7 +99,8 @@ class SGRLoss(Recorded):
     recorded; each replay has the strength and the cadences of the step that was recorded.
 
     Args:
-        covariance: The metric. A frozen one is used as it is.
+        covariance: The metric. A frozen one is used as it is. A `NormPenalty` in its place makes Omega a norm of the
+            gradient instead of a quadratic form.
         strength: lambda, not negative, or a function of the number of training steps taken (`linear_warmup`).
             Relative to the covariance's ``target_variance`` it is a noise-to-signal ratio.
         perturbation: Where the covariance learns from: ``"gradient"`` (the loss gradient) or ``"sign"`` (its sign),
@@ -135,7 +137,7 @@ class SGRLoss(Recorded):
             call raises.
 
     Raises:
-        TypeError: If the covariance is not a `Covariance`.
+        TypeError: If the covariance is neither a `Covariance` nor a `NormPenalty`.
         ValueError: If an argument is out of range, or a perturbation is named and the covariance is frozen.
     """
 
@@ -143,7 +145,7 @@ class SGRLoss(Recorded):
 
     def __init__(
         self,
-        covariance: Covariance,
+        covariance: Covariance | NormPenalty,
         strength: float | Callable[[int], float] = 0.1,
         *,
         perturbation: str | Perturbation | None = _DEFAULT_PERTURBATION,
@@ -161,8 +163,10 @@ class SGRLoss(Recorded):
         for name in ("update_every", "penalty_every", "nonfinite_patience"):
             _check_positive(name, locals()[name])
         super().__init__(nonfinite_patience)
-        if not isinstance(covariance, Covariance):
-            raise TypeError(f"covariance: expected a sgr_kernels covariance module, got {checks.describe(covariance)}")
+        if not isinstance(covariance, (Covariance, NormPenalty)):
+            raise TypeError(
+                f"covariance: expected a sgr_kernels covariance or NormPenalty, got {checks.describe(covariance)}"
+            )
         _check_strength(strength)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(f"fraction: expected a number in (0, 1], got {fraction!r}")
@@ -248,8 +252,7 @@ class SGRLoss(Recorded):
         count = self._sample_count(images) if way is not None else None
         replays = way is not None and (way.repeats or count is not None)
         passes = Passes(model, self._losses, labels, images.device, replays)
-        metric = Metric(self.covariance, self.mean_correction)
-        task = Task(passes, images, metric, self._weight(), learn, self._count_finite)
+        task = Task(passes, images, self._metric(), self._weight(), learn, self._count_finite)
         if way is not None:
             return way(task) if count is None else self._sampled(task, way, count)
         free = update and self.perturbation in FREE
@@ -269,6 +272,11 @@ class SGRLoss(Recorded):
         if self.fraction == 1.0 or not self.training or len(images) < 2:
             return None
         return max(1, round(self.fraction * len(images)))
+
+    def _metric(self) -> Metric:
+        if isinstance(self.covariance, NormPenalty):
+            return self.covariance
+        return CovarianceMetric(self.covariance, self.mean_correction)
 
     def _weight(self) -> float:
         """Of the penalty on a step that has one."""
@@ -297,6 +305,7 @@ class SGRLoss(Recorded):
             source = ATTACKS[self.perturbation] if isinstance(self.perturbation, str) else self.perturbation
             assert source is not None
             xi = source(unwrapped(model), images.detach(), labels)
+        assert isinstance(self.covariance, Covariance)
         self.covariance.update(only_where_finite(xi, losses, gradient))
 
     def _tried_way(self, model: Any, images: Tensor, labels: Any) -> Way:

@@ -1,4 +1,7 @@
-"""Does the quadratic approximation behind SGR hold for this model, these data and this covariance?"""
+"""Does the quadratic approximation behind SGR hold for this model, these data and this covariance?
+
+And has the model an input gradient that varies continuously, as a penalty on it presumes?
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.guard import Model, model_device, preserve
@@ -16,6 +19,11 @@ from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, 
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
 from sgr_kernels.checks import check_number
 from sgr_kernels.evaluation.loaders import Loader, batches
+from sgr_kernels.penalty.choice import Trial, agreement
+from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+
+_LOOKED_AT = 64  # images for the kinks
+_SMOOTH = 0.9  # a cosine from which finite differences are allowed, too
 
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -67,6 +75,9 @@ class Diagnosis:
         rows: one for each strength, ascending.
         suggested_strength: the largest strength up to which the prediction holds without a gap; None if it does not,
             or cannot be said to, already at the smallest.
+        gradient_cosine: Cosine between the gradients of ``mean |g|^2`` in the parameters by a finite difference and
+            exact, on the first images: near 1 on smooth networks, near 0 where the kinks of ReLU and max-pooling lie
+            closer together than float32 can tell. None if it cannot be had (no parameters, no second derivative).
     """
 
     images: int
@@ -74,6 +85,7 @@ class Diagnosis:
     penalty: float
     rows: list[StrengthRow]
     suggested_strength: float | None
+    gradient_cosine: float | None = None
 
     @property
     def balanced_strength(self) -> float:
@@ -106,7 +118,21 @@ class Diagnosis:
             )
         else:
             lines.append("Too uncertain to tell whether the quadratic prediction holds: take more images or draws.")
+        lines += self._about_kinks()
         return "\n".join(lines)
+
+    def _about_kinks(self) -> list[str]:
+        if self.gradient_cosine is None:
+            return []
+        cosine = self.gradient_cosine
+        found = f"Between a finite difference and the exact gradient of the penalty the cosine is {cosine:.2f}"
+        if cosine >= _SMOOTH:
+            return [f"{found}: the network is smooth, every method serves."]
+        return [
+            f"{found}: the network has kinks (ReLU, max-pooling). Take an exact method. What the penalty flattens are "
+            "the pieces between kinks; a network with smooth activations and average pooling (sgr.models.smooth, "
+            "trained from scratch) gains more from it."
+        ]
 
 
 def diagnose(
@@ -150,6 +176,7 @@ def diagnose(
     losses: list[Tensor] = []
     penalties: list[Tensor] = []
     excess: list[Tensor] = []
+    cosine: float | None = None
     device = model_device(model)
     with preserve(model):
         for images, labels in batches(loader, device):
@@ -158,6 +185,8 @@ def diagnose(
             logits = logits_of(model, leaf)
             inspect_logits(logits)
             check_labels(labels, *logits.shape)
+            if not losses:
+                cosine = _gradient_cosine(model, images, labels)
             loss = _loss(logits, labels)
             gradient = input_gradient(loss, leaf)
             losses.append(loss.detach())
@@ -173,7 +202,19 @@ def diagnose(
         if not row.holds:
             break
         suggested = row.strength
-    return Diagnosis(len(penalty), float(torch.cat(losses).mean()), float(penalty.mean()), rows, suggested)
+    means = float(torch.cat(losses).mean()), float(penalty.mean())
+    return Diagnosis(len(penalty), *means, rows, suggested, cosine)
+
+
+def _gradient_cosine(model: Model, images: Tensor, labels: Tensor) -> float | None:
+    if not isinstance(model, nn.Module) or not any(p.requires_grad for p in model.parameters()):
+        return None
+    try:
+        return agreement(Trial(model, cross_entropy_per_sample, images[:_LOOKED_AT], labels[:_LOOKED_AT]))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # without first or second derivatives there is nothing to compare
+        return None
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from sgr_kernels.penalty.double_backward import DoubleBackward, has_no_second_de
 from sgr_kernels.penalty.finite_difference import FiniteDifference, samples_interact
 from sgr_kernels.penalty.forward_mode import ForwardMode
 from sgr_kernels.penalty.gradients import coarsest_rounding, hooks_withheld, leaves
-from sgr_kernels.penalty.metric import Metric
+from sgr_kernels.penalty.metric import CovarianceMetric
 from sgr_kernels.penalty.passes import Evaluate, Passes, couples_samples
 from sgr_kernels.penalty.way import Outcome, Task, Way
 from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, is_sharded, modules_in, uncompiled
@@ -273,7 +273,7 @@ def _compare_exact(way: Way, trial: Trial) -> None:
     if not bool(outcome.gradient.isfinite().all()):
         return  # the batch's fault
     best = math.inf
-    for expected, rounding in _differences(trial, outcome.gradient.detach()):
+    for expected, rounding in _differences(trial, outcome):
         size, error = _norm(expected), _norm([a - b for a, b in zip(found, expected)])
         worst = error / size if size > 0 else (0.0 if error == 0 else math.inf)
         if rounding < _WIDE and size > 0:  # a small part that is wrong counts, too
@@ -297,13 +297,7 @@ def _compare_exact(way: Way, trial: Trial) -> None:
 
 def _compare_difference(way: Way, trial: Trial) -> None:
     assert isinstance(way, FiniteDifference)
-    leaf = trial.images.detach().requires_grad_()
-    way.coupled = samples_interact(trial.passes(), leaf)
-    outcome, found = _penalty_gradients(way, trial)
-    expected = _reference(trial, outcome)
-    sizes = _norm(found) * _norm(expected)
-    way.proved = sizes > 0 or not trial.parameters
-    cosine = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, expected)) / sizes if sizes > 0 else 1.0
+    cosine = _agreement(way, trial)
     if cosine >= _COSINE:
         return
     message = (
@@ -313,6 +307,25 @@ def _compare_difference(way: Way, trial: Trial) -> None:
     if not trial.allow_kinks:
         raise PenaltyGradientError(f"{message}; allow_kinks=True uses them all the same")
     logger.warning("SGRLoss: %s", message.removeprefix("method: "))
+
+
+@_disable_dynamo
+def agreement(trial: Trial) -> float:
+    """Cosine between the penalty's gradients in the parameters by finite differences and exact; 1 where both vanish.
+
+    Raises:
+        PenaltyGradientError: If the model supports neither.
+    """
+    return _agreement(FiniteDifference(), trial)
+
+
+def _agreement(way: FiniteDifference, trial: Trial) -> float:
+    way.coupled = samples_interact(trial.passes(), trial.images.detach().requires_grad_())
+    outcome, found = _penalty_gradients(way, trial)
+    expected = _reference(trial, outcome)
+    sizes = _norm(found) * _norm(expected)
+    way.proved = sizes > 0 or not trial.parameters
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(found, expected)) / sizes if sizes > 0 else 1.0
 
 
 def _reference(trial: Trial, outcome: Outcome) -> list[Tensor]:
@@ -326,15 +339,14 @@ def _reference(trial: Trial, outcome: Outcome) -> list[Tensor]:
             except RuntimeError:
                 continue
     place = trial.doubled() or trial
-    assert outcome.gradient is not None
-    return next(_differences(place, outcome.gradient.detach().to(place.images.dtype)))[0]
+    return next(_differences(place, outcome))[0]
 
 
 def _penalty_gradients(way: Way, trial: Trial) -> tuple[Outcome, list[Tensor]]:
     """The penalty by a way, with Sigma = I, and its gradient in the parameters."""
     samples = max(1, len(trial.images))
     shares = torch.full((len(trial.images),), 1 / samples, device=trial.images.device, dtype=torch.float32)
-    task = Task(trial.passes(), trial.images.detach(), Metric(IdentityCovariance(), False), 1.0, shares=shares)
+    task = Task(trial.passes(), trial.images.detach(), CovarianceMetric(IdentityCovariance()), 1.0, shares=shares)
     outcome = way(task)
     assert outcome.gradient is not None
     if isinstance(way, DoubleBackward) and has_no_second_derivative(outcome.gradient):
@@ -350,22 +362,25 @@ def _penalty_gradients(way: Way, trial: Trial) -> tuple[Outcome, list[Tensor]]:
     return outcome, gradients
 
 
-def _differences(trial: Trial, direction: Tensor) -> Iterator[tuple[list[Tensor], float]]:
-    """Central differences of the plain gradients of the mean loss along a direction, and the passes' rounding unit.
+def _differences(trial: Trial, outcome: Outcome) -> Iterator[tuple[list[Tensor], float]]:
+    """Central differences of the plain gradients of the mean loss along g, and the passes' rounding unit.
 
-    Of several lengths, the likeliest first: a kink may lie within one.
+    Of several lengths, the likeliest first: a kink may lie within one. They are relative to the images where the loss
+    follows them no faster than in proportion, and to the loss where it does: that of a deep network at its beginning
+    may change by a thousand times as much.
     """
+    assert outcome.gradient is not None
     passes, images, samples = trial.passes(), trial.images.detach(), max(1, len(trial.images))
+    direction = outcome.gradient.detach().to(images.dtype)
     leaf = images.clone().requires_grad_()
     rounding = coarsest_rounding(passes.again(leaf).losses, leaf)
     lengths = (1e-8, 1e-9, 1e-10, 1e-7, 1e-6) if rounding < _WIDE else [rounding**0.5 * s for s in (1, 4, 0.25, 16)]
-    unit = _norm([trial.images]) / max(_norm([direction]), 1e-30)
+    size = max(_norm([direction]), 1e-30)
+    growth = _norm([images]) * size / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
     for length in lengths:
-        step = length * unit
+        step = max(length / max(1.0, growth), 100 * rounding) * _norm([images]) / size
         ahead, behind = (
-            _grad(
-                passes.again(trial.images.detach() + side * step * direction).losses.sum() / samples, trial.parameters
-            )
+            _grad(passes.again(images + side * step * direction).losses.sum() / samples, trial.parameters)
             for side in (1, -1)
         )
         yield [(a - b) / (2 * step) for a, b in zip(ahead, behind)], rounding

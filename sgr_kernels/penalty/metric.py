@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from sgr_kernels.covariance import Covariance
 
 
-@dataclass(frozen=True)
-class Metric:
-    """The covariance that measures gradients, with or without the mean correction of Eq. 12.
+class Metric(Protocol):
+    """Measures gradients; those are of the *loss*, minus those of the log-probability."""
 
-    Gradients here are those of the *loss*, minus those of the log-probability: hence the mean's sign.
-    """
+    def omegas(self, gradient: Tensor) -> Tensor:
+        """omega_b, (B,), differentiable in the gradient."""
+        ...
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """v_b, the derivative of omega_b in g_b, like ``gradient``."""
+        ...
+
+
+@dataclass(frozen=True)
+class CovarianceMetric:
+    """The metric of a covariance, with or without the mean correction of Eq. 12 (whose sign is that of the loss)."""
 
     covariance: Covariance
-    mean_correction: bool
+    mean_correction: bool = False
 
     def omegas(self, gradient: Tensor) -> Tensor:
         """``1/2 g_b^T Sigma g_b``, less ``g_b . mu``: (B,), differentiable in the gradient."""

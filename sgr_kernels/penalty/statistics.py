@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # like torch.compiler.disable, but i
 
 from sgr_kernels.checks import warn_caller
 from sgr_kernels.covariance import Covariance
+from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.way import Outcome
 from sgr_kernels.toeplitz.constants import recording
@@ -50,7 +51,7 @@ class Recorded(nn.Module):
 
     nonfinite: Tensor
     nonfinite_in_a_row: Tensor
-    covariance: Covariance
+    covariance: Covariance | NormPenalty
     mean_correction: bool
 
     def __init__(self, nonfinite_patience: int) -> None:

@@ -125,7 +125,7 @@ def test_package_covariances(covariance):
     assert result.images == 12
     assert all(math.isfinite(row.monte_carlo) for row in result.rows)
     assert json.loads(json.dumps(result.to_dict()))["penalty"] == result.penalty
-    assert str(result).count("\n") == len(result.rows) + 2
+    assert str(result).count("\n") == len(result.rows) + 2 + (result.gradient_cosine is not None)
     assert all(module.training for module in model.modules())
 
 
@@ -133,6 +133,23 @@ def test_same_result_from_the_default_generator():
     model, data = convolutional(), [(images_like(6, (1, 8, 8), dtype=torch.float32), torch.arange(6) % 4)]
     covariance = CovarianceFunction.exponential(1, 8, 4.0)
     assert diagnose(model, data, covariance, draws=4) == diagnose(model, data, covariance, draws=4)
+
+
+def test_kinks_are_found_and_smoothness_too():
+    torch.manual_seed(0)
+    rough = sgr_kernels.models.carlini_wagner("mnist")
+    images, labels = torch.rand(32, 1, 28, 28), torch.arange(32) % 10
+    covariance = IdentityCovariance(0.1, shape=(1, 28, 28))
+    before = {name: value.clone() for name, value in rough.state_dict().items()}
+    for model, advice in ((rough, "has kinks"), (sgr_kernels.models.smooth(rough), "is smooth")):
+        result = diagnose(model, [(images, labels)], covariance, strengths=[0.1], draws=2)
+        assert (result.gradient_cosine > 0.9) == (advice == "is smooth")
+        assert advice in str(result)
+        assert result.to_dict()["gradient_cosine"] == result.gradient_cosine
+        assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in rough.state_dict().items())
+    function = diagnose(lambda x: rough(x), [(images, labels)], covariance, strengths=[0.1], draws=2)
+    assert function.gradient_cosine is None
 
 
 def test_zero_gradients_predict_nothing():

@@ -605,3 +605,12 @@ def test_checkpointed_batch_norm_is_right_by_double_backward() -> None:
 
 def test_softmax_by_keyword() -> None:
     assert_right(head(Lambda(lambda x: torch.softmax(input=x, dim=-1))), "forward-mode")
+
+
+def test_kinks_close_together_are_not_a_fault() -> None:
+    """Images of little contrast, brought to full contrast by the model: a small relative step crosses many kinks."""
+    torch.manual_seed(0)
+    model = carlini_wagner("cifar10")
+    model.standardize = Lambda(lambda x: (x - 0.5) / 1e-5)  # type: ignore[assignment]
+    images, labels = 0.5 + 1e-5 * (torch.rand(16, 3, 32, 32) - 0.5), torch.arange(16) % 10
+    SGRLoss(CovarianceFunction(3, (32, 32)), 1.0)(model, images, labels).backward()
