@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sgr_kernels import checks
 from sgr_kernels.penalty.layers.batch_norm import PartOfBatch, batch_statistics
-from sgr_kernels.penalty.wrappers import is_compiled, modules_in, opened, uncompiled, unwrapped
+from sgr_kernels.penalty.wrappers import hidden_compiler, is_compiled, modules_in, opened, uncompiled, unwrapped
 
 Evaluate = Callable[[Any, Any], Tensor]
 """Losses of each sample, (B,), from outputs and labels."""
@@ -48,7 +48,7 @@ class Passes:
 
     def __init__(self, model: Any, evaluate: Evaluate, labels: Any, device: torch.device, replays: bool) -> None:
         self.model, self.evaluate, self.labels = model, evaluate, labels
-        self._replays = replays
+        self._replays, self._compiled = replays, is_compiled(model) or hidden_compiler(model) is not None
         self._random = _RandomStreams(device) if replays else None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}
@@ -71,7 +71,7 @@ class Passes:
         model = opened(self.model) if inside else self.model
         hidden = self._replays and not self._known and not torch.compiler.is_compiling()
         with _before_modules(self._remember) if hidden else contextlib.nullcontext():
-            outputs = model(images)
+            outputs = model(self._own(images))
         return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
 
     @_disable_dynamo(recursive=False)
@@ -79,6 +79,10 @@ class Passes:
         """A further pass over images that may have moved."""
         outputs = self.run(images, inside)
         return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
+
+    def _own(self, images: Tensor) -> Tensor:
+        """A copy, for models may write into their input; what is compiled takes the leaf that it was compiled for."""
+        return images if self._compiled or torch.compiler.is_compiling() else images.clone()
 
     def _one_a_sample(self, images: Tensor, losses: Tensor) -> Tensor:
         if len(losses) != len(images):
@@ -98,6 +102,7 @@ class Passes:
     @_disable_dynamo(recursive=False)
     def run(self, images: Tensor, inside: bool = False) -> Any:
         """The outputs of a further pass."""
+        images = self._own(images)
         model = uncompiled(self.model) if inside else unwrapped(self.model)
         with self.replayed():
             if torch.compiler.is_compiling() and not isinstance(model, nn.Module):

@@ -330,6 +330,30 @@ def test_a_compiled_step_repeats_its_dropout_masks(method: str) -> None:
     assert 0.3 < ratio < 3  # other masks than those drawn outside
 
 
+class Standardized(nn.Module):
+    """Writes into its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(0.4).div_(0.3)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_models_may_write_into_their_images(method: str, fraction: float) -> None:
+    torch.manual_seed(0)
+    body, (images, labels), before = classifier(nn.Conv2d(1, 3, 3)), batch(), batch()[0]
+    found = []
+    for first in (lambda x: (x - 0.4) / 0.3, Standardized()):
+        model = copy.deepcopy(body)
+        loss = criterion(method)
+        loss.fraction = fraction
+        value = loss(lambda x, first=first, model=model: model(first(x)), images, labels)
+        value.backward()
+        assert torch.equal(images, before)
+        found.append((value.detach(), gradients(model)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
 def test_a_static_graph_of_distributed_training_is_refused(tmp_path: Path) -> None:
     """Its first backward, that for the images, would count as the step's, and nothing would be reduced."""
     model, (images, labels) = classifier(nn.Conv2d(1, 3, 3)), batch()
