@@ -1,8 +1,9 @@
 """Cost of a training step: clean, gradient norm, SGR by each method and cadence, adversarial training.
 
 ``sgr bench step`` (or ``python -m benchmarks.step``) measures all ways of one network in turn, round after round, so
-that drifts of the machine hit all alike; what counts are ratios of medians to the clean step of the same run. A lazy
-penalty is measured over whole periods. Peak memory is that of a process of its own, above what it holds between steps.
+that drifts of the machine hit all alike; what counts are ratios of medians to the clean step of the same run. Networks
+that the file holds with all these ways, of this machine and commit, are not measured again. A lazy penalty is measured
+over whole periods. Peak memory is that of a process of its own, above what it holds between steps.
 """
 
 from __future__ import annotations
@@ -201,6 +202,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _rows_before(out: Path | None, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the same machine, versions and commit that a file holds."""
+    if out is None or not out.exists():
+        return []
+    result = json.loads(out.read_text())
+    return result["rows"] if result["machine"] == head["machine"] else []
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, and write the rows as JSON."""
     parser = argparse.ArgumentParser(prog="sgr bench step", description=__doc__.split("\n")[0])
@@ -221,15 +230,18 @@ def main(arguments: list[str] | None = None) -> None:
         return
     large = {"resnet18": 16, "vit": 16, "resnet50": 8} if device.type == "cpu" else {}
     ways = list(dict.fromkeys(["clean", *options.ways]))
-    rows: list[dict[str, Any]] = []
+    head = {"machine": machine.describe(device)}
+    rows = _rows_before(options.out, head)
     for network in options.networks:
+        if set(ways) <= {row["way"] for row in rows if row["network"] == network}:
+            continue
+        rows = [row for row in rows if row["network"] != network]
         batch = options.batch or large.get(network, 128)
         rounds = options.rounds or (5 if network in large else 15)
         rows += measure(network, ways, batch, device, rounds)
         if options.out is not None:
-            result = {"machine": machine.describe(device), "rows": rows}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(machine.describe(device)))
+            options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    print(json.dumps(head["machine"]))
     print(table(rows))
 
 

@@ -20,7 +20,7 @@ from sgr_kernels.report.page import percent
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, SCHEDULES, Settings
-from sgr_kernels.training.models import CarliniWagner, architecture_for
+from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, CarliniWagner, architecture_for
 from sgr_kernels.training.processes import Processes, joined, local_device
 from sgr_kernels.training.records import digest, remembered
 from sgr_kernels.training.search import attack_area, held_out, strength_search
@@ -103,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
+    add("--activation", choices=ACTIVATIONS, default=_DEFAULTS["activation"], help="of the network; the paper's: relu")
+    add("--pooling", choices=POOLINGS, default=_DEFAULTS["pooling"], help="of the network; the paper's: max")
     add("--seed", type=common.seed, default=_DEFAULTS["seed"], help="of everything random")
     add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
     common.add_device(parser)

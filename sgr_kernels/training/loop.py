@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.device, self.processes = settings, torch.device(device), processes
-        self.model: CarliniWagner = carlini_wagner(settings.architecture).to(device)
+        self.model: CarliniWagner = _network(settings).to(device)
         self.criterion: Any = build_criterion(settings, data.train).to(device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=weight_decay(settings)
@@ -322,6 +322,10 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     return path / CHECKPOINT_FILE if path.is_dir() else path
 
 
+def _network(settings: Settings) -> CarliniWagner:
+    return carlini_wagner(settings.architecture, settings.activation, settings.pooling)
+
+
 def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, Any]]:
     """The trained network of a checkpoint (its file or folder), in evaluation mode, and the whole state.
 
@@ -330,6 +334,6 @@ def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, A
         CheckpointError: if it is damaged, edited out of shape, or newer than this package.
     """
     state = checkpoint.load(checkpoint_file(path))
-    model = carlini_wagner(settings_of(state).architecture)
+    model = _network(settings_of(state))
     checkpoint.load_module(model, state["model"], "model")
     return model.eval(), state

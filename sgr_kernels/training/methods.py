@@ -10,9 +10,11 @@ from torch import nn
 
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.loss import SGRLoss, linear_warmup
+from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.perturbations import ATTACKS, FREE
 from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.datasets import ImageSet
+from sgr_kernels.training.models import ACTIVATIONS, POOLINGS
 
 EXPONENTIAL = "exponential"
 PERTURBATIONS = (*FREE, *ATTACKS, EXPONENTIAL)
@@ -29,9 +31,11 @@ class Settings:
 
     Attributes:
         architecture: Carlini-Wagner network, ``"mnist"`` or ``"cifar10"``.
+        activation: Of that network, ``"relu"`` as the paper's, ``"gelu"``, ``"silu"`` or ``"softplus"``.
+        pooling: Of that network, ``"max"`` as the paper's, or ``"average"``.
         method: A name in ``METHODS``.
         strength: The penalty's strength, lambda; the covariance is at the training data's own variance, so that it
-            reads as a noise-to-signal ratio.
+            reads as a noise-to-signal ratio; of ``"l1"`` the bound on a perturbation of pixels in [0, 1].
         perturbation: What method ``"sgr"`` estimates its covariance from, or ``"exponential"`` for a fixed covariance
             function exp(-r / decay_length), half of it between channels. The other methods bring their own.
         decay_length: Of the fixed exponential covariance and of the noise that ``"lrc"`` trains with, in pixels.
@@ -92,6 +96,8 @@ class Settings:
     augment: bool = True
     flip: bool = False
     seed: int = 0
+    activation: str = "relu"
+    pooling: str = "max"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -102,6 +108,9 @@ class Settings:
             raise ValueError(f"perturbation must be one of {', '.join(PERTURBATIONS)}, got {self.perturbation!r}")
         if self.covariance not in COVARIANCES:
             raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, got {self.covariance!r}")
+        for name, allowed in (("activation", ACTIVATIONS), ("pooling", POOLINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.attack_labels not in ("own", "true"):
             raise ValueError(f"attack_labels must be 'own' or 'true', got {self.attack_labels!r}")
         if self.schedule not in SCHEDULES:
@@ -181,6 +190,10 @@ def _gradient_norm(settings: Settings, data: ImageSet) -> nn.Module:
     return _penalized(settings, IdentityCovariance(data.pixel_variance()))
 
 
+def _absolute(settings: Settings, data: ImageSet) -> nn.Module:
+    return _penalized(settings, NormPenalty(1))
+
+
 def _structured(settings: Settings, data: ImageSet) -> nn.Module:
     if settings.perturbation == EXPONENTIAL:
         return _penalized(settings, _exponential(settings, data))
@@ -214,7 +227,7 @@ def _exponential(settings: Settings, data: ImageSet) -> CovarianceFunction:
     )
 
 
-def _penalized(settings: Settings, covariance: Covariance, **options: Any) -> SGRLoss:
+def _penalized(settings: Settings, covariance: Covariance | NormPenalty, **options: Any) -> SGRLoss:
     strength = linear_warmup(settings.strength, settings.warmup) if settings.warmup else settings.strength
     return SGRLoss(
         covariance,
@@ -234,6 +247,7 @@ METHODS: dict[str, Method] = {
     "pgd": Method("adversarial training with PGD: half of each batch perturbed", _pgd),
     "fgsm": Method("adversarial training with FGSM: half of each batch perturbed", _fgsm),
     "gn": Method("gradient-norm penalty: SGR with an identity covariance", _gradient_norm, penalized=True),
+    "l1": Method("L1 norm of the gradient, at a strength in [0, 1] pixel units", _absolute, penalized=True),
     "sgr": Method("structured gradient regularization, covariance by --perturbation", _structured, penalized=True),
     "sgr_grad": Method("SGR, covariance of loss gradients", _structured, perturbation="gradient", penalized=True),
     "sgr_sign": Method("SGR, covariance of their signs", _structured, perturbation="sign", penalized=True),
@@ -242,7 +256,7 @@ METHODS: dict[str, Method] = {
     "pgd_sgr": Method("SGR, covariance of PGD perturbations", _structured, perturbation="pgd", penalized=True),
     "lrc": Method("half of each batch under noise with an exponential covariance", _noise),
 }
-"""The paper's methods (section 4.1), by its own names, and ``"sgr"`` for all other variants."""
+"""The paper's methods (section 4.1), by its own names, ``"sgr"`` for all other variants, and ``"l1"`` beside them."""
 
 
 def build_criterion(settings: Settings, data: ImageSet) -> nn.Module:

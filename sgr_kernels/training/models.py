@@ -1,13 +1,31 @@
-"""The paper's networks (section 7.4): Carlini and Wagner's convolutional classifiers."""
+"""The paper's networks (section 7.4): Carlini and Wagner's convolutional classifiers; and smooth ones."""
 
 from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sgr_kernels.checks import check_floating_point
 
-__all__ = ["CarliniWagner", "Standardize", "architecture_for", "carlini_wagner"]
+T = TypeVar("T")
+
+logger = logging.getLogger("sgr_kernels")
+
+__all__ = ["ACTIVATIONS", "POOLINGS", "CarliniWagner", "Standardize", "architecture_for", "carlini_wagner", "smooth"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+POOLINGS: dict[str, Callable[[int], nn.Module]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 
 _GREY_LEVEL = 1 / 255
 
@@ -34,7 +52,10 @@ class Standardize(nn.Module):
 
 
 class CarliniWagner(nn.Module):
-    """Two blocks of two 3x3 convolutions and a 2x2 max-pooling, then three dense layers; ReLU throughout.
+    """Two blocks of two 3x3 convolutions and a 2x2 pooling, then three dense layers.
+
+    The paper's have ReLU and max-pooling. With a smooth activation and average pooling the input gradient is
+    continuous, which is what a penalty on it asks for.
 
     Takes images (B, C, H, W) in pixel space [0, 1], returns logits (B, classes).
 
@@ -42,35 +63,46 @@ class CarliniWagner(nn.Module):
         image_shape: (C, H, W).
         filters: Feature maps of the four valid convolutions.
         units: Units of the three dense layers; the last are the classes.
+        activation: A name in `ACTIVATIONS`.
+        pooling: ``"max"`` or ``"average"``.
+
+    Raises:
+        ValueError: For another activation or pooling.
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], filters: tuple[int, int, int, int], units: tuple[int, int, int]
+        self,
+        image_shape: tuple[int, int, int],
+        filters: tuple[int, int, int, int],
+        units: tuple[int, int, int],
+        activation: str = "relu",
+        pooling: str = "max",
     ) -> None:
         super().__init__()
+        act, pool = _named("activation", activation, ACTIVATIONS), _named("pooling", pooling, POOLINGS)
         channels, height, width = image_shape
         self.image_shape = image_shape
         first, second, third, fourth = filters
         self.standardize = Standardize()
         self.features = nn.Sequential(
             nn.Conv2d(channels, first, 3),
-            nn.ReLU(),
+            act(),
             nn.Conv2d(first, second, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
+            act(),
+            pool(2),
             nn.Conv2d(second, third, 3),
-            nn.ReLU(),
+            act(),
             nn.Conv2d(third, fourth, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
+            act(),
+            pool(2),
         )
         flat = fourth * _after_features(height) * _after_features(width)
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(flat, units[0]),
-            nn.ReLU(),
+            act(),
             nn.Linear(units[0], units[1]),
-            nn.ReLU(),
+            act(),
             nn.Linear(units[1], units[2]),
         )
 
@@ -82,18 +114,99 @@ class CarliniWagner(nn.Module):
         return self.classifier(self.features(self.standardize(images)))
 
 
-def carlini_wagner(architecture: str) -> CarliniWagner:
+def carlini_wagner(architecture: str, activation: str = "relu", pooling: str = "max") -> CarliniWagner:
     """A freshly initialised Carlini-Wagner network.
 
     Args:
         architecture: ``"mnist"`` (1x28x28, 10 classes) or ``"cifar10"`` (3x32x32, 10 classes).
+        activation: ``"relu"``, ``"gelu"``, ``"silu"`` or ``"softplus"``.
+        pooling: ``"max"`` or ``"average"``.
 
     Raises:
-        ValueError: for another architecture.
+        ValueError: for another architecture, activation or pooling.
     """
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
-    return CarliniWagner(*_ARCHITECTURES[architecture])
+    return CarliniWagner(*_ARCHITECTURES[architecture], activation, pooling)
+
+
+def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
+    """A copy of a network whose activations and poolings are differentiable, to be trained from scratch.
+
+    ReLU and its relatives (ReLU6, LeakyReLU, PReLU, ELU, Hardswish, Hardtanh and so on) become the activation,
+    Hardsigmoid a sigmoid, and max-pooling average pooling of the same windows. Only modules are seen: what a
+    ``forward`` calls by itself (``F.relu(x)``) stays. The log says what was exchanged.
+
+    Args:
+        model: Any network; it stays as it is. Weights are copied, but those of a trained network fit no longer.
+        activation: ``"gelu"``, ``"silu"`` or ``"softplus"``.
+
+    Raises:
+        ValueError: For another activation; if there is nothing to exchange.
+    """
+    act = _named("activation", activation, {name: make for name, make in ACTIVATIONS.items() if name != "relu"})
+    changed: Counter[str] = Counter()
+
+    def exchanged(module: nn.Module) -> nn.Module:
+        other = _smooth_counterpart(module, act)
+        if other is not module:
+            changed[f"{type(module).__name__} by {type(other).__name__}"] += 1
+            return other
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = exchanged(child)
+        return module
+
+    result = exchanged(copy.deepcopy(model))
+    if not changed:
+        raise ValueError(
+            "model: no ReLU, no relative of it and no max-pooling among its modules; functions that a forward calls "
+            "(F.relu) have to be exchanged by hand"
+        )
+    logger.info("smooth: replaced %s", ", ".join(f"{count} {what}" for what, count in changed.items()))
+    return result
+
+
+_KINKED = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU),
+    *(nn.Hardswish, nn.Hardtanh, nn.Threshold, nn.Softshrink, nn.Hardshrink),
+)
+_MAX_POOLINGS: dict[type[nn.Module], Any] = {
+    nn.MaxPool1d: nn.AvgPool1d,
+    nn.MaxPool2d: nn.AvgPool2d,
+    nn.MaxPool3d: nn.AvgPool3d,
+}
+_ADAPTIVE: dict[type[nn.Module], Any] = {
+    nn.AdaptiveMaxPool1d: nn.AdaptiveAvgPool1d,
+    nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool3d: nn.AdaptiveAvgPool3d,
+}
+
+
+def _smooth_counterpart(module: Any, activation: Callable[[], nn.Module]) -> nn.Module:
+    if isinstance(module, nn.Hardsigmoid):
+        return nn.Sigmoid()
+    if isinstance(module, _KINKED):
+        return activation()
+    for pooling, average in _MAX_POOLINGS.items():
+        if type(module) is pooling:
+            if any(d != 1 for d in _each(module.dilation)) or module.return_indices:
+                return module
+            return average(module.kernel_size, module.stride, module.padding, module.ceil_mode)
+    for pooling, average in _ADAPTIVE.items():
+        if type(module) is pooling and not module.return_indices:
+            return average(module.output_size)
+    return module
+
+
+def _each(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _named(argument: str, name: str, table: dict[str, T]) -> T:
+    if name not in table:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, table))}, got {name!r}")
+    return table[name]
 
 
 def architecture_for(image_shape: torch.Size | tuple[int, ...]) -> str:

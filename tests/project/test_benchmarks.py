@@ -35,6 +35,8 @@ def test_step_benchmark_writes_rows_for_every_way(tmp_path: Path, capsys: pytest
         assert row["peak_bytes"] > 0
     assert result["rows"][0]["time_ratio"] == 1
     assert "sgr, finite-difference" in capsys.readouterr().out
+    assert main(["bench", "step", *options, "--ways", "sgr", "--out", str(out)]) == 0
+    assert json.loads(out.read_text()) == result  # nothing was left to measure
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- steps -->\nold\n<!-- /steps -->\nafter\n")
     assert main(["bench", "tables", str(out), "--readme", str(readme)]) == 0

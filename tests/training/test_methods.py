@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance
 from sgr_kernels.loss import SGRLoss
+from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.training.criteria import Augmented, with_fgsm, with_noise, with_pgd
-from sgr_kernels.training.loop import Trainer
+from sgr_kernels.training.loop import Trainer, load_model
 from sgr_kernels.training.methods import METHODS, Settings, build_criterion
 from sgr_kernels.training.models import carlini_wagner
 from sgr_kernels.training.search import Trial, attack_area, choose, held_out, strength_search
@@ -31,6 +33,19 @@ def test_every_method_takes_a_step(digits, method):
     before = [p.clone() for p in trainer.model.parameters()]
     assert not trainer.run(1, progress=False, stop=lambda: True)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_smooth_networks_train_and_come_back(digits, tmp_path):
+    settings = Settings("mnist", method="l1", strength=0.01, activation="gelu", pooling="average", batch_size=8)
+    trainer = Trainer(settings, digits)
+    assert isinstance(trainer.criterion.covariance, NormPenalty)
+    trainer.run(1, out=tmp_path, progress=False)
+    kinds = {type(module) for module in load_model(tmp_path)[0].modules()}
+    assert {nn.GELU, nn.AvgPool2d} <= kinds
+    assert not {nn.ReLU, nn.MaxPool2d} & kinds
+    for option in ("activation", "pooling"):
+        with pytest.raises(ValueError, match=f"{option} must be one of"):
+            Settings("mnist", **{option: "sine"})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgr_kernels.training.models import Standardize, architecture_for, carlini_wagner
+from sgr_kernels.training.models import Standardize, architecture_for, carlini_wagner, smooth
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,55 @@ def test_wrong_shapes_and_names_are_refused():
         carlini_wagner("imagenet")
     with pytest.raises(ValueError, match=r"images must be 1x28x28 or 3x32x32 .* got 3x64x64"):
         architecture_for((3, 64, 64))
+
+
+def kinks(model, images):
+    """How much the input gradient jumps over short ways, relative to what it changes over long ones."""
+    labels, direction = torch.zeros(len(images), dtype=torch.long), torch.rand_like(images) - 0.5
+
+    def gradient(t):
+        x = (images + t * direction).requires_grad_()
+        return torch.autograd.grad(nn.functional.cross_entropy(model(x), labels), x)[0]
+
+    base = gradient(0.0)
+    short, long = ((gradient(t) - base).norm() / t for t in (1e-7, 1e-2))
+    return float(short / long)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "softplus"])
+def test_smooth_networks_have_a_continuous_gradient(activation):
+    torch.manual_seed(0)
+    images = torch.rand(64, 1, 28, 28, dtype=torch.float64)
+    paper = carlini_wagner("mnist").double()
+    mine = carlini_wagner("mnist", activation, "average").double()
+    assert mine.load_state_dict(paper.state_dict())
+    assert kinks(mine, images) < 3
+    other = smooth(paper, activation)
+    torch.testing.assert_close(other(images), mine(images))
+    assert any(isinstance(m, nn.ReLU) for m in paper.modules())
+
+
+def test_smooth_exchanges_shared_nested_and_shaped_modules(caplog):
+    shared = nn.ReLU(inplace=True)
+    block = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Hardsigmoid())})
+    with caplog.at_level("INFO", "sgr_kernels"):
+        model = smooth(block, "silu")
+    assert isinstance(model["a"], nn.SiLU)
+    assert isinstance(model["b"], nn.SiLU)
+    assert isinstance(model["c"][1], nn.Sigmoid)
+    assert "2 ReLU by SiLU, 1 MaxPool2d by AvgPool2d, 1 Hardsigmoid by Sigmoid" in caplog.text
+    images = torch.rand(1, 2, 9, 9)
+    assert model["c"][0](images).shape == block["c"][0](images).shape
+    dilated = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, dilation=2))
+    assert isinstance(smooth(dilated)[1], nn.MaxPool2d)  # average pooling has no dilation
+
+
+def test_unknown_activations_and_nothing_to_exchange_are_refused():
+    with pytest.raises(ValueError, match="activation: expected one of 'relu', 'gelu'"):
+        carlini_wagner("mnist", "tanh")
+    with pytest.raises(ValueError, match="pooling: expected one of 'max', 'average'"):
+        carlini_wagner("mnist", pooling="min")
+    with pytest.raises(ValueError, match="activation: expected one of 'gelu'"):
+        smooth(nn.ReLU(), "relu")
+    with pytest.raises(ValueError, match="no ReLU"):
+        smooth(nn.Linear(2, 2))
