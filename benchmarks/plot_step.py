@@ -20,6 +20,7 @@ def step_figure(result: dict[str, Any], title: str) -> Figure:
             drawn = [(i + place * height, rows[way, network]) for i, way in enumerate(ways) if (way, network) in rows]
             bars = axes.barh([y for y, _ in drawn], [row[name] for _, row in drawn], height, label=network)
             axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
+        axes.margins(x=0.08)  # room for the labels of the longest bars
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlabel(f"{label} of a step / clean step")
         axes.grid(axis="x", alpha=0.3)
