@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgr_kernels.commands import common
 from sgr_kernels.reproduce.lab import Lab
-from sgr_kernels.reproduce.run import EXPERIMENTS, reproduce, show
+from sgr_kernels.reproduce.run import BEYOND, EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
 from sgr_kernels.training.datasets import SAMPLE
 from sgr_kernels.training.loop import TrainingError
@@ -19,7 +19,7 @@ _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("experiment", choices=(*EXPERIMENTS, "all"), help="what to reproduce; the strengths are searched for first")
+    add("experiment", choices=(*EXPERIMENTS, *BEYOND, "all"), help="all: the paper's; smooth: beyond it")
     add("--dataset", choices=tuple(SCALES), default="mnist", help="whose networks and columns of the paper")
     add(
         "--scale",

@@ -31,6 +31,7 @@ _LOGGED = 1000
 # Fields of a scale that say which networks there are, not how one is measured: more seeds leave what is known as it is.
 _WHICH_NETWORKS = ("methods", "seeds", "repeated", "twins")
 # Methods that share the strength found for another: variants of one penalty (section 4.1).
+_L1_SHARES = (0.1, 0.3, 1.0, 3.0)
 _SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
 
 
@@ -103,7 +104,8 @@ class Lab:
             seed=seed,
         )
         if METHODS[method].penalized and "strength" not in changes:
-            changes["strength"] = self.strength(_SEARCHED.get(method, method), attack)
+            network = {name: changes[name] for name in ("activation", "pooling") if name in changes}
+            changes["strength"] = self.strength(_SEARCHED.get(method, method), attack, **network)
         return replace(base, **changes)
 
     def network(self, settings: Settings, name: str = "") -> Network:
@@ -169,12 +171,18 @@ class Lab:
         networks = self.trained([(self.settings(method, seed), method) for method in methods])
         return dict(zip(methods, networks, strict=True))
 
-    def strength(self, method: str, attack: Attack | None = None) -> float:
+    def strength(self, method: str, attack: Attack | None = None, **network: Any) -> float:
         """The strength found for a penalty."""
-        return self.search(method, attack).strength
+        return self.search(method, attack, **network).strength
 
-    def search(self, method: str, attack: Attack | None = None) -> Search:
-        """The search for a penalty's strength under an attack, made now or before."""
+    def search(self, method: str, attack: Attack | None = None, **network: Any) -> Search:
+        """The search for a penalty's strength under an attack, made now or before.
+
+        Args:
+            method: The penalty's method.
+            attack: Whose curve decides.
+            **network: Activation and pooling, where not the paper's.
+        """
         plan, scale = self.scale.search, self.scale
         chosen: Attack = attack or ("noise" if method == "sgr_exp" else "pgd")
         data = held_out(self.whole, plan.train_images or scale.train_images, plan.validation_images)
@@ -198,11 +206,13 @@ class Lab:
 
         def run() -> dict[str, Any]:
             self.say(f"searching {method}'s strength under {chosen}")
-            settings = self.settings(method, strength=0.0)
-            found = strength_search(settings, plan.strengths, data.test, train, area, attack=chosen, device=self.device)
+            found = strength_search(settings, strengths, data.test, train, area, attack=chosen, device=self.device)
             return found.to_dict()
 
-        kept = self.cached("search", f"{method}-{chosen}", [self.settings(method, strength=0.0)], run)
+        settings = self.settings(method, strength=0.0, **network)
+        # The strength of an L1 norm is a bound on perturbations; PGD's own largest one is its measure.
+        strengths = [share * max(plan.eps) / PIXEL_LEVELS for share in _L1_SHARES] if method == "l1" else plan.strengths
+        kept = self.cached("search", f"{method}-{chosen}", [settings], run)
         return Search(**{**kept, "trials": [Trial(**trial) for trial in kept["trials"]]})
 
     def cached(

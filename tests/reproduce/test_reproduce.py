@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sgr_kernels.cli import main
-from sgr_kernels.reproduce import claims, lab, lrc, paper, pictures, stats, transfer
+from sgr_kernels.reproduce import claims, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
@@ -352,3 +352,19 @@ def test_the_dataset_must_fit_the_data(tmp_path, capsys):
     assert "--dataset cifar10, but --data mnist-sample holds images for mnist" in capsys.readouterr().err
     assert main(["reproduce", "table1", "--pages-only", "--out", str(tmp_path)]) == 2
     assert "no results in" in capsys.readouterr().err
+
+
+def test_smooth_networks_get_a_page_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(smooth, "METHODS", {name: smooth.METHODS[name] for name in ("clean", "l1")})
+    scale = replace(TINY, seeds=1, search=replace(TINY.search, attack_images=4, validation_images=10))
+    said = []
+    reproduce(lab_in(tmp_path, said.append, scale), ["smooth"], "MNIST, tiny")
+    found = load(tmp_path / "results")["smooth"]["networks"]
+    rough, round_ = ([runs[0]["gradient_cosine"] for runs in methods.values()] for methods in found.values())
+    assert max(rough) < 0.9 < min(round_)
+    page = (tmp_path / "results" / "smooth.md").read_text()
+    assert "| gradient norm, L1 |" in page
+    assert "smooth.png" in page
+    assert "smooth.md" in (tmp_path / "results" / "README.md").read_text()
+    # The strengths of each kind of network are its own.
+    assert sum(line.startswith("searching l1") for line in said) == 2
