@@ -9,7 +9,8 @@ from sgr_kernels.backends import choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.dense import dense_root, draw_dense
 from sgr_kernels.covariance.derived import Derived
-from sgr_kernels.functional import operators, solve
+from sgr_kernels.functional import operators
+from sgr_kernels.functional.solve import System, apply
 from sgr_kernels.toeplitz import embedding
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import Size, dense_matrix
@@ -92,7 +93,7 @@ class StructuredMatrix(nn.Module):
             ValueError: If Sigma is not positive definite, or the tolerance is not reached.
         """
         system = self._prepared()
-        y = solve.apply(images.to(system.table.dtype), system, tolerance, max_iterations)
+        y = apply(images.to(system.table.dtype), system, tolerance, max_iterations)
         return y.to(images.dtype)
 
     def log_determinant(self, probes: int, generator: torch.Generator | None) -> Tensor:
@@ -111,8 +112,8 @@ class StructuredMatrix(nn.Module):
             raise ValueError(f"covariance: {error}") from error
         return near.log_determinant + rest
 
-    def _prepared(self) -> solve.System:
-        system: solve.System = self._system((self.table,), lambda: solve.System(self.table, self.image_size, self.form))
+    def _prepared(self) -> System:
+        system: System = self._system((self.table,), lambda: System(self.table, self.image_size, self.form))
         return system
 
     def min_eigenvalue(self) -> float:

@@ -170,10 +170,6 @@ def apply(images: Tensor, system: System, tolerance: float, limit: int | None, t
     return y
 
 
-# Iterations that depend on values cannot be compiled; said so without importing the compiler.
-apply._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
 def check_solver(tolerance: float, max_iterations: int | None) -> float:
     """The tolerance, a number in (0, 1); and a number of iterations, or None.
 

@@ -117,7 +117,7 @@ def test_jitter_makes_a_semidefinite_covariance_definite():
     clipped = CovarianceFunction(1, 16)
     clipped.update(torch.ones(1, 1, 16, 16))
     x = gradients((2, 1, 16, 16), dtype=torch.float32)
-    with pytest.raises(ValueError, match="covariance: .*jitter"):
+    with pytest.raises(ValueError, match=r"covariance: .*jitter"):
         clipped.solve(x)
     mended = clipped.with_jitter(1e-2)
     variance = float(clipped.dense().diagonal().mean())

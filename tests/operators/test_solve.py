@@ -128,6 +128,7 @@ def test_product_and_solve_undo_each_other_with_their_derivatives(form):
     assert float((by_f + (swapped.flip(-2, -1) if form == "signed" else swapped)).abs().max()) < 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it compiles
 def test_compiled_and_transformed_code_may_solve():
     f, x = positive("even", 1, (4, 4)), gradients((2, 1, 4, 4))
     expected = sgr.covariance_solve(x, f)
