@@ -94,7 +94,7 @@ def test_radii_of_a_linear_classifier_are_its_distances_to_the_boundary(linear, 
     reached = NormalDist().inv_cdf(clopper_pearson_lower(2000, 2000, 1e-3)) * sigma
     inside = answered & (exact < 0.8 * reached)
     assert inside.any()
-    assert (result.radii[inside] > exact[inside] - 0.25 * sigma).all()
+    assert (result.radii[inside] > exact[inside] - 0.4 * sigma).all()
     # the nearest point of the boundary lies along Sigma w, and at the radius that delta has in the covariance's units
     along = covariance.product(linear.weight.detach()[None])
     torch.testing.assert_close(covariance.mahalanobis(along * exact[0] / spread)[0].double(), exact[0])
@@ -227,7 +227,7 @@ def test_rounding_beyond_the_bounds_is_clipped(linear, covariance):
     options = {"covariance": covariance, "sigma": 0.5, "draws": 100}
     expected = certify(linear, images, **options)
     assert torch.equal(certify(linear, images + 2.4e-7, **options).counts, expected.counts)
-    with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\], got \[1, 1.001\]"):
+    with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\], got \[1, 1\.001\d*\]"):
         certify(linear, torch.cat([images[:1], images[:1] + 1e-3]), **options)
     certify(linear, images + 1, bounds=None, **options)
 
