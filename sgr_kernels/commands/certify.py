@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Certify, print tables, write JSON and a picture; 1 if interrupted."""
     device = common.device(arguments.device)
     models, described, data_name, architecture = {}, {}, None, None
-    for name, path in _named(arguments.checkpoints).items():
-        model, state = load_model(path)
+    for name, place in _named(arguments.checkpoints).items():
+        model, state = load_model(place)
         if architecture not in (None, state["settings"]["architecture"]):
-            raise ValueError(f"{path}: expected a network for {architecture}, got one for another kind of images")
+            raise ValueError(f"{place}: expected a network for {architecture}, got one for another kind of images")
         architecture, data_name = state["settings"]["architecture"], state["data"]["name"]
         models[name] = model.to(device)
         weights = {key: value.cpu().numpy().tobytes().hex() for key, value in model.state_dict().items()}
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.alpha,
         arguments.seed,
     )
-    question = {"data": images.digest(), "images": len(images), "plan": asdict(plan), "networks": described}
+    question = {"images": len(images), "data": images.digest(), "plan": asdict(plan), "networks": described}
     out = Path(arguments.out)
     path, picture = common.writable(out / FILE), common.writable(out / PICTURE)
     rows = _read(path, question, arguments.resume)

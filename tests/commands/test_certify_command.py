@@ -97,7 +97,7 @@ def test_certificates_of_something_else_are_not_continued(networks, tmp_path, ca
         (["--images", "2"], "images: 2, not 1"),
     ):
         error = error_of(command(networks, out, *small, *change, "--resume"), capsys)
-        assert f"another run ({words})" in error or words in error
+        assert f"another run ({words})" in error
     (out / "certificates.json").write_text("{}")
     assert "holds no certificates" in error_of(command(networks, out, *small, "--resume"), capsys)
 
