@@ -93,7 +93,7 @@ class StructuredMatrix(nn.Module):
             ValueError: If Sigma is not positive definite, or the tolerance is not reached.
         """
         system = self._prepared()
-        y = apply(images.to(system.table.dtype), system, tolerance, max_iterations)
+        y = apply(images.to(compute_dtype(images.dtype)), system, tolerance, max_iterations)
         return y.to(images.dtype)
 
     def log_determinant(self, probes: int, generator: torch.Generator | None) -> Tensor:

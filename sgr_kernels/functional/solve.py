@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgr_kernels import checks
 from sgr_kernels.backends import choose, reference
+from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.functional.operators import (
     Operands,
     correlate,
@@ -27,6 +28,8 @@ from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 
 LIMIT = 1000
 """Iterations by default, but never many more than there are unknowns."""
+_ROUNDING = 100
+"""Times the tolerance that rounding may add to the residual of a float32 solution."""
 
 
 class System:
@@ -81,16 +84,29 @@ class System:
 
     @torch.no_grad()
     def solve(self, images: Tensor, tolerance: float, limit: int | None) -> Tensor:
-        """``Sigma^-1 x`` for images (B, C, H, W) of the widest type.
+        """``Sigma^-1 x`` for images (B, C, H, W) in float32 or the widest type.
 
         Raises:
             ValueError: If Sigma is not positive definite, or the tolerance was not reached.
         """
+        wide = images.to(self.table.dtype)
         if choose(self.backend, request("product", images, self.form)) == "reference":
-            return torch.cholesky_solve(images.flatten(1).mT, self.factor).mT.reshape(images.shape)
+            return torch.cholesky_solve(wide.flatten(1).mT, self.factor).mT.reshape(images.shape).to(images.dtype)
         limit = min(LIMIT, 2 * self.dimension + 10) if limit is None else limit
         with torch.autocast(images.device.type, enabled=False):
+            if images.dtype == wide.dtype:
+                return self._iterate(wide, tolerance, limit)
             found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit)
+            rest = wide - self.product(found.y.to(wide.dtype))
+            off, size = (torch.linalg.vector_norm(t.flatten(1), dim=1) for t in (rest, wide))
+            # Also of those that did not converge, or whose scale single precision cannot hold.
+            again = (~(off <= _ROUNDING * tolerance * size) & size.isfinite()).nonzero().squeeze(1)
+            if len(again):
+                found.y[again] = self._iterate(wide[again], tolerance, limit).to(images.dtype)
+            return found.y
+
+    def _iterate(self, images: Tensor, tolerance: float, limit: int) -> Tensor:
+        found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit)
         worst = float(found.residual.nan_to_num(0.0).max()) if len(images) else 0.0
         if found.indefinite:
             how = f"conjugate gradients, at a relative residual of {worst:.2g}, met a direction p with p^T Sigma p <= 0"
@@ -165,7 +181,7 @@ class Solve(torch.autograd.Function):
 
 
 def apply(images: Tensor, system: System, tolerance: float, limit: int | None, table: Tensor | None = None) -> Tensor:
-    """``Sigma^-1 x`` with derivatives, for images of the widest type; in the table too if the system's is given."""
+    """``Sigma^-1 x`` with derivatives, of images in float32 or the widest type; in the table too if it is given."""
     y: Tensor = Solve.apply(images, system.table if table is None else table, system, tolerance, limit)
     return y
 
@@ -194,16 +210,19 @@ def covariance_solve(
 ) -> Tensor:
     """Solve ``Sigma y = x`` for a displacement-indexed covariance: ``y = Sigma^-1 x``, Sigma never formed.
 
-    Conjugate gradients in float64, each sample until its own ``|x - Sigma y| <= tolerance |x|``, preconditioned by the
-    diagonal (blocks of C x C) of Sigma in a basis of its own (`toeplitz.preconditioner`). Of the covariance the
-    symmetric part counts, which must be positive definite. Differentiable to any order in both arguments, each
-    derivative by further solves to the same tolerance; not under ``torch.func.vmap``.
+    Conjugate gradients, each sample until its own ``|x - Sigma y| <= tolerance |x|``, preconditioned by the diagonal
+    (blocks of C x C) of Sigma in a basis of its own (`toeplitz.preconditioner`). Of the covariance the symmetric part
+    counts, which must be positive definite. Differentiable to any order in both arguments, each derivative by further
+    solves to the same tolerance; not under ``torch.func.vmap``.
+
+    In float32, and for lower precision, the residual is the recurrence's: rounding adds to it, and where it is found
+    to have added more than 100 times the tolerance, the sample is solved for in float64, and rounded.
 
     Args:
         x: (B, C, H, W), or (B, C, L) for signals; any floating-point dtype, any strides.
         covariance: As for `covariance_product`.
         form: As for `covariance_product`.
-        tolerance: Relative residual to reach, before y is rounded to the dtype of x.
+        tolerance: Relative residual to reach.
         max_iterations: Of conjugate gradients; None: as many as there are unknowns twice over, 1000 at the most.
         backend: ``"auto"`` or the name of a backend; ``"reference"`` forms Sigma and factorizes it.
 
@@ -222,5 +241,5 @@ def covariance_solve(
     transposed = table.transpose(0, 1)
     table = (table + (transposed.flip(-2, -1) if operands.form == "signed" else transposed)) / 2
     system = System(table, (images.shape[2], images.shape[3]), operands.form, backend)
-    y = apply(images.to(table.dtype), system, tolerance, max_iterations, table)
+    y = apply(images.to(compute_dtype(x.dtype)), system, tolerance, max_iterations, table)
     return y.to(x.dtype).view(x.shape)

@@ -28,22 +28,23 @@ class Solution:
     indefinite: bool
 
 
-def solve(product: Operator, precondition: Operator, x: Tensor, tolerance: float, limit: int) -> Solution:
+def solve(product: Operator, precondition: Operator, x: Tensor, tolerance: float | Tensor, limit: int) -> Solution:
     """Solve ``A y = x``; each system stops when its own residual is small, and costs nothing from then on.
 
     Args:
         product: ``p -> A p`` for any number of p, each on its own; A symmetric.
         precondition: ``r -> M^-1 r``, likewise, M symmetric and positive definite; it need not be exact.
         x: (B, ...), right sides, in the precision to compute in.
-        tolerance: Relative residual to reach.
+        tolerance: Relative residual to reach; of each system, (B,), or of all.
         limit: Iterations after which to give up.
     """
     size = _norm(x)
+    wanted = torch.as_tensor(tolerance, dtype=size.dtype, device=x.device).expand(len(x))
     residual = torch.where(size.isfinite(), (size > 0).to(size.dtype), torch.nan)
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     result = torch.where(_column(residual.isnan(), x), torch.nan, torch.zeros_like(x))
     # What is left to do is kept together: systems leave as they end.
-    index = (residual > tolerance).nonzero().squeeze(1)
+    index = (residual > wanted).nonzero().squeeze(1)
     r = (x / _column(size, x))[index]  # whatever the scale of x, its squares can be summed
     y = torch.zeros_like(r)
     z = precondition(r)
@@ -60,7 +61,7 @@ def solve(product: Operator, precondition: Operator, x: Tensor, tolerance: float
         r.addcmul_(alpha, q, value=-1)
         now = _norm(r)
         residual[index], iterations[index] = now, step
-        going = ~(now <= tolerance)
+        going = ~(now <= wanted[index])
         if not bool(going.all()):
             ended = index[~going]
             result[ended] = y[~going] * _column(size[ended], y)
@@ -72,7 +73,7 @@ def solve(product: Operator, precondition: Operator, x: Tensor, tolerance: float
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1)[:, None] @ b.flatten(1)[..., None]).view(-1)  # without the products in between
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 
 def _norm(a: Tensor) -> Tensor:
