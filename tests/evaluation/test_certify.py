@@ -167,6 +167,14 @@ def test_undecided_images_get_no_answer(covariance):
     assert set(result.selected.tolist()) <= {0, 1}
 
 
+def test_the_draws_that_select_do_not_certify(covariance):
+    """Of a coin's draws the most frequent class has half or more; of fresh ones it has less as often as more."""
+    model = Linear(torch.ones(SHAPE))
+    result = certify(model, torch.zeros(60, *SHAPE), covariance=covariance, sigma=1.0, draws=51, selection=51)
+    agreeing = result.counts.gather(1, result.selected[:, None])
+    assert 0.3 < float((agreeing < 25.5).double().mean()) < 0.7
+
+
 def test_certified_accuracy_counts_right_answers_beyond_the_radius(linear, images, covariance):
     with torch.no_grad():
         labels = linear(images).argmax(1)

@@ -142,7 +142,7 @@ def test_compiled_and_transformed_code_may_solve():
 def test_exponentials_take_few_iterations(channels, size, zeta):
     covariance = CovarianceFunction.exponential(channels, size, zeta, psd="none").double()
     x = gradients((6, channels, *size))
-    sgr.covariance_solve(x, covariance.table, max_iterations=40)
+    sgr.covariance_solve(x, covariance.table, max_iterations=16)
 
 
 @pytest.mark.parametrize("form", ["even", "signed"])
