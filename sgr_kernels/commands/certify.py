@@ -159,8 +159,8 @@ def figure(result: Certificates, plan: CertificatePlan, images: str) -> Any:
     for length in plan.decay_lengths:
         for sigma in plan.sigmas:
             cells = {name: result.found[name, length, sigma] for name in names}
-            end = 1.02 * max(float(cell.radii.max()) for cell in cells.values()) or sigma
-            radii = [end * k / _POINTS for k in range(_POINTS + 1)]
+            end = next(iter(cells.values())).largest_radius
+            radii = [1.05 * end * k / _POINTS for k in range(_POINTS + 1)]
             lines = [
                 Line(name, radii, [100 * share for share in cell.certified_accuracy(radii)])
                 for name, cell in cells.items()
@@ -168,14 +168,16 @@ def figure(result: Certificates, plan: CertificatePlan, images: str) -> Any:
             panels.append(
                 Panel(
                     f"decay length {length:g}, sigma {sigma:g}",
-                    "radius",
+                    f"radius (1: all pixels by {PIXEL_LEVELS * result.shift[length]:.0f}/255)",
                     "certified accuracy [%]",
                     lines,
+                    mark=end,
                     y_range=(0, 102),
                     markers=False,
                 )
             )
-    return line_figure(panels, f"Certified accuracy on {images}", columns=len(plan.sigmas))
+    title = f"Certified accuracy on {images}; dotted: the most that {plan.draws} draws can certify"
+    return line_figure(panels, title, columns=len(plan.sigmas))
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:

@@ -78,6 +78,11 @@ class Certification:
         return float((self.predictions == ABSTAINS).double().mean())
 
     @property
+    def largest_radius(self) -> float:
+        """What so many draws can certify, where all agree."""
+        return _radius(self.draws, self.draws, self.alpha, self.sigma)
+
+    @property
     def mean_radius(self) -> float:
         """Mean certified radius, zero where the answer is wrong or missing."""
         return float((self.radii * self._right()).mean())
@@ -342,8 +347,7 @@ def certification(
     radii = []
     for count in agreeing:
         if count not in known:
-            p = clopper_pearson_lower(count, settings.draws, settings.alpha)
-            known[count] = settings.sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0
+            known[count] = _radius(count, settings.draws, settings.alpha, settings.sigma)
         radii.append(known[count])
     certain = torch.tensor(radii, dtype=torch.float64)
     predictions = torch.where(certain > 0, selected, ABSTAINS)
@@ -361,6 +365,11 @@ def certification(
         covariance,
         shape,
     )
+
+
+def _radius(agreeing: int, draws: int, alpha: float, sigma: float) -> float:
+    p = clopper_pearson_lower(agreeing, draws, alpha)
+    return sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0
 
 
 def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:

@@ -92,6 +92,8 @@ def test_radii_of_a_linear_classifier_are_its_distances_to_the_boundary(linear, 
     assert torch.equal(result.predictions[answered], (score > 0).long()[answered])
     assert (result.radii <= exact + 1e-9).all()
     reached = NormalDist().inv_cdf(clopper_pearson_lower(2000, 2000, 1e-3)) * sigma
+    assert result.largest_radius == pytest.approx(reached)
+    assert float(result.radii.max()) <= reached
     inside = answered & (exact < 0.8 * reached)
     assert inside.any()
     assert (result.radii[inside] > exact[inside] - 0.4 * sigma).all()
