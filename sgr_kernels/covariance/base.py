@@ -66,8 +66,11 @@ class Covariance(nn.Module):
             ValueError: If Sigma is not positive definite, or the tolerance is not reached.
         """
         check_solver(tolerance, max_iterations)
+        self._check("x", x)
         factor = self._cholesky()
         columns = x.flatten(1).to(factor.device, factor.dtype).mT
+        if len(columns) != len(factor):
+            raise ValueError(f"x: expected samples of {len(factor)} entries, got shape {tuple(x.shape)}")
         return torch.cholesky_solve(columns, factor).mT.reshape(x.shape).to(x)
 
     def mahalanobis(self, delta: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
@@ -78,7 +81,7 @@ class Covariance(nn.Module):
         Raises:
             ValueError: As for `solve`.
         """
-        checks.check_floating_point("delta", delta)
+        self._check("delta", delta)
         wide = delta.to(wide_dtype(delta.device))
         solved = self.solve(wide, tolerance=tolerance, max_iterations=max_iterations)
         square = torch.linalg.vecdot(wide.flatten(1), solved.flatten(1))
@@ -94,6 +97,10 @@ class Covariance(nn.Module):
             ValueError: If Sigma is not positive definite.
         """
         return LogDeterminant(2 * float(self._cholesky().diagonal().log().sum()), 0.0)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """Expect a batch of what Sigma multiplies."""
+        checks.check_floating_point(name, value)
 
     def _cholesky(self) -> Tensor:
         """Cholesky factor of `dense`, in the widest type."""

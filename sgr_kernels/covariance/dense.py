@@ -108,7 +108,6 @@ class FullCovariance(Estimate):
 
     def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
         """``y = Sigma^-1 x``, like ``x``, by the Cholesky factor of `dense`, which is kept; differentiable in x."""
-        self._check("x", x)
         return super().solve(x, tolerance=tolerance, max_iterations=max_iterations)
 
     def _cholesky(self) -> Tensor:
@@ -146,18 +145,18 @@ class IdentityCovariance(Covariance):
 
     def product(self, gradient: Tensor) -> Tensor:
         """``v = variance * g``, like ``gradient``."""
-        self._check(gradient)
+        self._check("gradient", gradient)
         return gradient * self.variance
 
     def quadratic_form(self, gradient: Tensor) -> Tensor:
         """``q_b = variance * |g_b|^2``, (B,), float32 or better."""
-        self._check(gradient)
+        self._check("gradient", gradient)
         return gradient.flatten(1).to(compute_dtype(gradient.dtype)).square().sum(1) * self.variance
 
     def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
         """``y = x / variance``, like ``x``; exact, so that the other arguments make no difference."""
         check_solver(tolerance, max_iterations)
-        self._check(x, "x")
+        self._check("x", x)
         return x / self._positive_variance()
 
     def log_determinant(self) -> LogDeterminant:
@@ -169,10 +168,10 @@ class IdentityCovariance(Covariance):
             raise ValueError("covariance: expected a positive definite matrix, got variance 0")
         return self.variance
 
-    def _check(self, gradient: Tensor, name: str = "gradient") -> None:
-        checks.check_floating_point(name, gradient)
-        if gradient.dim() < 2 or (self.shape is not None and tuple(gradient.shape[1:]) != self.shape):
-            raise ValueError(f"{name}: expected (B, C, H, W), got {tuple(gradient.shape)}")
+    def _check(self, name: str, value: Tensor) -> None:
+        super()._check(name, value)
+        if value.dim() < 2 or (self.shape is not None and tuple(value.shape[1:]) != self.shape):
+            raise ValueError(f"{name}: expected (B, C, H, W), got {tuple(value.shape)}")
 
     def dense(self) -> Tensor:
         """The matrix that `product` applies, (D, D)."""

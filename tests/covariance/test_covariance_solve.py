@@ -141,11 +141,14 @@ def test_what_has_no_inverse_says_so(name):
             ask()
 
 
-@pytest.mark.parametrize("name", ["full", "identity", "even"])
+@pytest.mark.parametrize("name", ["full", "identity", "even", "own"])
 def test_bad_arguments_are_named(name):
     covariance = COVARIANCES[name]()
-    with pytest.raises(ValueError, match=r"x: expected .*\(B, "):
+    with pytest.raises(ValueError, match=r"^x: expected .*\(1, 2, 5, 5\)"):
         covariance.solve(torch.zeros(1, 2, 5, 5))
+    if name != "own":
+        with pytest.raises(ValueError, match=r"^delta: expected .*\(1, 2, 5, 5\)"):
+            covariance.mahalanobis(torch.zeros(1, 2, 5, 5))
     with pytest.raises(TypeError, match="delta: expected a real floating-point tensor"):
         covariance.mahalanobis(torch.zeros(1, 2, 2, 3).long())
     with pytest.raises(ValueError, match="tolerance: expected a number"):
