@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sgr_kernels._version import __version__
 from sgr_kernels.commands import common
 from sgr_kernels.evaluation.certificates import CertificatePlan, Certificates, Key, certificates
-from sgr_kernels.evaluation.certify import Row
+from sgr_kernels.evaluation.smoothing import Row
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report.page import text_table
 from sgr_kernels.report.plots import Line, Panel, line_figure, save

@@ -12,15 +12,8 @@ from sgr_kernels.attacks.guard import Model
 from sgr_kernels.attacks.inputs import check_images, seeded
 from sgr_kernels.checks import check_number
 from sgr_kernels.covariance import CovarianceFunction
-from sgr_kernels.evaluation.certify import (
-    Certification,
-    Row,
-    Settings,
-    certification,
-    count_answers,
-    unit_shift,
-    unit_volume,
-)
+from sgr_kernels.evaluation.certify import Certification, certification, unit_shift, unit_volume
+from sgr_kernels.evaluation.smoothing import Row, Settings, count_answers
 
 Key = tuple[str, float, float]
 """Network, decay length, sigma."""

@@ -13,7 +13,8 @@ from torch import nn
 from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.evaluation import certify
 from sgr_kernels.evaluation.certificates import CertificatePlan, certificates
-from sgr_kernels.evaluation.certify import clopper_pearson_lower, fewest_draws
+from sgr_kernels.evaluation.certify import clopper_pearson_lower
+from sgr_kernels.evaluation.smoothing import fewest_draws
 from sgr_kernels.functional import covariance_quadratic_form
 
 SHAPE = (1, 6, 6)
