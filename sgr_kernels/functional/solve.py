@@ -40,9 +40,14 @@ class System:
         size: Image size (H, W).
         form: ``"even"`` or ``"signed"``.
         backend: ``"auto"`` or the name of a backend.
+
+    Raises:
+        ValueError: If the table is not finite.
     """
 
     def __init__(self, table: Tensor, size: Size, form: str, backend: str = "auto") -> None:
+        if not bool(table.isfinite().all()):
+            raise ValueError("covariance: expected finite numbers, got NaN or infinity")
         self.table = table.detach().to(wide_dtype(table.device), copy=True)  # as it is now
         self.size, self.form, self.backend = size, form, backend
 
@@ -231,8 +236,9 @@ def covariance_solve(
 
     Raises:
         TypeError: If an argument is not a real floating-point tensor.
-        ValueError: If shapes, form, devices, tolerance or the backend's name do not fit; if Sigma turns out not to be
-            positive definite, or the tolerance is not reached: the message says the residual, and what helps.
+        ValueError: If shapes, form, devices, tolerance or the backend's name do not fit; if the covariance is not
+            finite, or turns out not to be positive definite, or the tolerance is not reached: the message says the
+            residual, and what helps.
         RuntimeError: If the named backend cannot run.
     """
     tolerance = check_solver(tolerance, max_iterations)

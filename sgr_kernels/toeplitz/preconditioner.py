@@ -1,9 +1,10 @@
 """An easily inverted approximation of a block-Toeplitz matrix: block diagonal in a basis of the matrix's own.
 
-Along each axis the basis U are the eigenvectors of the one-dimensional covariance, that of zero displacement along the
-other axis: cosines, nearly, that meet the image's edges as the matrix has it, where a circulant's waves go around.
-Of ``(U x U)^T Sigma (U x U)`` one C x C block a frequency is kept, so that ``M = (U x U) D (U x U)^T`` is positive
-definite wherever Sigma is, whatever Sigma is; and its inverse, its roots and its determinant are known.
+Along each axis the basis U are the eigenvectors of a one-dimensional covariance, that of single lines or that of the
+sums across them: cosines, nearly, that meet the image's edges as the matrix has it, where a circulant's waves go
+around. Of ``(U x U)^T Sigma (U x U)`` one C x C block a frequency is kept, so that ``M = (U x U) D (U x U)^T`` is
+positive definite wherever Sigma is, whatever Sigma is; and its inverse, its roots and its determinant are known. The
+determinant is no less than Sigma's (Fischer), and of the two bases the one with the smaller is nearer.
 """
 
 from __future__ import annotations
@@ -29,15 +30,12 @@ class Preconditioner:
 
     def __init__(self, table: Tensor, size: Size, form: str, dtype: torch.dtype) -> None:
         even = _even_part(table, size, form)
-        rows, columns = _basis(even[..., :, 0]), _basis(even[..., :, 0, :])
-        blocks = (_correlations(rows).mT @ even @ _correlations(columns)).permute(2, 3, 0, 1)
-        factor, failed = torch.linalg.cholesky_ex(blocks)
-        # Only where Sigma itself is not positive definite; M stays so.
-        largest = blocks.diagonal(dim1=-2, dim2=-1).amax().clamp(min=torch.finfo(blocks.dtype).tiny)
-        identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        factor = torch.where(failed[..., None, None] == 0, factor, largest.sqrt() * identity)
+        lines = even[..., :, 0], even[..., :, 0, :]
+        sums = even @ _overlaps(size[1], even), even.mT @ _overlaps(size[0], even)
+        found = [_factorized(even, _basis(down), _basis(across)) for down, across in (lines, sums)]
+        self.log_determinant, rows, columns, factor = min(found, key=lambda each: each[0])
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         whitening = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-        self.log_determinant = 2 * float(factor.diagonal(dim1=-2, dim2=-1).log().sum())
         self._rows, self._columns = rows.to(dtype), columns.to(dtype)
         self._inverse = (whitening.mT @ whitening).permute(2, 3, 0, 1).to(dtype).contiguous()
         self._whitening = whitening.permute(2, 3, 0, 1).to(dtype).contiguous()
@@ -68,6 +66,23 @@ def _even_part(table: Tensor, size: Size, form: str) -> Tensor:
         ahead, behind = signed.narrow(dim, extent - 1, extent), signed.narrow(dim, 0, extent).flip(dim)
         signed = (ahead + behind) / 2
     return signed
+
+
+def _overlaps(length: int, like: Tensor) -> Tensor:
+    """Pairs of positions of an axis at each displacement, (length,)."""
+    counts = 2 * torch.arange(length, 0, -1, dtype=like.dtype, device=like.device)
+    return torch.cat([counts[:1] / 2, counts[1:]])
+
+
+def _factorized(even: Tensor, rows: Tensor, columns: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    """``log det M`` in bases of the axes, the bases, and Cholesky's factors of D, (H, W, C, C)."""
+    blocks = (_correlations(rows).mT @ even @ _correlations(columns)).permute(2, 3, 0, 1)
+    factor, failed = torch.linalg.cholesky_ex(blocks)
+    # Only where Sigma itself is not positive definite; M stays so.
+    largest = blocks.diagonal(dim1=-2, dim2=-1).amax().clamp(min=torch.finfo(blocks.dtype).tiny)
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    factor = torch.where(failed[..., None, None] == 0, factor, largest.sqrt() * identity)
+    return 2 * float(factor.diagonal(dim1=-2, dim2=-1).log().sum()), rows, columns, factor
 
 
 def _basis(covariances: Tensor) -> Tensor:

@@ -205,6 +205,8 @@ def test_a_singular_matrix_says_how_far_it_came_and_what_helps():
     ],
 )
 def test_bad_options_are_named(options, words):
+    with pytest.raises(ValueError, match="covariance: expected finite numbers, got NaN or infinity"):
+        sgr.covariance_solve(torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), torch.nan))
     with pytest.raises(ValueError, match=words):
         sgr.covariance_solve(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4), **options)
     with pytest.raises(TypeError, match="x: expected a real floating-point tensor"):
