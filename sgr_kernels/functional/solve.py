@@ -99,24 +99,32 @@ class System:
             return torch.cholesky_solve(wide.flatten(1).mT, self.factor).mT.reshape(images.shape).to(images.dtype)
         limit = min(LIMIT, 2 * self.dimension + 10) if limit is None else limit
         with torch.autocast(images.device.type, enabled=False):
+            size = torch.linalg.vector_norm(wide.flatten(1), dim=1)
             if images.dtype == wide.dtype:
-                return self._iterate(wide, tolerance, limit)
-            found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit)
-            rest = wide - self.product(found.y.to(wide.dtype))
-            off, size = (torch.linalg.vector_norm(t.flatten(1), dim=1) for t in (rest, wide))
+                return self._iterate(wide, size, tolerance, limit)
+            y = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit).y
+            rest = wide - self.product(y.to(wide.dtype))
+            off = torch.linalg.vector_norm(rest.flatten(1), dim=1)
             # Also of those that did not converge, or whose scale single precision cannot hold.
             again = (~(off <= _ROUNDING * tolerance * size) & size.isfinite()).nonzero().squeeze(1)
             if len(again):
-                found.y[again] = self._iterate(wide[again], tolerance, limit).to(images.dtype)
-            return found.y
+                near = (off < size)[again, None, None, None]
+                begun = torch.where(near, y[again].to(wide.dtype), 0)
+                rest = torch.where(near, rest[again], wide[again])
+                y[again] = (begun + self._iterate(rest, size[again], tolerance, limit)).to(images.dtype)
+            return y
 
-    def _iterate(self, images: Tensor, tolerance: float, limit: int) -> Tensor:
-        found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit)
-        worst = float(found.residual.nan_to_num(0.0).max()) if len(images) else 0.0
+    def _iterate(self, images: Tensor, size: Tensor, tolerance: float, limit: int) -> Tensor:
+        """``Sigma^-1 x`` up to residuals of so much of ``size``."""
+        own = torch.linalg.vector_norm(images.flatten(1), dim=1)
+        share = torch.where(own > 0, own / torch.where(size > 0, size, 1), 1)
+        wanted = tolerance / share
+        found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, wanted, limit)
+        worst = float((found.residual * share).nan_to_num(0.0).max()) if len(images) else 0.0
         if found.indefinite:
             how = f"conjugate gradients, at a relative residual of {worst:.2g}, met a direction p with p^T Sigma p <= 0"
             raise ValueError(_not_definite(how))
-        if worst > tolerance:
+        if bool((found.residual > wanted).any()):
             steps = int(found.iterations.max())
             raise ValueError(
                 f"covariance: conjugate gradients reached a relative residual of {worst:.2g} in {steps} iterations, "

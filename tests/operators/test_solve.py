@@ -84,6 +84,19 @@ def test_lower_precision_is_the_float64_solution_rounded_once(dtype):
         assert torch.equal(sgr.covariance_solve(x, f, tolerance=1e-8), y)
 
 
+@pytest.mark.parametrize("zeta", [16.0, 64.0])
+def test_single_precision_is_accurate_where_sigma_is_hard_and_images_are_huge(zeta):
+    """Rounding in the iterations adds little to that of the result; no matter whether float32 holds the squares."""
+    f = CovarianceFunction.exponential(3, 24, zeta, psd="none").table
+    x = gradients((6, 3, 24, 24), dtype=torch.float32)
+    exact = sgr.covariance_solve(x.double(), f.double(), tolerance=1e-11)
+    scales = torch.tensor([1.0, 1e25, 1e-25, 1.0, 1e25, 1e-25])[:, None, None, None]
+    y = sgr.covariance_solve(scales * x, f).double() / scales.double()
+    assert (norms(y - exact) <= 5e-6 * norms(exact)).all()
+    off, rounded = (norms(x.double() - sgr.covariance_product(v, f.double())) for v in (y, exact.float().double()))
+    assert (off <= 1e-4 * norms(x) + 2 * rounded).all()
+
+
 def test_signals_strides_and_empty_batches():
     f = positive("radial", 2, (1, 11))
     x = gradients((2, 2, 1, 11))
