@@ -88,7 +88,7 @@ def _ours(backend: str) -> Callable[[Problem, str, torch.device], Run]:
             raise Unsupported(f"measured for q, up to a dimension of {_LARGEST_REFERENCE}")
         operator = "cross_spectrum" if operation == "accumulation" else "quadratic_form"
         images = torch.empty(1, device=device).expand(problem.batch, problem.channels, *problem.size)
-        request = functional.request(operator, images, "even")
+        request = functional.operators.request(operator, images, "even")
         try:
             with backends.use_backend(backend):  # also "auto", whatever SGR_BACKEND says
                 chosen = backends.choose(backend, request)

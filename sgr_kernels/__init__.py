@@ -9,7 +9,7 @@ FullCovariance            their full matrix, for low-dimensional data
 IdentityCovariance        a multiple of the identity: the gradient-norm penalty
 Covariance                the interface of all three, for one's own
 NormPenalty               in their place: the gradient's norm itself
-functional                the differentiable operators: products, quadratic forms, second moments
+functional                the differentiable operators: products, quadratic forms, second moments, solves
 attacks                   the paper's attacks
 evaluation                accuracy against strength, and checks that an evaluation can be trusted
 diagnose                  whether the quadratic approximation holds for a model, and which strength fits

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "train clean, gradient-norm and SGR networks on shipped digits and report how they differ",
     "train": "train a network on images, resumably",
     "evaluate": "attack a trained network and report its accuracy",
+    "certify": "certify networks under noise of a covariance, and compare them",
     "covariance": "estimate and plot covariance functions of images or of adversarial perturbations",
     "reproduce": "train, attack and tabulate what the paper did, beside its numbers",
     "bench": "measure the cost of the operators and of training steps",

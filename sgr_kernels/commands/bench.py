@@ -12,6 +12,7 @@ import sgr_kernels
 BENCHMARKS = {
     "operators": "the operators, beside dense, Fourier and convolution peers",
     "crossovers": "tiny images: up to which size the dense matrix, formed, is fastest; writes auto's table",
+    "solve": "Sigma^-1 x by conjugate gradients, beside dense factorizations and linear_operator",
     "step": "training steps: clean, SGR by every method, adversarial training",
     "lazy": "what networks keep of robustness when the penalty is applied now and then",
     "batch-norm": "the penalty's gradient on a part of the batch beside the whole batch's, under BatchNorm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -12,7 +12,20 @@ from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.checks.caller import warn_caller
 from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.functional.solve import check_solver, definite_factor
 from sgr_kernels.toeplitz.constants import tracing, wide_dtype
+
+
+class LogDeterminant(NamedTuple):
+    """The logarithm of a determinant, as found.
+
+    Attributes:
+        value: Exact, or the mean of an unbiased estimator.
+        standard_error: Of that mean; 0 where the value is exact.
+    """
+
+    value: float
+    standard_error: float
 
 
 class Covariance(nn.Module):
@@ -40,6 +53,59 @@ class Covariance(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, (n, C, H, W)."""
         raise NotImplementedError
+
+    def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
+        """``y = Sigma^-1 x``, like ``x`` (B, C, H, W); differentiable in x.
+
+        Args:
+            x: Right sides.
+            tolerance: Of methods that iterate, the relative residual to reach.
+            max_iterations: Of methods that iterate.
+
+        Raises:
+            ValueError: If Sigma is not positive definite, or the tolerance is not reached.
+        """
+        check_solver(tolerance, max_iterations)
+        self._check("x", x)
+        factor = self._cholesky()
+        columns = x.flatten(1).to(factor.device, factor.dtype).mT
+        if len(columns) != len(factor):
+            raise ValueError(f"x: expected samples of {len(factor)} entries, got shape {tuple(x.shape)}")
+        return torch.cholesky_solve(columns, factor).mT.reshape(x.shape).to(x)
+
+    def mahalanobis(self, delta: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
+        """Length of perturbations in units of Sigma, ``sqrt(delta^T Sigma^-1 delta)``, (B,), float32 or better.
+
+        Differentiable in ``delta`` (B, C, H, W); at zero the derivative is taken as zero.
+
+        Raises:
+            ValueError: As for `solve`.
+        """
+        self._check("delta", delta)
+        wide = delta.to(wide_dtype(delta.device))
+        solved = self.solve(wide, tolerance=tolerance, max_iterations=max_iterations)
+        square = torch.linalg.vecdot(wide.flatten(1), solved.flatten(1))
+        zero = square == 0
+        length = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
+        return length.to(compute_dtype(delta.dtype))
+
+    @torch.no_grad()
+    def log_determinant(self) -> LogDeterminant:
+        """``log det Sigma``.
+
+        Raises:
+            ValueError: If Sigma is not positive definite.
+        """
+        return LogDeterminant(2 * float(self._cholesky().diagonal().log().sum()), 0.0)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        """Expect a batch of what Sigma multiplies."""
+        checks.check_floating_point(name, value)
+
+    def _cholesky(self) -> Tensor:
+        """Cholesky factor of `dense`, in the widest type."""
+        sigma = self.dense()
+        return definite_factor(sigma.to(wide_dtype(sigma.device)))
 
     def scaled_mean(self) -> Tensor | None:
         """Running mean perturbation (C, H, W) in the scale of Sigma; None where there is no estimate of it."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels import checks, functional
+from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.layout import Layout
+from sgr_kernels.functional.operators import binned_covariance
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import bin_count
 
 
 def second_moment(perturbation: Tensor, layout: Layout) -> Tensor:
     """Second moment of perturbations at each displacement (Eq. 16), in the layout's form."""
-    return functional.binned_covariance(perturbation, layout.form, layout.binning, layout.max_displacement)
+    return binned_covariance(perturbation, layout.form, layout.binning, layout.max_displacement)
 
 
 def exponential(layout: Layout, decay_length: float, cross_channel: float, rounded: bool) -> Tensor:

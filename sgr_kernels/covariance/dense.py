@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
-from sgr_kernels.covariance.base import Covariance, Estimate
+from sgr_kernels.covariance.base import Covariance, Estimate, LogDeterminant
 from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.functional.solve import check_solver
 from sgr_kernels.toeplitz.constants import wide_dtype
 
 
@@ -73,7 +74,7 @@ class FullCovariance(Estimate):
             raise ValueError(f"channels, size: expected positive ints, got {channels!r}, {size!r}")
         dimension = math.prod(shape)
         super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance, process_group)
-        self._root = Derived()
+        self._root, self._factor = Derived(), Derived()
 
     def _check(self, name: str, value: Tensor) -> None:
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.values.shape[0]:
@@ -104,6 +105,14 @@ class FullCovariance(Estimate):
     def dense(self) -> Tensor:
         """The matrix that `product` applies, (D, D)."""
         return self.values * self.scale
+
+    def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
+        """``y = Sigma^-1 x``, like ``x``, by the Cholesky factor of `dense`, which is kept; differentiable in x."""
+        return super().solve(x, tolerance=tolerance, max_iterations=max_iterations)
+
+    def _cholesky(self) -> Tensor:
+        factor: Tensor = self._factor((self.values, self.scale), super()._cholesky)
+        return factor
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -136,18 +145,33 @@ class IdentityCovariance(Covariance):
 
     def product(self, gradient: Tensor) -> Tensor:
         """``v = variance * g``, like ``gradient``."""
-        self._check(gradient)
+        self._check("gradient", gradient)
         return gradient * self.variance
 
     def quadratic_form(self, gradient: Tensor) -> Tensor:
         """``q_b = variance * |g_b|^2``, (B,), float32 or better."""
-        self._check(gradient)
+        self._check("gradient", gradient)
         return gradient.flatten(1).to(compute_dtype(gradient.dtype)).square().sum(1) * self.variance
 
-    def _check(self, gradient: Tensor) -> None:
-        checks.check_floating_point("gradient", gradient)
-        if gradient.dim() < 2 or (self.shape is not None and tuple(gradient.shape[1:]) != self.shape):
-            raise ValueError(f"gradient: expected (B, C, H, W), got {tuple(gradient.shape)}")
+    def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
+        """``y = x / variance``, like ``x``; exact, so that the other arguments make no difference."""
+        check_solver(tolerance, max_iterations)
+        self._check("x", x)
+        return x / self._positive_variance()
+
+    def log_determinant(self) -> LogDeterminant:
+        """``D log variance``, exact; needs the shape."""
+        return LogDeterminant(math.prod(self._known_shape()) * math.log(self._positive_variance()), 0.0)
+
+    def _positive_variance(self) -> float:
+        if self.variance == 0:
+            raise ValueError("covariance: expected a positive definite matrix, got variance 0")
+        return self.variance
+
+    def _check(self, name: str, value: Tensor) -> None:
+        super()._check(name, value)
+        if value.dim() < 2 or (self.shape is not None and tuple(value.shape[1:]) != self.shape):
+            raise ValueError(f"{name}: expected (B, C, H, W), got {tuple(value.shape)}")
 
     def dense(self) -> Tensor:
         """The matrix that `product` applies, (D, D)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch import Tensor
 from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance import construction, readings
-from sgr_kernels.covariance.base import Estimate
+from sgr_kernels.covariance.base import Estimate, LogDeterminant
 from sgr_kernels.covariance.layout import Layout, at_zero, layout_of_values, perturbation_shape
 from sgr_kernels.covariance.structured import StructuredMatrix
+from sgr_kernels.functional.solve import check_solver
 from sgr_kernels.toeplitz import embedding
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import Size, even_from_radial
+
+_DENSE_UP_TO = 4096
+"""Rows of the largest Sigma that is formed for its determinant: 134 MB."""
 
 
 class CovarianceFunction(Estimate):
@@ -241,6 +246,49 @@ class CovarianceFunction(Estimate):
             ValueError: If Sigma is indefinite, which ``psd="clip"`` prevents.
         """
         return self.matrix.sample(n, generator).reshape(n, *self.shape)
+
+    def solve(self, x: Tensor, *, tolerance: float = 1e-6, max_iterations: int | None = None) -> Tensor:
+        """``y = Sigma^-1 x``, like ``x`` (B, C, H, W); differentiable in x. As `sgr.functional.covariance_solve`.
+
+        Raises:
+            ValueError: If Sigma turns out not to be positive definite, as after clipping it often is not, or the
+                tolerance is not reached; `with_jitter` helps.
+        """
+        tolerance = check_solver(tolerance, max_iterations)
+        self._check("x", x)
+        return self.matrix.solve(checks.as_images(x), tolerance, max_iterations).view(x.shape)
+
+    @torch.no_grad()
+    def log_determinant(self, *, probes: int = 32, generator: torch.Generator | None = None) -> LogDeterminant:
+        """``log det Sigma``: exact up to 4096 rows, else by stochastic Lanczos quadrature, with its standard error.
+
+        Args:
+            probes: Random vectors of the estimate, at least two.
+            generator: Their source; None means a private one with a fixed seed.
+
+        Raises:
+            ValueError: If Sigma is not positive definite, or there are too few probes.
+        """
+        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
+            raise ValueError(f"probes: expected a whole number >= 2, got {probes!r}")
+        if math.prod(self.shape) <= _DENSE_UP_TO:
+            return super().log_determinant()
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        estimates = self.matrix.log_determinant(probes, generator)
+        return LogDeterminant(float(estimates.mean()), float(estimates.std()) / math.sqrt(probes))
+
+    def with_jitter(self, share: float) -> CovarianceFunction:
+        """A frozen copy of Sigma plus white noise of ``share`` times its mean variance, which makes it definite.
+
+        Raises:
+            ValueError: If the share is not a positive number.
+        """
+        share = checks.number("share", share, "a positive number", lambda x: 0 < x < math.inf)
+        table = self.table.clone()
+        variances = at_zero(table, self.form).diagonal()
+        variances += share * variances.mean()
+        binning = "offset" if self.form == "signed" else "even"
+        return type(self).from_values(table, self.shape[1:], binning=binning, psd="none")
 
     @torch.no_grad()
     def min_eigenvalue(self) -> float:

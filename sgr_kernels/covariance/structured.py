@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sgr_kernels import functional
 from sgr_kernels.backends import choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.dense import dense_root, draw_dense
 from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.functional import operators
+from sgr_kernels.functional.solve import System, apply
 from sgr_kernels.toeplitz import embedding
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import Size, dense_matrix
-from sgr_kernels.toeplitz.lanczos import smallest_eigenvalue
+from sgr_kernels.toeplitz.lanczos import log_quadrature, smallest_eigenvalue
 from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 
 
@@ -34,12 +35,12 @@ class StructuredMatrix(nn.Module):
     def __init__(self, table: Tensor, image_size: Size, form: str) -> None:
         super().__init__()
         self.image_size, self.form = image_size, form
-        frequencies = frequency_counts(image_size, functional.reach(table, form))
+        frequencies = frequency_counts(image_size, operators.reach(table, form))
         parts = (4,) if form == "signed" else ()
         self.register_buffer("table", table, persistent=False)
         spectrum = table.new_zeros(*parts, *table.shape[:2], *frequencies)
         self.register_buffer("spectrum", spectrum, persistent=False)
-        self._root = Derived()
+        self._root, self._system = Derived(), Derived()
 
     def assign(self, table: Tensor) -> None:
         """Become the matrix of another table of the same shape, in any precision."""
@@ -53,17 +54,17 @@ class StructuredMatrix(nn.Module):
 
     def product(self, images: Tensor, constant: bool = False) -> Tensor:
         """``v = Sigma g`` for images (B, C, H, W); ``constant`` promises that nothing is assigned any more."""
-        backend = choose("auto", functional.request("product", images, self.form))
+        backend = choose("auto", operators.request("product", images, self.form))
         if backend == "reference":
             return reference.product(images, self.table, self.form)
-        return functional.product_from_spectrum(images, self._spectrum_for(images, constant), backend)
+        return operators.product_from_spectrum(images, self._spectrum_for(images, constant), backend)
 
     def quadratic_form(self, images: Tensor, constant: bool = False) -> Tensor:
         """``q_b = g_b^T Sigma g_b``, (B,), float32 or better."""
-        backend = choose("auto", functional.request("quadratic_form", images, self.form))
+        backend = choose("auto", operators.request("quadratic_form", images, self.form))
         if backend == "reference":
             return reference.quadratic_form(images, self.table, self.form).to(compute_dtype(images.dtype))
-        return functional.quadratic_form_from_spectrum(images, self._spectrum_for(images, constant), backend)
+        return operators.quadratic_form_from_spectrum(images, self._spectrum_for(images, constant), backend)
 
     def dense(self) -> Tensor:
         """The matrix, formed, (C*H*W, C*H*W)."""
@@ -85,13 +86,43 @@ class StructuredMatrix(nn.Module):
         response = embedding.square_root(self.table, self.image_size, self.form)
         return (True, response) if response is not None else (False, dense_root(self.dense()))
 
+    def solve(self, images: Tensor, tolerance: float, max_iterations: int | None) -> Tensor:
+        """``y = Sigma^-1 x``, like ``images`` (B, C, H, W), differentiable in them.
+
+        Raises:
+            ValueError: If Sigma is not positive definite, or the tolerance is not reached.
+        """
+        system = self._prepared()
+        y = apply(images.to(compute_dtype(images.dtype)), system, tolerance, max_iterations)
+        return y.to(images.dtype)
+
+    def log_determinant(self, probes: int, generator: torch.Generator | None) -> Tensor:
+        """Independent estimates of ``log det Sigma``, (probes,), by Lanczos quadrature beside the preconditioner's own.
+
+        Raises:
+            ValueError: If Sigma is not positive definite.
+        """
+        system = self._prepared()
+        near, shape = system.preconditioner, (probes, system.table.shape[0], *self.image_size)
+        device = self.table.device if generator is None else generator.device
+        signs = 2 * torch.randint(2, shape, generator=generator, device=device).to(system.table) - 1
+        try:
+            rest = log_quadrature(lambda z: near.whiten(system.product(near.spread(z))), signs)
+        except ValueError as error:
+            raise ValueError(f"covariance: {error}") from error
+        return near.log_determinant + rest
+
+    def _prepared(self) -> System:
+        system: System = self._system((self.table,), lambda: System(self.table, self.image_size, self.form))
+        return system
+
     def min_eigenvalue(self) -> float:
         """Smallest eigenvalue of Sigma (Lanczos, in float64)."""
         shape = (1, self.table.shape[0], *self.image_size)
         table = self.table.to(wide_dtype(self.table.device))
 
         def product(vector: Tensor) -> Tensor:
-            v = functional.covariance_product(vector.view(shape).to(table.dtype), table, form=self.form)
+            v = operators.covariance_product(vector.view(shape).to(table.dtype), table, form=self.form)
             return v.flatten().to(vector.dtype)
 
         return smallest_eigenvalue(product, shape[1] * shape[2] * shape[3], table.device)

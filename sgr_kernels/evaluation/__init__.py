@@ -1,13 +1,16 @@
 """Evaluation: accuracy against strength, and checks that an evaluation can be trusted."""
 
+from sgr_kernels.evaluation.certify import Certification, certify
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve, transfer_curves, wilson_interval
 from sgr_kernels.evaluation.diagnose import Diagnosis, diagnose
 from sgr_kernels.evaluation.sanity import SanityReport, sanity_report
 
 __all__ = [
+    "Certification",
     "Diagnosis",
     "RobustnessCurve",
     "SanityReport",
+    "certify",
     "diagnose",
     "robustness_curve",
     "sanity_report",

@@ -171,11 +171,11 @@ def test_large_images(shape, kernels):
 @pytest.mark.parametrize("size", [(20, 23), (9, 8), (2, 31), (31, 2), (1, 40)], ids=str)
 def test_the_longest_displacements_of_large_images_are_exact(form, size, place, monkeypatch):
     """Float32 transforms leave 3e-5 f(0) in a corner of 512 x 512 that has four pairs; float64 sums do not."""
-    monkeypatch.setattr(sgr, "_LARGE", 0)
+    monkeypatch.setattr(sgr.operators, "_LARGE", 0)
     xi = gradients((3, 2, *size)).float()
     exact = dense_covariance(xi, form)
     shape, leaf = tuple(exact.shape[2:]), xi.to(place.device, copy=True).requires_grad_()
-    table = sgr.correlate(leaf, leaf, shape, form, backend=place.backend).cpu()
+    table = sgr.operators.correlate(leaf, leaf, shape, form, backend=place.backend).cpu()
     counts = [
         extent - abs(np.arange(1 - extent, extent)) if form == "signed" else (extent - d) * (1 + (d > 0))
         for extent in size
@@ -189,7 +189,9 @@ def test_the_longest_displacements_of_large_images_are_exact(form, size, place, 
     weight = torch.rand(table.shape, dtype=table.dtype)
     (slope,) = torch.autograd.grad((table * weight).sum(), leaf)
     wide = xi.double().requires_grad_()
-    (exact_slope,) = torch.autograd.grad((sgr.correlate(wide, wide, shape, form, "torch") * weight).sum(), wide)
+    (exact_slope,) = torch.autograd.grad(
+        (sgr.operators.correlate(wide, wide, shape, form, "torch") * weight).sum(), wide
+    )
     assert_product_close(slope, exact_slope, PRODUCT_TOLERANCE[torch.float32])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import dense_covariance, dense_product
 
-from benchmarks import lazy, operators, plot, providers, step, tables, timing
+from benchmarks import lazy, operators, plot, providers, solve, step, tables, timing
 from benchmarks.peers import Unsupported
 from benchmarks.providers import Provider
 from benchmarks.shapes import OPERATIONS, Exact, Problem
@@ -200,7 +200,9 @@ def test_auto_is_measured_as_it_is_whatever_the_environment_chooses(monkeypatch:
     call = providers.ops.call
     monkeypatch.setattr(registry, "_choice", "reference")
     monkeypatch.setattr(providers.ops, "call", lambda op, name, *args: (asked.append(name), call(op, name, *args))[1])
-    monkeypatch.setattr(providers.functional, "call", lambda op, name, *args: providers.ops.call(op, name, *args))
+    monkeypatch.setattr(
+        providers.functional.operators, "call", lambda op, name, *args: providers.ops.call(op, name, *args)
+    )
     problem = Problem(2, 1, 16, 16)
     for operation in ("v+q", "accumulation"):
         providers.named(["sgr auto"], CPU)[0].build(problem, operation, CPU)(problem.images(CPU))
@@ -362,3 +364,26 @@ def test_scaling_figure_has_all_three_series(tmp_path: Path) -> None:
     file.write_text(json.dumps({"machine": {"device": "x", "torch": "y", "commit": "z"}, "cells": cells}))
     assert main(["bench", "plot", str(file), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "scaling.svg").exists()
+
+
+def test_solve_benchmark_goes_on_and_every_solver_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "solve.json"
+    command = ["bench", "solve", "--device", "cpu", "--budget", "0.01", "--out", str(out), "--decay-lengths", "2"]
+    assert main([*command, "--shapes", "4,1,9,12"]) == 0
+    first = json.loads(out.read_text())["cells"]
+    for row in first[0]["rows"]:
+        assert row.get("reason") == "linear_operator is not installed" or row["residual"] < 1e-5
+    assert first[0]["iterations"]["most"] < first[0]["iterations"]["without a preconditioner"]
+    assert "| (4,1,9,12) | 2 |" in capsys.readouterr().out
+    assert main([*command, "--shapes", "4,1,9,12", "4,2,3,5", "--providers", "sgr", "dense solve float64"]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert cells[:1] == first
+    assert [row["provider"] for row in cells[1]["rows"]] == ["sgr", "dense solve float64"]
+    assert cells[1]["rows"][1]["over sgr"]["ratio"] > 0
+
+
+def test_the_solve_benchmark_refuses_matrices_that_are_too_large() -> None:
+    problem = Problem(1, 3, 224, 224)
+    covariance = solve.covariance_of(problem, 1.0, CPU)
+    with pytest.raises(Unsupported, match=r"the matrix takes 181\.3 GB"):
+        solve.dense(torch.float64)(covariance, problem)

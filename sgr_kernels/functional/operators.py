@@ -1,10 +1,4 @@
-"""The differentiable operators: ``v = Sigma g``, ``q = g^T Sigma g``, and the covariance of a displacement.
-
-All three are linear or quadratic in each argument and differentiable to any order in all of them, in reverse and in
-forward mode, under ``torch.compile`` and under ``torch.func``. They check shapes, dtypes and devices but never values;
-NaN propagates. Accumulation is in float32, or in float64 for float64 gradients, also under autocast.
-``torch.set_float32_matmul_precision`` applies to them on GPUs as it does to matrix products.
-"""
+"""Products, quadratic forms and second moments: each linear or quadratic in each argument."""
 
 from __future__ import annotations
 
@@ -30,8 +24,6 @@ from sgr_kernels.toeplitz.geometry import (
 )
 from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table, table_from_cross_spectrum
 
-__all__ = ["covariance_product", "covariance_quadratic_form", "displacement_covariance"]
-
 # In float32 a displacement's sum is off by about 1e-7 sqrt(H W) f(0), however few pairs it has. In images of more than
 # _LARGE pixels, displacements within _CORNER of the longest are summed in float64.
 _LARGE = 1 << 16
@@ -55,13 +47,13 @@ def reach(table: Tensor, form: str) -> Size:
     return (height, width) if form == "even" else ((height + 1) // 2, (width + 1) // 2)
 
 
-class _Operands:
-    """The checked arguments of a product or a quadratic form, and what the kernels want of them."""
+class Operands:
+    """The checked arguments of an operator, images and a covariance, and what the kernels want of them."""
 
-    def __init__(self, gradient: Tensor, covariance: Tensor, form: str | None) -> None:
-        checks.check_images("gradient", gradient)
+    def __init__(self, gradient: Tensor, covariance: Tensor, form: str | None, name: str = "gradient") -> None:
+        checks.check_images(name, gradient)
         self._given_form = checks.covariance_form(covariance, form)
-        checks.check_same_device("covariance", covariance, "gradient", gradient)
+        checks.check_same_device("covariance", covariance, name, gradient)
         self._size = checks.image_size(gradient)
         checks.check_table("covariance", covariance, gradient.shape[1], self._size, self._given_form)
         self.images, self._covariance = checks.as_images(gradient), covariance
@@ -157,7 +149,7 @@ def covariance_product(
         ValueError: If shapes, form, devices or the backend's name do not fit.
         RuntimeError: If the named backend cannot run.
     """
-    operands = _Operands(gradient, covariance, form)
+    operands = Operands(gradient, covariance, form)
     images = operands.images
     name = choose(backend, request("product", images, operands.form))
     if name == "reference":
@@ -187,7 +179,7 @@ def covariance_quadratic_form(
         ValueError: If shapes, form, devices or the backend's name do not fit.
         RuntimeError: If the named backend cannot run.
     """
-    operands = _Operands(gradient, covariance, form)
+    operands = Operands(gradient, covariance, form)
     images = operands.images
     name = choose(backend, request("quadratic_form", images, operands.form))
     if name == "reference":
