@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("sgr_kernels")
 
-__all__ = ["ACTIVATIONS", "POOLINGS", "CarliniWagner", "Standardize", "architecture_for", "carlini_wagner", "smooth"]
+__all__ = ["CarliniWagner", "Standardize", "architecture_for", "carlini_wagner", "smooth"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
