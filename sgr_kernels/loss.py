@@ -184,7 +184,7 @@ class SGRLoss(Recorded):
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
         self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
         self._ways = choice.Ways()
-        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_counter("drawn", persistent=False)
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
         """Loss of a batch, ``mean_b l_b + strength * Omega``; a scalar to call ``backward`` on.
