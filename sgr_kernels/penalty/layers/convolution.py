@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from sgr_kernels.penalty.layers.activations import silu
 from sgr_kernels.penalty.layers.elementary import RULES
 from sgr_kernels.penalty.layers.normalization import batch_norm
 from sgr_kernels.penalty.wrappers import hidden_compiler, is_compiled
 
-_RULES = {**RULES, F.batch_norm: batch_norm}
+_RULES = {**RULES, F.batch_norm: batch_norm, F.silu: silu}
 _LACKING = {function: rule for function, rule in RULES.items() if rule.__name__ == "_hardsigmoid"}
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
