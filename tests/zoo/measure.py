@@ -341,18 +341,16 @@ def main() -> None:
     made = {key: about[key] for key in ("device", "torch", "commit", "threads")}
     made |= {library.__name__: library.__version__ for library in (timm, torchvision, transformers)}
     names = [name for name in ENTRIES if any(part in name for part in options.models)]
-    for which in options.passes:
-        done = {row["model"] for row in read() if row["pass"] == which}
-        for name in names:
-            if name in done and not options.again:
-                continue
-            start = time.perf_counter()
-            found = [{"model": name, "pass": which, **row, **made} for row in _run(ENTRIES[name], which)]
-            _write([row for row in read() if (row["model"], row["pass"]) != (name, which)] + found)
-            brief = [{k: v for k, v in row.items() if k not in {*made, "model", "pass", "said"}} for row in found]
-            print(
-                f"{which} {name} {time.perf_counter() - start:.0f} s", *map(json.dumps, brief), sep="\n  ", flush=True
-            )
+    which = options.which
+    done = {row["model"] for row in read() if row["pass"] == which}
+    for name in names:
+        if name in done and not options.again:
+            continue
+        start = time.perf_counter()
+        found = [{"model": name, "pass": which, **row, **made} for row in _run(ENTRIES[name], which)]
+        _write([row for row in read() if (row["model"], row["pass"]) != (name, which)] + found)
+        brief = [{k: v for k, v in row.items() if k not in {*made, "model", "pass", "said"}} for row in found]
+        print(f"{which} {name} {time.perf_counter() - start:.0f} s", *map(json.dumps, brief), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":
