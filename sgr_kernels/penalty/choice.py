@@ -301,8 +301,8 @@ def _compare_difference(way: Way, trial: Trial) -> None:
     if cosine >= _COSINE:
         return
     message = (
-        "method: finite differences see the kinks of ReLU and max-pooling (the cosine between their gradient and the "
-        f"exact one is {cosine:.2f} on this batch, in {trial.images.dtype})"
+        "method: finite differences lose the exact gradient in kinks of ReLU and max-pooling, in curvature or in "
+        f"rounding (the cosine between the two is {cosine:.2f} on this batch, in {trial.images.dtype})"
     )
     if not trial.allow_kinks:
         raise PenaltyGradientError(f"{message}; allow_kinks=True uses them all the same")

@@ -13,7 +13,7 @@ from tests.zoo.models import ENTRIES
 
 MARKS = re.compile(r"(<!-- zoo -->\n).*(<!-- /zoo -->)", re.DOTALL)
 SHORT = {"double-backward": "db", "forward-mode": "fm", "finite-difference": "fd", PART: "¼"}
-_KINKS = "finite differences see the kinks"
+_REFUSED = "kinks of ReLU"  # words of a refusal that allow_kinks turns into a warning
 
 
 class _Notes:
@@ -51,8 +51,8 @@ def _difference(row: Row, notes: _Notes) -> str:
     wide = _error(row["error64"]) if "error64" in row else f"no {notes.mark(_reason(row['reason64']))}"
     if "cosine32" not in row:
         return f"{wide}, no {notes.mark(_reason(row['reason32']))}"
-    kinks = ", kinks" if any(_KINKS in line for line in row["said"]) else ""
-    return f"{wide}, {row['cosine32']:.2f}, {row['norm32']:.3g}{kinks}"
+    refused = ", refused" if any(_REFUSED in line for line in row["said"]) else ""
+    return f"{wide}, {row['cosine32']:.2f}, {row['norm32']:.3g}{refused}"
 
 
 def _ratios(rows: dict[str, Row], key: str) -> str:
