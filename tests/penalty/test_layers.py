@@ -114,3 +114,7 @@ def test_only_first_convolutions_are_replaced() -> None:
         with fast_image_gradients(None):
             y = F.conv2d(x, torch.rand(64, x.shape[1], 3, 3, requires_grad=True))
         assert ({y.grad_fn.name()} == plain) == kept
+    for outputs in (16, 64):
+        with fast_image_gradients(None):
+            pointwise = F.conv2d(deep, torch.rand(outputs, 64, 1, 1, requires_grad=True))
+        assert pointwise.grad_fn.name() in plain

@@ -61,10 +61,11 @@ class _Geometry(NamedTuple):
         )
 
     def is_narrow(self, gradient: Tensor | None, x: Tensor, weight: Tensor) -> bool:
-        """Whether the gradient in the input is faster by windows: few values in them, or none in two."""
+        """Whether the gradient in the input is faster by windows: of images, few values in them, or none in two."""
         windows = weight.shape[2:]
         return (
             (x.device.type, len(windows), self.groups) == ("cpu", 2, 1)
+            and x.shape[1] < 8
             and x.dtype in (torch.float32, torch.float64)
             and (weight[0].numel() <= len(weight) or tuple(windows) == tuple(self.stride))
             and (gradient is None or gradient.is_contiguous())
