@@ -265,6 +265,11 @@ class SGRLoss(Recorded):
             self.drawn.fill_(self.steps // self.penalty_every)
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
         self.drawn += 1
+        if count == 1 and task.passes.coupled:
+            _say_once(
+                "fraction: one sample is left of the batch, of whose values alone BatchNorm's derivatives are; "
+                "a larger fraction or batch has more"
+            )
         return outcome
 
     def _sample_count(self, images: Tensor) -> int | None:
