@@ -322,7 +322,7 @@ class SGRLoss(Recorded):
             return way
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
             return choice.WAYS[self.method]()
-        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled)
+        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled, self._metric())
         way = choice.choose(self.method, trial)
         if way.proved:
             self._ways.keep(model, options, way)
