@@ -304,18 +304,18 @@ def _run(entry: Entry, which: str) -> list[Row]:
     return answer.get("rows") or [{"method": "all", **answer}]
 
 
-def read() -> list[Row]:
-    """The committed rows."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(file: Path = RESULTS) -> list[Row]:
+    """The rows that there are."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _write(rows: list[Row]) -> None:
+def _write(file: Path, rows: list[Row]) -> None:
     order = {name: index for index, name in enumerate(ENTRIES)}
     passes = list(PASSES)
     rows = sorted(rows, key=lambda row: (order.get(row["model"], -1), passes.index(row["pass"])))
-    scratch = RESULTS.with_suffix(".part")
+    scratch = file.with_suffix(".part")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scratch.replace(RESULTS)
+    scratch.replace(file)
 
 
 def main() -> None:
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("which", nargs="?", default=None, choices=PASSES, help=f"one of {', '.join(PASSES)}; none: all")
     parser.add_argument("--models", nargs="+", default=list(ENTRIES), metavar="NAME", help="or parts of names")
     parser.add_argument("--again", action="store_true", help="also what there are results of")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="of one process at a time")
     options = parser.parse_args()
     if options.which == "memory" and not ENVIRONMENT.items() <= os.environ.items():
         # An allocator's settings are read at its start.
@@ -342,13 +343,14 @@ def main() -> None:
     made |= {library.__name__: library.__version__ for library in (timm, torchvision, transformers)}
     names = [name for name in ENTRIES if any(part in name for part in options.models)]
     which = options.which
-    done = {row["model"] for row in read() if row["pass"] == which}
+    done = {row["model"] for row in read(options.results) if row["pass"] == which}
     for name in names:
         if name in done and not options.again:
             continue
         start = time.perf_counter()
         found = [{"model": name, "pass": which, **row, **made} for row in _run(ENTRIES[name], which)]
-        _write([row for row in read() if (row["model"], row["pass"]) != (name, which)] + found)
+        others = [row for row in read(options.results) if (row["model"], row["pass"]) != (name, which)]
+        _write(options.results, others + found)
         brief = [{k: v for k, v in row.items() if k not in {*made, "model", "pass", "said"}} for row in found]
         print(f"{which} {name} {time.perf_counter() - start:.0f} s", *map(json.dumps, brief), sep="\n  ", flush=True)
 
