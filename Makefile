@@ -4,6 +4,7 @@
 # make fuzz    the tests that draw examples, with fresh ones; what fails prints how to see it again
 # make bench   the operators' benchmark (results in benchmarks/results/)
 # make versions  the quick tests under other versions of torch and Triton; an hour
+# make zoo     models of timm, torchvision and transformers under every method, into docs/support.md; two hours
 # make gpu     on a machine with an NVIDIA GPU: build, test, sanitize, measure, with the PYTHON that has torch
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 GPU_RESULTS ?= gpu-results
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test fuzz lint format bench gpu versions clean
+.PHONY: demo test fuzz lint format bench gpu versions zoo clean
 
 demo: $(READY)
 	$(BIN)/sgr demo --out demo-report
@@ -42,6 +43,17 @@ bench: $(READY)
 gpu:
 	PYTHON=$(PYTHON) benchmarks/gpu.sh $(GPU_RESULTS) $(PARTS)
 
+zoo: .venv-zoo/.ready
+	.venv-zoo/bin/python -m tests.zoo.measure
+	.venv-zoo/bin/python -m tests.zoo.table
+
+.venv-zoo/.ready: pyproject.toml setup.py $(SOURCES)
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet setuptools wheel ninja numpy torch==2.14.1 torchvision==0.29.1 \
+	    timm==1.0.31 transformers==5.24.0
+	SGR_BUILD=cpu .venv-zoo/bin/python -m pip install --quiet --no-build-isolation -e .
+	touch $@
+
 versions:
 	PYTHON=$(PYTHON) benchmarks/versions.sh versions $(ROWS)
 
@@ -52,4 +64,4 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sgr_kernels/*.so
+	rm -rf $(VENV) .venv-zoo build dist *.egg-info sgr_kernels/*.so

@@ -26,6 +26,7 @@ from torch import nn
 
 import sgr_kernels as sgr
 from benchmarks import machine
+from benchmarks.memory import ENVIRONMENT
 from benchmarks.networks import NETWORKS
 
 WAYS = {
@@ -65,19 +66,31 @@ def _criterion(way: dict[str, Any], shape: tuple[int, ...]) -> Callable[..., tor
 
 
 class Training:
-    """A network in training one way, on a fixed random batch."""
+    """A model in training on a fixed batch."""
 
-    def __init__(self, network: str, way: str, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., torch.Tensor],
+        images: torch.Tensor,
+        labels: Any,
+        period: int = 1,
+    ) -> None:
+        self.model, self.criterion, self.images, self.labels, self.period = model, criterion, images, labels, period
+        self.optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+
+    @classmethod
+    def of(cls, network: str, way: str, batch: int, device: torch.device) -> Training:
+        """One of the networks, one way, on random images."""
         torch.manual_seed(0)
         build, shape = NETWORKS[network]
-        self.model = build().to(device).train()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
-        self.criterion = _criterion(WAYS[way], shape)
-        if isinstance(self.criterion, nn.Module):
-            self.criterion.to(device)
-        self.period = WAYS[way].get("penalty_every", 1)
-        self.images = torch.rand(batch, *shape, device=device)
-        self.labels = torch.randint(0, 10, (batch,), device=device)
+        model = build().to(device).train()
+        criterion = _criterion(WAYS[way], shape)
+        if isinstance(criterion, nn.Module):
+            criterion.to(device)
+        images = torch.rand(batch, *shape, device=device)
+        labels = torch.randint(0, 10, (batch,), device=device)
+        return cls(model, criterion, images, labels, WAYS[way].get("penalty_every", 1))
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -108,10 +121,10 @@ class Training:
         return time.perf_counter() - start
 
 
-def _memory(network: str, way: str, batch: int, device: torch.device) -> int:
-    """Peak bytes of a step above what is held between steps; to be called in a process of its own."""
-    training = Training(network, way, batch, device)
+def memory_of_a_step(training: Training) -> int:
+    """Peak bytes of a step above what is held between steps; for a process of its own with `ENVIRONMENT`."""
     training.step()
+    device = training.images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -134,11 +147,11 @@ def _memory(network: str, way: str, batch: int, device: torch.device) -> int:
 
 
 def peak_memory(network: str, way: str, batch: int, device: torch.device) -> int:
-    """`_memory` in a fresh process whose allocator returns freed blocks at once."""
+    """`memory_of_a_step` in a fresh process."""
     arguments = ["--networks", network, "--ways", way, "--batch", str(batch), "--device", str(device), "--memory-only"]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.step", *arguments],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        env={**os.environ, **ENVIRONMENT},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -151,7 +164,7 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
     """One row a way: median time with quartiles, peak memory, and both as ratios to the clean step."""
     trainings, reasons = {}, {}
     for way in ways:
-        trainings[way] = Training(network, way, batch, device)
+        trainings[way] = Training.of(network, way, batch, device)
         try:
             trainings[way].seconds()
         except sgr.PenaltyGradientError as error:
@@ -226,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if options.memory_only:
-        print(_memory(options.networks[0], options.ways[0], options.batch, device))
+        print(memory_of_a_step(Training.of(options.networks[0], options.ways[0], options.batch, device)))
         return
     large = {"resnet18": 16, "vit": 16, "resnet50": 8} if device.type == "cpu" else {}
     ways = list(dict.fromkeys(["clean", *options.ways]))

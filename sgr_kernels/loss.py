@@ -184,7 +184,7 @@ class SGRLoss(Recorded):
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
         self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
         self._ways = choice.Ways()
-        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_counter("drawn", persistent=False)
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
         """Loss of a batch, ``mean_b l_b + strength * Omega``; a scalar to call ``backward`` on.
@@ -265,6 +265,11 @@ class SGRLoss(Recorded):
             self.drawn.fill_(self.steps // self.penalty_every)
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
         self.drawn += 1
+        if count == 1 and task.passes.coupled:
+            _say_once(
+                "fraction: one sample is left of the batch, of whose values alone BatchNorm's derivatives are; "
+                "a larger fraction or batch has more"
+            )
         return outcome
 
     def _sample_count(self, images: Tensor) -> int | None:
@@ -317,7 +322,7 @@ class SGRLoss(Recorded):
             return way
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
             return choice.WAYS[self.method]()
-        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled)
+        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled, self._metric())
         way = choice.choose(self.method, trial)
         if way.proved:
             self._ways.keep(model, options, way)

@@ -17,6 +17,8 @@ def describe(value: object) -> str:
     """A tensor's shape and dtype, or another value's type, for error messages."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        return f"{type(value).__name__} of {len(value)} tensors, the first {describe(value[0])}"
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.checks.caller import warn_caller
+from sgr_kernels.covariance.counters import Counting
 from sgr_kernels.covariance.derived import Derived
 from sgr_kernels.functional.solve import check_solver, definite_factor
 from sgr_kernels.toeplitz.constants import tracing, wide_dtype
@@ -115,7 +116,7 @@ class Covariance(nn.Module):
         """Warn of batches that did not enter the estimate since the last warning."""
 
 
-class Estimate(Covariance):
+class Estimate(Counting, Covariance):
     """A running second moment in the buffer ``values``, brought to a target variance when it is read.
 
     Args:
@@ -159,8 +160,8 @@ class Estimate(Covariance):
         values = values.to(compute_dtype(values.dtype))  # the default dtype may be a low-precision one
         self.register_buffer("values", values)
         self.register_buffer("mean", values.new_zeros(shape))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.register_counter("updates")
+        self.register_counter("skipped")
         self.register_buffer("scale", values.new_ones(()), persistent=False)
 
     def _second_moment(self, perturbation: Tensor) -> Tensor:

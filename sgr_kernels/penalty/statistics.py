@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo  # like torch.compiler.disable, but importing the compiler on first use
 
 from sgr_kernels.checks import warn_caller
 from sgr_kernels.covariance import Covariance
+from sgr_kernels.covariance.counters import Counting
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.way import Outcome
@@ -41,7 +42,7 @@ class StepStatistics:
     nonfinite_penalties: Tensor
 
 
-class Recorded(nn.Module):
+class Recorded(Counting):
     """A criterion's memory of its steps.
 
     Attributes:
@@ -59,8 +60,8 @@ class Recorded(nn.Module):
         self.nonfinite_patience = nonfinite_patience
         self.steps = 0
         self._last: StepStatistics | None = None
-        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("nonfinite_in_a_row", torch.zeros((), dtype=torch.int64))
+        self.register_counter("nonfinite")
+        self.register_counter("nonfinite_in_a_row")
 
     def _record(self, outcome: Outcome, strength: float) -> None:
         gradient = outcome.gradient

@@ -20,6 +20,7 @@ TABLE = torch.zeros(3, 3, 8, 8)
 OPERATOR_ARGUMENTS = [
     # gradient, covariance, form, error, words of the message
     (G.numpy(), F, None, TypeError, ["gradient", "tensor", "ndarray"]),
+    ([*G], F, None, TypeError, ["gradient", "tensor", "list of 2 tensors, the first (3, 8, 8) torch.float32"]),
     (G.long(), F, None, TypeError, ["gradient", "floating-point", "int64"]),
     (G.to(torch.complex64), F, None, TypeError, ["gradient", "real floating-point", "complex64"]),
     (G[0, 0], F, None, ValueError, ["gradient", "(B, C, H, W)", "(8, 8)"]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgr_kernels.penalty.layers.activations import silu
 from sgr_kernels.penalty.layers.convolution import DifferentiableTwice, fast_image_gradients
 from sgr_kernels.penalty.layers.normalization import batch_norm
 
@@ -46,6 +47,13 @@ def test_batch_norm(shape: tuple[int, ...], order: int) -> None:
     exact = derivatives(elementary, tensors, order)
     for a, b in zip(mine, exact):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_silu(order: int) -> None:
+    x = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
+    mine, exact = (derivatives(function, (x,), order) for function in (silu, lambda x: x * torch.sigmoid(x)))
+    torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-9)
 
 
 def test_batch_norm_keeps_running_statistics() -> None:
@@ -106,3 +114,7 @@ def test_only_first_convolutions_are_replaced() -> None:
         with fast_image_gradients(None):
             y = F.conv2d(x, torch.rand(64, x.shape[1], 3, 3, requires_grad=True))
         assert ({y.grad_fn.name()} == plain) == kept
+    for outputs in (16, 64):
+        with fast_image_gradients(None):
+            pointwise = F.conv2d(deep, torch.rand(outputs, 64, 1, 1, requires_grad=True))
+        assert pointwise.grad_fn.name() in plain

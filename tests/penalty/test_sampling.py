@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
+from sgr_kernels.loss import _say_once
 from sgr_kernels.penalty.choice import METHODS
 from sgr_kernels.penalty.sampling import draw, inclusion, offset, proxy
 
@@ -330,3 +331,17 @@ def test_small_gradients_survive_half_precision() -> None:
     assert (found - wanted).norm() <= 1e-2 * wanted.norm()
     first = slice(0, 36 * 32)
     assert (found[first] - wanted[first]).norm() <= 2e-2 * wanted[first].norm()
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    ("samples", "layer", "said"), [(4, nn.BatchNorm2d(4), True), (8, nn.BatchNorm2d(4), False), (4, nn.GELU(), False)]
+)
+def test_a_single_sample_for_batch_norm_is_told(
+    samples: int, layer: nn.Module, said: bool, closure: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_once.cache_clear()
+    model, loss = network(layer), criterion(fraction=0.25)
+    for _ in range(2):
+        loss((lambda x: model(x)) if closure else model, *batch(samples))
+    assert caplog.text.count("one sample is left") == said

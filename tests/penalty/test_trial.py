@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
+from sgr_kernels import CovarianceFunction, IdentityCovariance, PenaltyGradientError, SGRLoss, cross_entropy_per_sample
 from sgr_kernels.penalty.choice import METHODS
 from sgr_kernels.penalty.double_backward import differentiable_twice
 from sgr_kernels.training.datasets import load
@@ -614,3 +614,34 @@ def test_kinks_close_together_are_not_a_fault() -> None:
     model.standardize = Lambda(lambda x: (x - 0.5) / 1e-5)  # type: ignore[assignment]
     images, labels = 0.5 + 1e-5 * (torch.rand(16, 3, 32, 32) - 0.5), torch.arange(16) % 10
     SGRLoss(CovarianceFunction(3, (32, 32)), 1.0)(model, images, labels).backward()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_finite_differences_are_judged_along_the_covariance_s_own_directions(learned: bool) -> None:
+    """A model that wriggles between neighbouring pixels is smooth to perturbations which all pixels share."""
+
+    class Wriggles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fine, self.coarse = nn.Linear(SIZE**2, CLASSES), nn.Linear(1, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.mean((1, 2, 3), keepdim=True)
+            return self.fine(1e-2 * torch.sin(1e4 * (x - mean)).flatten(1)) + self.coarse(torch.tanh(mean).flatten(1))
+
+    images, labels = batch()
+    model, ones = Wriggles(), torch.ones(1, 1, CovarianceFunction(1, SIZE).values.shape[-1])
+    covariance = CovarianceFunction.from_values(ones, SIZE, psd="none")
+    if learned:
+        covariance = CovarianceFunction(1, SIZE, psd="none")
+        covariance.update(torch.ones(4, 1, SIZE, SIZE))
+    found = []
+    for method in ("finite-difference", "double-backward"):
+        model.zero_grad()
+        SGRLoss(covariance, 10.0, perturbation=None, method=method)(model, images.float(), labels).backward()
+        found.append(gradients(model))
+    assert (found[0] - found[1]).norm() <= 0.2 * found[1].norm()  # rounding of single precision
+    for other in (IdentityCovariance(), CovarianceFunction(1, SIZE)):  # one that is zero as yet says nothing
+        with pytest.raises(PenaltyGradientError, match="finite differences lose"):
+            SGRLoss(other, 10.0, perturbation=None, method="finite-difference")(model, images.float(), labels)

@@ -65,7 +65,7 @@ def test_agreement_of_finite_differences_with_exact_gradients(tmp_path: Path) ->
 
 @pytest.mark.parametrize("way", step.WAYS)
 def test_every_way_takes_a_step(way: str) -> None:
-    training = step.Training("vit" if way == "sgr" else "carlini-wagner-mnist", way, 2, torch.device("cpu"))
+    training = step.Training.of("vit" if way == "sgr" else "carlini-wagner-mnist", way, 2, torch.device("cpu"))
     before = [p.clone() for p in training.model.parameters()]
     training.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from sgr_kernels.penalty.layers.activations import silu
 from sgr_kernels.penalty.layers.elementary import RULES
 from sgr_kernels.penalty.layers.normalization import batch_norm
 from sgr_kernels.penalty.wrappers import hidden_compiler, is_compiled
 
-_RULES = {**RULES, F.batch_norm: batch_norm}
+_RULES = {**RULES, F.batch_norm: batch_norm, F.silu: silu}
 _LACKING = {function: rule for function, rule in RULES.items() if rule.__name__ == "_hardsigmoid"}
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
@@ -60,10 +61,11 @@ class _Geometry(NamedTuple):
         )
 
     def is_narrow(self, gradient: Tensor | None, x: Tensor, weight: Tensor) -> bool:
-        """Whether the gradient in the input is faster by windows: few values in them, or none in two."""
+        """Whether the gradient in the input is faster by windows: of images, few values in them, or none in two."""
         windows = weight.shape[2:]
         return (
             (x.device.type, len(windows), self.groups) == ("cpu", 2, 1)
+            and x.shape[1] < 8
             and x.dtype in (torch.float32, torch.float64)
             and (weight[0].numel() <= len(weight) or tuple(windows) == tuple(self.stride))
             and (gradient is None or gradient.is_contiguous())
