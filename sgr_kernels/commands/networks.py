@@ -17,7 +17,7 @@ from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
 from sgr_kernels.training.loop import model_of
-from sgr_kernels.training.models import architecture_for
+from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, load_weights, located, remember
 from sgr_kernels.training.state import settings_of
 
@@ -132,13 +132,15 @@ def trained(arguments: argparse.Namespace, device: torch.device) -> Trained:
     model = model_of(state, source(arguments, settings_of(state).network))
     settings, known = state["settings"], state["data"]
     name = arguments.data or known.get("origin") or SAMPLE
-    shape = known.get("shape")
+    (builtin, *_) = ARCHITECTURES.get(settings["architecture"], (None,))
+    shape = known.get("shape") or builtin  # older checkpoints are of the paper's networks, and do not name it
     size = (shape[1], shape[2]) if shape and name.startswith(f"{FOLDER}:") else None
     data = load(name, image_size=arguments.image_size or size)
-    if (data.test.shape != tuple(shape)) if shape else (architecture_for(data.test.shape) != settings["architecture"]):
+    if shape and data.test.shape != tuple(shape):
+        found, wanted = ("x".join(map(str, each)) for each in (data.test.shape, shape))
         raise ValueError(
-            f"the checkpoint was trained on {known['name']}, but --data {name} holds {data.test.name}: "
-            "name the folder of its data set"
+            f"the checkpoint was trained on {known['name']} ({wanted}), but --data {name} holds {data.test.name} "
+            f"({found}): name the folder of its data set"
         )
     model = model.to(device)
     classes_of(model, data.test, device)

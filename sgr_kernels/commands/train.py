@@ -135,12 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="needs torchvision; 0: none",
     )
-    add(
-        "--average",
-        type=common.positive,
-        metavar="DECAY",
-        help="train a running average of the weights (EMA), by 0.999",
-    )
+    add("--ema", type=common.positive, metavar="DECAY", help="train a running average of the weights, by 0.999, say")
     add(
         "--accumulate",
         type=common.whole,

@@ -39,7 +39,7 @@ def load_npz(path: str | os.PathLike[str]) -> DataSet:
             names = _class_names(path, arrays)
     except DataError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(f"data file {path} is damaged, or no .npz file without pickles: {error}") from error
     if train is None:
         raise DataError(f"data file {path} lacks the array 'images'; it must hold 'images' and 'labels'")

@@ -54,8 +54,8 @@ def load(data: str | os.PathLike[str], *, image_size: tuple[int, int] | None = N
     name = str(data)
     kind, _, place = name.partition(":")
     if kind == FOLDER and place:
-        origin = f"{FOLDER}:{Path(place).absolute()}"
-        return DataSet(*(replace(part, origin=origin) for part in load_folder(place, image_size)))
+        folder = Path(place).absolute()
+        return DataSet(*(replace(part, origin=f"{FOLDER}:{folder}") for part in load_folder(folder, image_size)))
     if image_size is not None:
         raise DataError(f"image_size: an option of data {FOLDER}:DIR, got {name!r}, whose images are of one size")
     if name == SAMPLE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ _ENDINGS = (".png", ".jpg", ".jpeg")
 _FORMATS = ("PNG", "JPEG")  # no other decoder of Pillow's is run
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _TEST = ("test", "val", "valid", "validation")
+_AT_ONCE = 1024  # files that wait for a thread
 _THREADS = min(8, os.cpu_count() or 1)  # decoding leaves Python's lock
 
 
@@ -46,7 +47,7 @@ class ImageFolder(Indexed):
         origin: What they were read from.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
     labels: Tensor
     name: str
     classes: tuple[str, ...]
@@ -80,7 +81,7 @@ class ImageFolder(Indexed):
             pass
         return torch.from_numpy(images), self.labels[index]
 
-    def _decoded(self, path: Path) -> np.ndarray:
+    def _decoded(self, path: str) -> np.ndarray:
         from PIL import ImageOps
 
         with _opened(path) as image:
@@ -95,7 +96,7 @@ class ImageFolder(Indexed):
         """Hex digest of the files' names within their folders and of their lengths; their pixels are not read."""
         state = hashlib.sha256(repr(self.shape).encode())
         for path, label in zip(self.files, self.labels.tolist()):
-            state.update(f"{path.name} {path.stat().st_size} {label}\n".encode())
+            state.update(f"{os.path.basename(path)} {os.path.getsize(path)} {label}\n".encode())
         return state.hexdigest()[:16]
 
 
@@ -139,10 +140,10 @@ def _classes(folder: Path, least: int = 2) -> tuple[str, ...]:
 def _folder(
     folder: Path, name: str, classes: tuple[str, ...], image_size: tuple[int, int] | None, like: ImageFolder | None
 ) -> ImageFolder:
-    files: list[Path] = []
+    files: list[str] = []
     labels: list[int] = []
     for label, kind in enumerate(classes):
-        found = sorted(path for path in (folder / kind).rglob("[!.]*") if path.suffix.lower() in _ENDINGS)
+        found = sorted(str(path) for path in (folder / kind).rglob("[!.]*") if path.suffix.lower() in _ENDINGS)
         if not found and like is None:
             raise DataError(f"data folder {folder / kind} holds no PNG or JPEG images")
         files += found
@@ -164,10 +165,10 @@ def _folder(
     return ImageFolder(chosen, torch.tensor(labels)[order], name, classes, size, grey, fit=image_size is not None)
 
 
-def _headers(files: list[Path]) -> tuple[list[tuple[int, int]], bool]:
+def _headers(files: list[str]) -> tuple[list[tuple[int, int]], bool]:
     """Size (H, W) of each image, and whether all are grey."""
 
-    def header(path: Path) -> tuple[tuple[int, int], str]:
+    def header(path: str) -> tuple[tuple[int, int], str]:
         with _opened(path) as image:
             if image.mode not in (*_GREY, *_COLOUR):
                 raise DataError(f"{path} has pixels of kind {image.mode!r}: save it with 8 bits a channel")
@@ -177,13 +178,14 @@ def _headers(files: list[Path]) -> tuple[list[tuple[int, int]], bool]:
     return [size for size, _ in found], all(mode in _GREY for _, mode in found)
 
 
-def _in_threads(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+def _in_threads(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(function, arguments)
+        for start in range(0, len(arguments), _AT_ONCE):
+            yield from pool.map(function, arguments[start : start + _AT_ONCE])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: str) -> Iterator[Any]:
     from PIL import Image
 
     try:

@@ -65,7 +65,7 @@ class Trainer:
 
     Attributes:
         model: The network that the optimizer changes.
-        average: The running average of its weights, with ``settings.average``; it is the trained network then.
+        average: The running average of its weights, with ``settings.ema``; it is the trained network then.
         criterion: The method's loss.
         epoch, step: Position: whole epochs done, and steps done in the current one.
         history: One record per finished epoch.
@@ -319,9 +319,9 @@ class Trainer:
 
     def _averaged(self) -> AveragedModel | None:
         """A running average, of buffers as well, which begins with the weights after the first step."""
-        if self.settings.average is None:
+        if self.settings.ema is None:
             return None
-        rule = get_ema_multi_avg_fn(self.settings.average)
+        rule = get_ema_multi_avg_fn(self.settings.ema)
         return AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
 
     @property

@@ -26,24 +26,6 @@ COVARIANCES = ("function", "full")
 SCHEDULES = optimizers.SCHEDULES
 PRECISIONS = ("none", "bf16")
 
-# What a version after the first checkpoints brought; at its default a training is what it was without it.
-_LATER = (
-    "model_args",
-    "normalize",
-    "init_weights",
-    "optimizer",
-    "betas",
-    "momentum",
-    "nesterov",
-    "learning_rate_warmup",
-    "label_smoothing",
-    "mixup",
-    "average",
-    "accumulate",
-    "clip_gradient",
-    "amp",
-)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -96,7 +78,7 @@ class Settings:
         learning_rate_warmup: Steps over which the learning rate grows linearly; 0: none.
         label_smoothing: Share of a label's probability that is spread over all classes.
         mixup: Parameter alpha of the Beta distribution by which two images and their labels are mixed; 0: they are not.
-        average: Decay of the running average of weights, which then is the trained network; None: there is none.
+        ema: Decay of the running average of weights, which then is the trained network; None: there is none.
         accumulate: Parts in which a batch is taken, one after the other, their gradients added up.
         clip_gradient: Largest norm of a step's gradient; None: any.
         amp: ``"bf16"`` takes the loss under autocast to bfloat16, ``"none"`` in the precision of the weights.
@@ -140,7 +122,7 @@ class Settings:
     learning_rate_warmup: int = 0
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    average: float | None = None
+    ema: float | None = None
     accumulate: int = 1
     clip_gradient: float | None = None
     amp: str = "none"
@@ -184,8 +166,8 @@ class Settings:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
         if not 0 <= self.mixup < float("inf"):
             raise ValueError(f"mixup: expected a finite number >= 0, got {self.mixup}")
-        if self.average is not None and not 0 < self.average < 1:
-            raise ValueError(f"average: expected a number in (0, 1), got {self.average}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema: expected a number in (0, 1), got {self.ema}")
         if self.clip_gradient is not None and not 0 < self.clip_gradient < float("inf"):
             raise ValueError(f"clip_gradient: expected a finite number > 0, got {self.clip_gradient}")
         if self.accumulate < 1:
@@ -202,10 +184,10 @@ class Settings:
         return {"betas": self.betas, "momentum": self.momentum, "nesterov": self.nesterov}
 
     def record(self) -> dict[str, Any]:
-        """What names the training in records: what later versions brought only where it changes the training."""
+        """What names the training in records; of what later versions brought, after ``seed``, only what is used."""
         defaults = {field.name: field.default for field in fields(self)}
-        values = asdict(self)
-        return {k: v for k, v in values.items() if k not in _LATER or v != defaults[k]}
+        later = list(defaults)[list(defaults).index("seed") + 1 :]
+        return {name: value for name, value in asdict(self).items() if name not in later or value != defaults[name]}
 
     def differences(self, other: Settings) -> list[str]:
         """Each setting that differs, as ``"name: own value, not the other's"``."""

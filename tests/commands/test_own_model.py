@@ -54,7 +54,7 @@ def trained(file, pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "own"
     command = ["train", "--model", f"{file}:small", "--model-args", '{"classes": 3}', "--normalize", "0.1", "0.3"]
     command += ["--data", f"imagefolder:{pictures}", "--epochs", "2", "--batch-size", "24", "--device", "cpu"]
-    command += ["--optimizer", "sgd", "--schedule", "cosine", "--learning-rate-warmup", "2", "--average", "0.5"]
+    command += ["--optimizer", "sgd", "--schedule", "cosine", "--learning-rate-warmup", "2", "--ema", "0.5"]
     assert main([*command, "--out", str(out)]) == 0
     return out
 
