@@ -142,7 +142,8 @@ class LoaderBatches:
     """The batches of somebody's ``DataLoader``, the same ones of an epoch whenever they are asked for.
 
     The loader, its sampler and its transforms draw from random streams of their own, which follow from the seed and
-    the epoch. To return to a position, the batches before it are loaded again.
+    the epoch; generators that loader and sampler have are seeded for it. To return to a position, the batches before it
+    are loaded again.
 
     Args:
         data: The loader's images.
@@ -166,9 +167,12 @@ class LoaderBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """As of `Batches`."""
-        streams = _Streams(_mixed(self.seed, epoch))
-        with streams.own():
-            loaded = enumerate(batches(self.loader, None))
+        seed = _mixed(self.seed, epoch)
+        streams, loaded = _Streams(seed), enumerate(batches(self.loader, None))
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
         while True:
             with streams.own():
                 found = next(loaded, None)

@@ -269,6 +269,11 @@ class Loaded(Images):
         except TypeError as error:
             name = type(loader).__name__
             raise DataError(f"{name}: expected a loader that knows how many batches it has (__len__)") from error
+        if getattr(loader, "persistent_workers", False):
+            raise DataError(
+                "persistent_workers: expected False, as such workers keep random streams to which a resumed training "
+                "cannot return"
+            )
         self.loader, self.name = loader, name or type(dataset).__name__
         self.classes = _classes(dataset, classes)
         with random_streams():

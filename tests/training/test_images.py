@@ -231,9 +231,10 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
 
 
-@pytest.mark.parametrize("as_loader", [False, True])
+@pytest.mark.parametrize("as_loader", [False, True, "with a generator"])
 def test_anybodys_data_sets_and_loaders_can_be_returned_to(as_loader):
-    data = DataLoader(Noisy(), batch_size=3, shuffle=True) if as_loader else Noisy()
+    generator = torch.Generator() if as_loader == "with a generator" else None
+    data = DataLoader(Noisy(), batch_size=3, shuffle=True, generator=generator) if as_loader else Noisy()
     images = images_of(data)
     assert (len(images), images.shape, images.classes, images.name) == (11, (1, 4, 5), ("a", "b"), "Noisy")
     batches = batches_of(images, 3, seed=4, shuffle=True)
@@ -267,6 +268,7 @@ def test_variances_of_what_is_not_in_memory():
     [
         (3, "expected images, a Dataset with __len__ or a DataLoader, got int"),
         ([], "list holds no images"),
+        (DataLoader(Noisy(), num_workers=1, persistent_workers=True), "persistent_workers: expected False"),
         ([("picture", 1)], "expected items that begin with an image .* got tuple"),
         ([(torch.rand(4, 5), 1)], "expected items that begin with an image"),
     ],
