@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sgr: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        message = f"{error.name} is not installed: pip install 'sgr_kernels[{_EXTRAS[error.name]}]'"
+        message = f"{package} is not installed: pip install 'sgr_kernels[{_EXTRAS[package]}]'"
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Estimate, print decay lengths, write picture and numbers."""
-    has_network = arguments.checkpoint is not None or arguments.model is not None
+    has_network = networks.named(arguments)
     sources = arguments.source or ([_DATA, "pgd"] if has_network else [_DATA])
     if not has_network and sources != [_DATA]:
         raise ValueError(f"--source {' '.join(sources)} needs a CHECKPOINT or a --model, whose network is perturbed")

@@ -96,6 +96,12 @@ def source(arguments: argparse.Namespace, like: Source | None = None) -> Source 
     return Source(located(arguments.model), arguments.model_args or same.arguments, normalize)
 
 
+def named(arguments: argparse.Namespace) -> bool:
+    """Whether any option says something of a network."""
+    names = ("checkpoint", "model", "model_args", "normalize", "weights")
+    return any(getattr(arguments, name) is not None for name in names)
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained network, and what there is to say of it.
@@ -149,19 +155,19 @@ def trained(arguments: argparse.Namespace, device: torch.device) -> Trained:
 
 
 def _untrained(arguments: argparse.Namespace, device: torch.device) -> Trained:
-    named = source(arguments)
-    if named is None:
+    own = source(arguments)
+    if own is None:
         raise ValueError("CHECKPOINT: name a training's folder, or a --model and its --weights")
-    model = named.maker()().eval()
+    model = own.maker()().eval()
     if arguments.weights is not None:
         load_weights(model, arguments.weights)
-    remember(named)
+    remember(own)
     data = load(arguments.data or SAMPLE, image_size=arguments.image_size)
     model = model.to(device)
     classes_of(model, data.test, device)
     beside = Path() if arguments.weights is None else Path(arguments.weights).parent
     record = {
-        "network": {"model": named.name, "model_args": named.arguments, "normalize": named.normalize},
+        "network": {"model": own.name, "model_args": own.arguments, "normalize": own.normalize},
         "weights": arguments.weights,
     }
     return Trained(model, data, None, record, lambda name: beside / name)

@@ -1,6 +1,7 @@
 """Networks and images of one's own on the command line: one folder that every command reads, and clear refusals."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +99,26 @@ def test_weights_alone_do_as_well(trained, file, pictures, tmp_path, capsys):
     assert "the covariance of perturbations by sign" in capsys.readouterr().out
 
 
+def test_a_moved_network_is_named_anew_and_keeps_its_arguments(trained, tmp_path):
+    command = ["evaluate", str(trained), *FEW["evaluate"], "--out"]
+    assert main([*command, str(tmp_path / "as_recorded.json")]) == 0
+    assert (
+        main([*command, str(tmp_path / "moved.json"), "--model", f"{write_network(tmp_path, 'moved.py')}:small"]) == 0
+    )
+    found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("moved", "as_recorded"))
+    assert found["attacks"] == wanted["attacks"]
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torchvision", "vision"), ("PIL", "images")])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    pictures, tmp_path, monkeypatch, package, extra, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    options = ["--mixup", "0.2"] if package == "torchvision" else ["--data", f"imagefolder:{pictures}"]
+    error = fails(["train", *options, "--out", str(tmp_path / "none")], capsys)
+    assert f"{package} is not installed: pip install 'sgr_kernels[{extra}]'" in error
+
+
 def test_other_images_are_brought_to_the_networks_size(trained, tmp_path):
     for k in range(12):
         path = tmp_path / "pictures" / "abc"[k % 3] / f"{k}.jpg"
@@ -153,6 +174,7 @@ def test_bad_networks_and_images_get_one_line(trained, file, arrays, pictures, t
     weighed = ["evaluate", "--model", f"{file}:small", "--weights", str(tmp_path / "w.safetensors")]
     refused(weighed, "error: --weights: ", "w.safetensors lacks 'unused', 'first.weight', 'first.bias' and")
     refused(["evaluate", str(trained), "--weights", "w"], "error: --weights: CHECKPOINT has its own")
+    refused(["covariance", "--weights", "w", "--out", str(tmp_path / "c.png")], "CHECKPOINT: name a training's folder")
     refused(["evaluate"], "CHECKPOINT: name a training's folder, or a --model and its --weights")
     refused(["train", "--data", arrays, *out], "for a Carlini-Wagner network, got 3x12x12; model (--model) names")
     refused(
