@@ -154,9 +154,9 @@ class Settings:
             raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number > 0, got {self.learning_rate}")
-        self._check_later()
+        self._check_optimization()
 
-    def _check_later(self) -> None:
+    def _check_optimization(self) -> None:
         optimizers.options_of(self.optimizer, self.optimizer_options)
         if self.amp not in PRECISIONS:
             raise ValueError(f"amp: expected one of {', '.join(PRECISIONS)}, got {self.amp!r}")

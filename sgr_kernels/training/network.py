@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pickle
+import shlex
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -110,13 +111,13 @@ class Source:
         return nn.Sequential(OrderedDict(normalize=Normalize(*self.normalize), network=network))
 
     def options(self) -> str:
-        """The commands' options that name it."""
-        text = f"--model {self.name}"
+        """The commands' options that name it, ready for a shell."""
+        words = ["--model", self.name]
         if self.arguments != "{}":
-            text += f" --model-args '{self.arguments}'"
+            words += ["--model-args", self.arguments]
         if self.normalize is not None:
-            text += " --normalize " + " ".join(",".join(f"{value:g}" for value in row) for row in self.normalize)
-        return text
+            words += ["--normalize", *(",".join(map(repr, row)) for row in self.normalize)]
+        return shlex.join(words)
 
 
 def located(name: str) -> str:
@@ -132,7 +133,7 @@ def located(name: str) -> str:
 def remember(source: Source) -> None:
     """Note that this user has asked for a source's code: networks it makes are made again without being asked for."""
     if source.is_code:
-        with suppress(OSError):  # without a home to write to, it has to be asked for again
+        with suppress(OSError, RuntimeError):  # without a home to write to, it has to be asked for again
             path = _note(source)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.write_text(f"{source.options()}\n")
@@ -144,7 +145,10 @@ def require_asked_for(source: Source) -> None:
     Raises:
         NetworkError: If not; says how.
     """
-    if source.is_code and not _note(source).is_file():
+    asked_for = not source.is_code
+    with suppress(RuntimeError):  # a user without a home
+        asked_for = asked_for or _note(source).is_file()
+    if not asked_for:
         raise NetworkError(
             f"model: the checkpoint's network is made by code that you have not asked for, or that has changed since; "
             f"to run it: {source.options()}"
