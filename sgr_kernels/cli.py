@@ -16,12 +16,13 @@ COMMANDS = {
     "evaluate": "attack a trained network and report its accuracy",
     "certify": "certify networks under noise of a covariance, and compare them",
     "covariance": "estimate and plot covariance functions of images or of adversarial perturbations",
+    "diagnose": "see up to which strength the approximation behind SGR holds for a network",
     "reproduce": "train, attack and tabulate what the paper did, beside its numbers",
     "bench": "measure the cost of the operators and of training steps",
 }
 
-# Packages of the [train] extra, which a plain installation lacks.
-_OPTIONAL = ("matplotlib", "safetensors", "tqdm")
+# Packages that a plain installation lacks, by the extra that brings them.
+_EXTRAS = {"matplotlib": "train", "safetensors": "train", "tqdm": "train", "PIL": "images", "torchvision": "vision"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,15 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sgr: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in _OPTIONAL:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        message = f"{error.name} is not installed: pip install 'sgr_kernels[train]'"
+        message = f"{package} is not installed: pip install 'sgr_kernels[{_EXTRAS[package]}]'"
     except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        message = " ".join(str(error).split())
+        message = _with_option(" ".join(str(error).split()), arguments)
     print(f"sgr: error: {message}", file=sys.stderr)
     return 2
+
+
+def _with_option(message: str, arguments: argparse.Namespace) -> str:
+    """An error that begins with the name of an argument, with that of the option that gave it."""
+    name, colon, rest = message.partition(":")
+    named = colon and name in vars(arguments) and name not in ("checkpoint", "images")  # images themselves
+    return f"--{name.replace('_', '-')}:{rest}" if named else message
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

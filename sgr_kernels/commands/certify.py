@@ -9,17 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
-from sgr_kernels.commands import common
+from sgr_kernels.commands import common, networks
 from sgr_kernels.evaluation.certificates import CertificatePlan, Certificates, Key, certificates
 from sgr_kernels.evaluation.smoothing import Row
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report.page import text_table
 from sgr_kernels.report.plots import Line, Panel, line_figure, save
-from sgr_kernels.training.checkpoint import write_atomically
-from sgr_kernels.training.loop import checkpoint_file, load_model
+from sgr_kernels.training.checkpoint import checkpoint_file, write_atomically
+from sgr_kernels.training.images import pixels
 from sgr_kernels.training.records import difference, digest
 
 FILE = "certificates.json"
@@ -36,8 +37,10 @@ class _Interrupted(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="trainings' folders or their checkpoint files")
-    common.add_data(parser)
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="trainings' folders or their checkpoint files")
+    networks.add_network(parser)
+    networks.add_weights(parser)
+    common.add_data(parser, None)
     add("--images", type=common.whole, default=100, metavar="N", help="the first N test images")
     add(
         "--decay-lengths",
@@ -60,20 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Certify, print tables, write JSON and a picture; 1 if interrupted."""
     device = common.device(arguments.device)
-    models, described, data_name, architecture = {}, {}, None, None
-    for name, place in _named(arguments.checkpoints).items():
-        model, state = load_model(place)
-        if architecture not in (None, state["settings"]["architecture"]):
-            raise ValueError(f"{place}: expected a network for {architecture}, got one for another kind of images")
-        architecture, data_name = state["settings"]["architecture"], state["data"]["name"]
-        models[name] = model.to(device)
-        weights = {key: value.cpu().numpy().tobytes().hex() for key, value in model.state_dict().items()}
-        described[name] = {
-            "settings": state["settings"],
-            "epochs": state["position"]["epoch"],
-            "weights": digest(weights),
-        }
-    images = common.load_for(arguments.data, data_name, architecture).test.first(arguments.images)
+    subjects = _subjects(arguments, device)
+    images = next(iter(subjects.values())).data.test.first(arguments.images)
+    described = {}
+    for name, subject in subjects.items():
+        weights = {key: value.cpu().numpy().tobytes().hex() for key, value in subject.model.state_dict().items()}
+        described[name] = {**subject.record, "weights": digest(weights)}
+    models = {name: subject.model for name, subject in subjects.items()}
     plan = CertificatePlan(
         tuple(arguments.decay_lengths),
         tuple(arguments.sigmas),
@@ -106,12 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
             if interrupted():
                 raise _Interrupted
 
-        pixels, labels = images.images.to(device).float() / 255, images.labels.to(device)
+        values, labels = images.read(torch.arange(len(images)))
         try:
             result = certificates(
                 models,
-                pixels,
-                labels,
+                pixels(values).to(device),
+                labels.to(device),
                 plan,
                 chunk_size=arguments.batch_size or (200 if device.type == "cpu" else 1000),
                 rows=rows,
@@ -178,6 +174,22 @@ def figure(result: Certificates, plan: CertificatePlan, images: str) -> Any:
             )
     title = f"Certified accuracy on {images}; dotted: the most that {plan.draws} draws can certify"
     return line_figure(panels, title, columns=len(plan.sigmas))
+
+
+def _subjects(arguments: argparse.Namespace, device: torch.device) -> dict[str, networks.Trained]:
+    """The networks by name, all for the same images."""
+    places: dict[str, str | None] = dict(_named(arguments.checkpoints)) or {"network": None}
+    found = {}
+    for name, place in places.items():
+        found[name] = networks.trained(argparse.Namespace(**{**vars(arguments), "checkpoint": place}), device)
+    first = next(iter(found.values())).data.test
+    for name, subject in found.items():
+        if subject.data.test.shape != first.shape or subject.data.test.name != first.name:
+            raise ValueError(
+                f"{places[name]}: expected a network for {first.name}, got one for another kind of images, "
+                f"{subject.data.test.name}"
+            )
+    return found
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:

@@ -13,8 +13,7 @@ from types import FrameType
 
 import torch
 
-from sgr_kernels.training.datasets import SAMPLE, DataSet, load
-from sgr_kernels.training.models import architecture_for
+from sgr_kernels.training.datasets import FOLDER, SAMPLE
 
 
 def whole(text: str) -> int:
@@ -57,13 +56,33 @@ def positive(text: str) -> float:
     return value
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add ``--data``."""
+def image_size(text: str) -> tuple[int, int]:
+    """Argument type: a side, or rows x columns, in pixels."""
+    sides = text.lower().split("x")
+    try:
+        sizes = [whole(side) for side in sides]
+    except (ValueError, argparse.ArgumentTypeError):
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"expected a number of pixels or ROWSxCOLUMNS, got {text}")
+    return sizes[0], sizes[-1]
+
+
+def add_data(parser: argparse.ArgumentParser, default: str | None = SAMPLE) -> None:
+    """Add ``--data`` and ``--image-size``."""
     parser.add_argument(
         "--data",
-        default=SAMPLE,
-        metavar=f"{SAMPLE}|DIR",
-        help="the shipped digits, or a folder with MNIST (IDX) or CIFAR-10 (binary version)",
+        default=default,
+        metavar=f"{SAMPLE}|DIR|FILE.npz|{FOLDER}:DIR",
+        help="the shipped digits, a folder with MNIST (IDX) or CIFAR-10 (binary version), arrays images and labels, or "
+        "a folder with a folder of PNG and JPEG files for each class"
+        + ("" if default else "; none: what the network was trained on"),
+    )
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="N|ROWSxCOLUMNS",
+        help="bring an image folder's images to this size, scaled to cover it and cropped; none: they have one",
     )
 
 
@@ -96,22 +115,6 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return chosen
-
-
-def load_for(data: str, trained_on: str | None = None, architecture: str | None = None) -> DataSet:
-    """Load a data set, checking that it suits a trained network if there is one.
-
-    Raises:
-        ValueError: if the network was trained on another kind of images.
-    """
-    loaded = load(data)
-    found = architecture_for(loaded.test.images.shape[1:])
-    if architecture is not None and found != architecture:
-        raise ValueError(
-            f"the checkpoint was trained on {trained_on}, but --data {data} holds {loaded.test.name}: "
-            "name the folder of its data set"
-        )
-    return loaded
 
 
 def writable(path: str | Path) -> Path:

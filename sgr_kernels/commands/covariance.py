@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sgr_kernels.commands import common
+from sgr_kernels.commands import common, networks
 from sgr_kernels.covariance import CovarianceFunction
-from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance
+from sgr_kernels.evaluation.perturbations import SOURCES, image_covariance, perturbation_covariance
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report import plots
 from sgr_kernels.report.covariance import DisplacementFunction, covariance_figure
 from sgr_kernels.report.page import text_table
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
-from sgr_kernels.training.loop import load_model
+from sgr_kernels.training.datasets import SAMPLE, load
 
 _DATA = "data"
 
@@ -25,13 +25,13 @@ _DATA = "data"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="a trained network, for the covariance of perturbations")
-    common.add_data(parser)
+    networks.add_trained(parser)
+    common.add_data(parser, None)
     add(
         "--source",
         nargs="+",
         choices=(_DATA, *SOURCES),
-        help="the centred images, or perturbations of the network; none: data, and pgd with a checkpoint",
+        help="the centred images, or perturbations of the network; none: data, and pgd with a network",
     )
     add("--split", choices=("train", "test"), default="test", help="images to use")
     add("--images", type=common.whole, metavar="N", help="only the first N of them")
@@ -44,28 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Estimate, print decay lengths, write picture and numbers."""
-    sources = arguments.source or ([_DATA] if arguments.checkpoint is None else [_DATA, "pgd"])
-    if arguments.checkpoint is None and sources != [_DATA]:
-        raise ValueError(f"--source {' '.join(sources)} needs a CHECKPOINT, whose network is perturbed")
+    has_network = networks.named(arguments)
+    sources = arguments.source or ([_DATA, "pgd"] if has_network else [_DATA])
+    if not has_network and sources != [_DATA]:
+        raise ValueError(f"--source {' '.join(sources)} needs a CHECKPOINT or a --model, whose network is perturbed")
     if Path(arguments.out).suffix != ".png":
         raise ValueError(f"--out must end in .png, got {arguments.out}")
     path = common.writable(arguments.out)
     common.writable(path.with_suffix(".json"))
     device = common.device(arguments.device)
-    model, trained_on, architecture = None, None, None
-    if arguments.checkpoint is not None:
-        model, state = load_model(arguments.checkpoint)
-        model, trained_on, architecture = model.to(device), state["data"]["name"], state["settings"]["architecture"]
-    data = common.load_for(arguments.data, trained_on, architecture)
+    subject = networks.trained(arguments, device) if has_network else None
+    data = load(arguments.data or SAMPLE, image_size=arguments.image_size) if subject is None else subject.data
     images = (data.train if arguments.split == "train" else data.test).first(arguments.images)
     batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
-    size = tuple(images.images.shape[2:])
+    size = images.shape[1:]
 
     def estimate(source: str) -> Tensor:
-        if model is None or source == _DATA:
-            pixels = images.images.to(device).float() / PIXEL_LEVELS
-            return CovarianceFunction.from_images(pixels, center=True).values
-        return perturbation_covariance(model, batches, source, eps=arguments.eps / PIXEL_LEVELS, seed=arguments.seed)
+        if subject is None or source == _DATA:
+            return image_covariance(batches)
+        eps = arguments.eps / PIXEL_LEVELS
+        return perturbation_covariance(subject.model, batches, source, eps=eps, seed=arguments.seed)
 
     functions = []
     for source in sources:

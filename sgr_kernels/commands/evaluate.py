@@ -8,21 +8,25 @@ import json
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
-from sgr_kernels.commands import common
-from sgr_kernels.evaluation.suite import DECAY_LENGTHS, EPS_GRIDS, Evaluation, Plan, evaluate, parts
+from sgr_kernels.commands import common, networks
+from sgr_kernels.evaluation.suite import DECAY_LENGTHS, Evaluation, Plan, eps_grid, evaluate, parts
 from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
-from sgr_kernels.training.loop import checkpoint_file, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a training's folder or its checkpoint file")
-    common.add_data(parser)
+    networks.add_trained(parser)
+    common.add_data(parser, None)
     add("--images", type=common.whole, metavar="N", help="only the first N test images")
-    add("--eps", type=common.nonnegative, nargs="+", help="FGSM's and PGD's, in grey levels (1/255); none: the paper's")
+    add(
+        "--eps",
+        type=common.nonnegative,
+        nargs="+",
+        help="FGSM's and PGD's, in grey levels (1/255); none: 0 to 32 for images like MNIST's, else 0 to 8",
+    )
     add("--pgd-steps", type=common.whole, default=Plan.pgd_steps, help="steps of PGD")
     add(
         "--decay-lengths", type=common.positive, nargs="+", default=DECAY_LENGTHS, help="of correlated noise, in pixels"
@@ -31,20 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
     add("--seed", type=common.seed, default=Plan.seed, help="of random starts and noise")
     common.add_batch_size(parser)
-    add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint")
+    add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint or the weights")
     common.add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
     device = common.device(arguments.device)
-    model, state = load_model(arguments.checkpoint)
-    path = common.writable(arguments.out or checkpoint_file(arguments.checkpoint).with_name("evaluation.json"))
-    architecture = state["settings"]["architecture"]
-    data = common.load_for(arguments.data, state["data"]["name"], architecture)
-    images = data.test.first(arguments.images)
+    subject = networks.trained(arguments, device)
+    path = common.writable(arguments.out or subject.beside("evaluation.json"))
+    images = subject.data.test.first(arguments.images)
     plan = Plan(
-        eps=arguments.eps or EPS_GRIDS[architecture],
+        eps=arguments.eps or eps_grid(images.shape),
         pgd_steps=arguments.pgd_steps,
         decay_lengths=arguments.decay_lengths,
         noise_eps=arguments.noise_eps,
@@ -58,13 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update()
 
         batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
-        result = evaluate(model.to(device), batches, plan, on_part=show)
+        result = evaluate(subject.model, batches, plan, on_part=show)
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
         "images": len(images),
-        "settings": state["settings"],
-        "epochs": state["position"]["epoch"],
+        **subject.record,
         **result.to_dict(),
     }
     print(summary(result, plan, f"{len(images)} test images of {images.name}"))

@@ -9,7 +9,7 @@ from sgr_kernels.commands import common
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.run import BEYOND, EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
-from sgr_kernels.training.datasets import SAMPLE
+from sgr_kernels.training.datasets import SAMPLE, load
 from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.models import architecture_for
 
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pages_only:
         show(out / "results")
     else:
-        data = common.load_for(arguments.data)
-        found = architecture_for(data.train.images.shape[1:])
+        data = load(arguments.data, image_size=arguments.image_size)
+        found = architecture_for(data.train.shape)
         if found != arguments.dataset:
             raise ValueError(f"--dataset {arguments.dataset}, but --data {arguments.data} holds images for {found}")
         lab = Lab(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sgr_kernels.commands import common
-from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS
+from sgr_kernels.commands import common, networks
+from sgr_kernels.evaluation.suite import PIXEL_LEVELS, eps_grid
 from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
 from sgr_kernels.penalty.sampling import SAMPLINGS
 from sgr_kernels.report.page import percent
-from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
-from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, SCHEDULES, Settings
-from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, CarliniWagner, architecture_for
+from sgr_kernels.training.checkpoint import CHECKPOINT_FILE
+from sgr_kernels.training.datasets import load
+from sgr_kernels.training.images import DataSet
+from sgr_kernels.training.loop import Trainer
+from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, PRECISIONS, SCHEDULES, Settings
+from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, architecture_for
+from sgr_kernels.training.network import Source
+from sgr_kernels.training.optimizers import OPTIMIZERS
 from sgr_kernels.training.processes import Processes, joined, local_device
 from sgr_kernels.training.records import digest, remembered
 from sgr_kernels.training.search import attack_area, held_out, strength_search
@@ -32,7 +36,9 @@ _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     common.add_data(parser)
+    networks.add_network(parser)
     add = parser.add_argument
+    add("--init-weights", metavar="FILE", help="to begin with: safetensors, a state dict, or another training")
     add("--out", metavar="DIR", default="runs/latest", help="folder for checkpoint.safetensors and history.json")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     add("--epochs", type=common.whole, default=50, help="epochs in all, those before --resume included")
@@ -89,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
     add("--weight-decay", type=common.nonnegative, help="squared-norm penalty on the parameters; none: the method's")
-    add("--eps", type=common.nonnegative, help="end of adversarial training's strengths, in 1/255; none: the paper's")
+    add(
+        "--eps",
+        type=common.nonnegative,
+        help="end of adversarial training's strengths, in 1/255; none: 32 for images like MNIST's, else 8",
+    )
     add("--attack-steps", type=common.whole, default=_DEFAULTS["attack_steps"], help="of PGD in adversarial training")
     add(
         "--attack-labels",
@@ -98,8 +108,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what adversarial training's FGSM starts from; true labels leak",
     )
     add("--noise-eps", type=common.nonnegative, default=_DEFAULTS["noise_eps"], help="end of lrc's strengths")
-    add("--learning-rate", type=common.positive, default=_DEFAULTS["learning_rate"], help="of Adam")
+    add("--optimizer", choices=OPTIMIZERS, default=_DEFAULTS["optimizer"], help="adam, as the paper's")
+    add("--learning-rate", type=common.positive, default=_DEFAULTS["learning_rate"], help="of the optimizer")
+    add("--betas", type=common.nonnegative, nargs=2, metavar=("B1", "B2"), help="of adam and adamw; none: 0.9 0.999")
+    add("--momentum", type=common.nonnegative, help="of sgd; none: 0.9")
+    add("--nesterov", action="store_const", const=True, help="let it be Nesterov's")
     add("--schedule", choices=SCHEDULES, default=_DEFAULTS["schedule"], help="of the learning rate; cosine: down to 0")
+    add(
+        "--learning-rate-warmup",
+        type=common.natural,
+        default=_DEFAULTS["learning_rate_warmup"],
+        metavar="STEPS",
+        help="over which the learning rate grows to its value",
+    )
+    add(
+        "--label-smoothing",
+        type=common.nonnegative,
+        default=_DEFAULTS["label_smoothing"],
+        metavar="SHARE",
+        help="of all",
+    )
+    add(
+        "--mixup",
+        type=common.nonnegative,
+        default=_DEFAULTS["mixup"],
+        metavar="ALPHA",
+        help="needs torchvision; 0: none",
+    )
+    add("--ema", type=common.positive, metavar="DECAY", help="train a running average of the weights, by 0.999, say")
+    add(
+        "--accumulate",
+        type=common.whole,
+        default=_DEFAULTS["accumulate"],
+        metavar="PARTS",
+        help="in which each batch is taken, gradients added up: less memory",
+    )
+    add("--clip-gradient", type=common.positive, metavar="NORM", help="largest norm of a step's gradient; none: any")
+    add("--amp", choices=PRECISIONS, default=_DEFAULTS["amp"], help="bf16: the loss under autocast to bfloat16")
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
@@ -123,8 +168,8 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
     existing = (out / CHECKPOINT_FILE).is_file()
     if existing and not arguments.resume:
         raise ValueError(f"{out} already holds a checkpoint: add --resume to continue it, or name another --out")
-    data = common.load_for(arguments.data)
-    settings = settings_from(arguments, architecture_for(data.train.images.shape[1:]))
+    data = load(arguments.data, image_size=arguments.image_size)
+    settings = settings_from(arguments, data)
     if arguments.search_strength:
         if processes.size > 1:
             raise ValueError("--search-strength: one process at a time; give the processes the --strength it finds")
@@ -161,11 +206,11 @@ def searched_strength(
     """
     split = held_out(data, None, max(1, len(data.train) // 10))
     epochs = arguments.search_epochs or arguments.epochs
-    grey_levels = EPS_GRIDS[settings.architecture]
+    grey_levels = eps_grid(data.train.shape)
     eps = [level / PIXEL_LEVELS for level in grey_levels]
     strengths = sorted(arguments.search_strength)
     question = {
-        "settings": {**asdict(settings), "strength": None},
+        "settings": {**settings.record(), "strength": None},
         "strengths": strengths,
         "epochs": epochs,
         "data": data.train.digest(),
@@ -173,18 +218,18 @@ def searched_strength(
         "attack": {"name": "pgd", "eps": grey_levels, "images": _SEARCH_IMAGES},
     }
 
-    def train(trials: Sequence[Settings]) -> list[CarliniWagner]:
+    def train(trials: Sequence[Settings]) -> list[nn.Module]:
         return [train_one(trial) for trial in trials]
 
-    def train_one(trial: Settings) -> CarliniWagner:
-        key = digest([asdict(trial), epochs, split.train.digest()])
+    def train_one(trial: Settings) -> nn.Module:
+        key = digest([trial.record(), epochs, split.train.digest()])
         folder = out / "trials" / f"{trial.method}-{trial.strength:g}-{key}"
         trainer = Trainer(trial, split, device=device)
         if (folder / CHECKPOINT_FILE).is_file():
             trainer.resume(folder)
         tqdm.write(f"trial: {trial.method}, strength {trial.strength:g}, {epochs} epochs")
         trainer.run(epochs, out=folder)
-        return trainer.model
+        return trainer.trained
 
     def area(model: nn.Module) -> float:
         return attack_area(model, split.test.first(_SEARCH_IMAGES), "pgd", eps, device=device)
@@ -200,12 +245,19 @@ def searched_strength(
     return float(remembered(out / "search.json", question, search)["strength"])
 
 
-def settings_from(arguments: argparse.Namespace, architecture: str) -> Settings:
-    """The training settings that the arguments name."""
-    values = {name: getattr(arguments, name) for name in _DEFAULTS if name != "architecture"}
+def settings_from(arguments: argparse.Namespace, data: DataSet) -> Settings:
+    """The training settings that the arguments name, for these images."""
+    own = networks.source(arguments)
+    network = Source(architecture_for(data.train.shape)) if own is None else own
+    named = ("architecture", "model_args", "normalize")
+    values = {name: getattr(arguments, name) for name in _DEFAULTS if name not in named}
     if values["flip"] is None:
-        values["flip"] = architecture == "cifar10"
-    return Settings(architecture, **values)
+        values["flip"] = data.train.name == "cifar10"
+    if values["betas"] is not None:
+        values["betas"] = tuple(values["betas"])
+    if values["init_weights"] is not None:
+        values["init_weights"] = str(Path(values["init_weights"]).absolute())
+    return Settings(network.name, model_args=network.arguments, normalize=network.normalize, **values)
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgr_kernels._version import __version__
 from sgr_kernels.attacks import pgd
@@ -25,7 +25,6 @@ from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import SAMPLE, DataSet, ImageSet, load
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import EXPONENTIAL, Settings
-from sgr_kernels.training.models import CarliniWagner
 
 CLEAN, GN, SGR = "clean", "GN", "SGR"
 
@@ -152,7 +151,7 @@ def _noise_covariances(images: ImageSet, options: Options) -> list[DisplacementF
 
 
 def _gradient_covariances(
-    models: dict[str, CarliniWagner], images: ImageSet, options: Options, device: torch.device | str
+    models: dict[str, nn.Module], images: ImageSet, options: Options, device: torch.device | str
 ) -> list[DisplacementFunction]:
     """Of the networks' loss gradients: what each of them still listens to."""
     size = tuple(images.images.shape[2:])
@@ -167,9 +166,7 @@ def _displacement_function(name: str, function: CovarianceFunction) -> Displacem
     return DisplacementFunction(name, function.profile().numpy(), float(function.decay_length().diagonal().mean()))
 
 
-def _pictures(
-    models: dict[str, CarliniWagner], images: ImageSet, options: Options, device: torch.device | str
-) -> Pictures:
+def _pictures(models: dict[str, nn.Module], images: ImageSet, options: Options, device: torch.device | str) -> Pictures:
     """For each class the first digit that all networks recognise, but not all of them under long-range noise.
 
     Where noise confuses no network on any digit of a class, that class is left out.

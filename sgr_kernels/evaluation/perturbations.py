@@ -51,6 +51,25 @@ def perturbations(
     return attacks[source](model, images, eps=eps, generator=generator) - images
 
 
+def image_covariance(loader: Loader) -> Tensor:
+    """Covariance function of the images themselves, by rounded displacement, (C, C, K); gone through twice.
+
+    Args:
+        loader: Batches (images, labels), each time the same.
+
+    Raises:
+        ValueError: for an empty loader.
+    """
+    total, count = torch.zeros(()), 0
+    for images, _ in batches(loader, None):
+        total, count = total.to(images.device) + images.double().sum(0), count + len(images)
+    mean, moments = total / count, torch.zeros(())
+    for images, _ in batches(loader, None):
+        centred = (images.double() - mean).to(images.dtype)
+        moments = moments.to(images.device) + displacement_covariance(centred).double() * len(images)
+    return (moments / count).float()
+
+
 def perturbation_covariance(model: nn.Module, loader: Loader, source: str, *, eps: float, seed: int = 0) -> Tensor:
     """Covariance function of the perturbations of all images: second moments by rounded displacement, (C, C, K).
 

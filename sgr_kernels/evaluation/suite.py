@@ -23,6 +23,16 @@ EPS_GRIDS = {"mnist": tuple(range(0, 33, 4)), "cifar10": tuple(range(9))}
 DECAY_LENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
+def like_mnist(shape: Sequence[int]) -> bool:
+    """Whether images of a shape (C, H, W) are taken to be bright strokes on black, as MNIST's, not photographs."""
+    return tuple(shape) == (1, 28, 28)
+
+
+def eps_grid(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strengths of attacks, in grey levels, for images of a shape (C, H, W): MNIST's for its own, else CIFAR-10's."""
+    return EPS_GRIDS["mnist" if like_mnist(shape) else "cifar10"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to attack with.

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from sgr_kernels import checks
 
 
-def cross_entropy_per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_per_sample(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each sample, ``-log phi_y``.
 
     Args:
         outputs: Logits, (B, classes).
         targets: Class indices (B,), or class probabilities (B, classes).
+        label_smoothing: Share of each target's probability that is spread evenly over all classes.
 
     Returns:
         (B,).
@@ -39,7 +40,7 @@ def cross_entropy_per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
             if low < 0 or high >= outputs.shape[1]:
                 hint = "; leave samples that are to be ignored out of the batch" if low == -100 else ""
                 raise ValueError(f"labels: expected classes 0 to {outputs.shape[1] - 1}, got {low} to {high}{hint}")
-    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def _expect_tensor(value: Any, expectation: str, hint: str = "") -> None:

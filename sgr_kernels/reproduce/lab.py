@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
@@ -21,7 +21,6 @@ from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import accuracy, load_model
 from sgr_kernels.training.methods import METHODS, Settings
-from sgr_kernels.training.models import CarliniWagner
 from sgr_kernels.training.records import digest
 from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
 
@@ -47,7 +46,7 @@ class Network:
 
     name: str
     settings: Settings
-    model: CarliniWagner
+    model: nn.Module
 
 
 class Lab:
@@ -133,7 +132,7 @@ class Lab:
     def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
         epochs = epochs or self.scale.epochs
         # Not of the test images: trials on the same training images as the lab's give the lab's networks.
-        key = digest([asdict(settings), epochs, data.train.digest()])
+        key = digest([settings.record(), epochs, data.train.digest()])
         folder = self.out / "networks" / f"{settings.method}-seed{settings.seed}-{key}"
         # Its own accuracy after each epoch is for the log: a sample will do.
         logged = DataSet(data.train, data.test.first(_LOGGED))
@@ -188,7 +187,7 @@ class Lab:
         data = held_out(self.whole, plan.train_images or scale.train_images, plan.validation_images)
         eps = [level / PIXEL_LEVELS for level in plan.eps] if chosen == "pgd" else list(plan.noise_eps)
 
-        def train(tried: Sequence[Settings]) -> list[CarliniWagner]:
+        def train(tried: Sequence[Settings]) -> list[nn.Module]:
             wanted = [(settings, f"trial of {settings.method}") for settings in tried]
             return [network.model for network in self.trained(wanted, data=data, epochs=plan.epochs)]
 
@@ -227,7 +226,7 @@ class Lab:
             networks: What it depends on.
             measure: Gives something ready for JSON.
         """
-        settings = [asdict(n if isinstance(n, Settings) else n.settings) for n in networks]
+        settings = [(n if isinstance(n, Settings) else n.settings).record() for n in networks]
         key = digest([__version__, self._measured_at(), self._digests, settings])
         path = self.out / "measurements" / experiment / f"{name}-{key}.json"
         if not path.is_file():

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgr_kernels.attacks.guard import random_streams
 from sgr_kernels.attacks.inputs import check_count
-from sgr_kernels.training.datasets import ImageSet
+from sgr_kernels.evaluation.loaders import batches
+from sgr_kernels.training.folders import ImageFolder
+from sgr_kernels.training.images import Images, Indexed, Loaded, pixels
 from sgr_kernels.training.processes import Processes
 
 _ALONE = Processes()
@@ -58,7 +65,7 @@ class Augmentation:
 
 
 class Batches:
-    """Iterates over an image set in batches of float32 images in [0, 1].
+    """Iterates over images in batches of float32 images in [0, 1].
 
     ``epoch(e, start)`` is a function of the seed, the epoch and the step, and of nothing that happened before: the
     whole state of a training's position in its data is the pair (epoch, step). Iterating over the object itself gives
@@ -67,7 +74,8 @@ class Batches:
     Args:
         data: The images.
         batch_size: Images in a batch; an epoch's last batch may hold fewer.
-        device: Where the batches are wanted. The images are moved there once, as uint8.
+        device: Where the batches are wanted. What lies in memory is moved there once, as uint8; of an image folder the
+            next batch is read while one is in use.
         seed: Seed of order and augmentation, drawn on the CPU whatever the device.
         shuffle: Whether each epoch has an order of its own.
         augmentation: Applied to each batch if given.
@@ -76,7 +84,7 @@ class Batches:
 
     def __init__(
         self,
-        data: ImageSet,
+        data: Indexed,
         batch_size: int = 128,
         *,
         device: torch.device | str = "cpu",
@@ -87,35 +95,146 @@ class Batches:
     ) -> None:
         check_count("batch_size", batch_size)
         check_count("seed", seed, least=0)
-        self.images = data.images.to(device)
-        self.labels = data.labels.to(device)
+        self.data, self.device = data.to(device), torch.device(device)
         self.batch_size, self.seed, self.shuffle, self.augmentation = batch_size, seed, shuffle, augmentation
         self.processes = processes
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.labels) // self.batch_size)
+        return -(-len(self.data) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches ``start``, ``start + 1``, ... of an epoch: images (B, C, H, W) float32 in [0, 1], labels (B,)."""
-        order = torch.arange(len(self.labels))
+        order = torch.arange(len(self.data))
         if self.shuffle:
-            order = torch.randperm(len(self.labels), generator=self._generator(epoch, 0))
-        for step in range(start, len(self)):
-            whole, part = self.count(step), self.processes.share(self.count(step))
-            chosen = order[step * self.batch_size :][:whole][part].to(self.images.device)
-            images = self.images[chosen].float().div_(255)
+            order = torch.randperm(len(self.data), generator=self._generator(epoch, 0))
+        draw = _mixed(self.seed, epoch)
+
+        def read(step: int) -> tuple[Tensor, Tensor]:
+            part = self.processes.share(self.count(step))
+            return self.data.read(order[step * self.batch_size :][: self.count(step)][part], draw)
+
+        steps = range(start, len(self))
+        for step, (images, labels) in zip(steps, _ahead(read, steps) if self._slow else map(read, steps)):
+            images, labels = pixels(images.to(self.device)), labels.to(self.device)
             if self.augmentation is not None:
+                whole, part = self.count(step), self.processes.share(self.count(step))
                 images = self.augmentation(images, self._generator(epoch, step + 1), whole, part)
-            yield images, self.labels[chosen]
+            yield images, labels
 
     def count(self, step: int) -> int:
         """Images in a step's batch, those of all processes."""
-        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+        return min(self.batch_size, len(self.data) - step * self.batch_size)
+
+    @property
+    def _slow(self) -> bool:
+        """Whether reading takes time that another thread can spend; not where it draws random numbers."""
+        return isinstance(self.data, ImageFolder)
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
-        mixed = np.random.SeedSequence([self.seed, epoch, stream]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+        return torch.Generator().manual_seed(_mixed(self.seed, epoch, stream))
+
+
+class LoaderBatches:
+    """The batches of somebody's ``DataLoader``, the same ones of an epoch whenever they are asked for.
+
+    The loader, its sampler and its transforms draw from random streams of their own, which follow from the seed and
+    the epoch; generators that loader and sampler have are seeded for it. To return to a position, the batches before it
+    are loaded again.
+
+    Args:
+        data: The loader's images.
+        device: Where the batches are wanted.
+        seed: Of the streams.
+        processes: Those that share each batch: each loads all of it, and yields its part.
+    """
+
+    def __init__(
+        self, data: Loaded, *, device: torch.device | str = "cpu", seed: int = 0, processes: Processes = _ALONE
+    ) -> None:
+        self.loader, self.device, self.seed, self.processes = data.loader, torch.device(device), seed, processes
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As of `Batches`."""
+        seed = _mixed(self.seed, epoch)
+        streams, loaded = _Streams(seed), enumerate(batches(self.loader, None))
+        for owner in (self.loader, getattr(self.loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        while True:
+            with streams.own():
+                found = next(loaded, None)
+            if found is None:
+                return
+            step, (images, labels) = found
+            if step >= start:
+                self._count = len(labels)
+                part = self.processes.share(len(labels))
+                yield pixels(images[part].to(self.device)), labels[part].to(self.device)
+
+    def count(self, step: int) -> int:
+        """Images in the batch that came last, those of all processes."""
+        return self._count
+
+
+def batches_of(data: Images, batch_size: int, **options: Any) -> Batches | LoaderBatches:
+    """`Batches` of images that can be asked for one by one; of a loader its own, whose size and order are its own."""
+    if isinstance(data, Loaded):
+        return LoaderBatches(
+            data, **{name: options[name] for name in ("device", "seed", "processes") if name in options}
+        )
+    assert isinstance(data, Indexed)
+    return Batches(data, batch_size, **options)
+
+
+class _Streams:
+    """Global random streams of PyTorch, Python and NumPy, on the CPU, beside those that the process has."""
+
+    def __init__(self, seed: int) -> None:
+        self._states = (torch.Generator().manual_seed(seed).get_state(), *_seeded(seed % 2**32))
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Draw from these within, and go on where they were the next time."""
+        with random_streams():
+            torch.default_generator.set_state(self._states[0])
+            random.setstate(self._states[1])
+            np.random.set_state(self._states[2])  # noqa: NPY002 - the stream that other people's transforms draw from
+            yield
+            self._states = (
+                torch.default_generator.get_state(),
+                random.getstate(),
+                np.random.get_state(),  # noqa: NPY002 - same
+            )
+
+
+def _seeded(seed: int) -> tuple[Any, Any]:
+    return random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _ahead(read: Any, steps: range) -> Iterator[Any]:
+    """What ``read`` returns of each step; of the next one it is read while one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(read, step) for step in steps[:1]]
+        for step in steps[1:]:
+            result = pending.pop().result()
+            pending.append(pool.submit(read, step))
+            yield result
+        for last in pending:
+            yield last.result()

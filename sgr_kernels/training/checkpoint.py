@@ -16,6 +16,8 @@ from torch import Tensor
 FORMAT = "sgr_kernels.checkpoint"
 VERSION = 1
 
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
 _TENSOR, _ITEMS, _TUPLE = "__tensor__", "__items__", "__tuple__"
 
 
@@ -69,6 +71,38 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except (SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file is a checkpoint.
+
+    Raises:
+        SafetensorError: if it is no safetensors file.
+    """
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("format") == FORMAT
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by a path: the file itself, or the one in a training's folder."""
+    path = Path(path)
+    return path / CHECKPOINT_FILE if path.is_dir() else path
+
+
+def network_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The trained network's state dict: the running average of weights if one was kept.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    average = state.get("average")
+    weights = state.get("model") if average is None else average
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"the checkpoint's model: expected names and tensors, got {_brief(weights)}")
+    if average is None:
+        return weights
+    prefix = "module."  # of `torch.optim.swa_utils.AveragedModel`, which counts its updates as well
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

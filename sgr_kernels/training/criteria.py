@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,24 @@ from sgr_kernels.loss import StepStatistics
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 
 Perturb = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def classes(labels: Tensor) -> Tensor:
+    """Labels as classes (B,): of probabilities (B, classes) the most likely one."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
 
 
 class CrossEntropy(nn.Module):
-    """Plain training: the mean cross-entropy."""
+    """Plain training: the mean cross-entropy.
 
-    def __init__(self) -> None:
+    Args:
+        loss_fn: Loss of each sample, ``(outputs, labels) -> (B,)``.
+    """
+
+    def __init__(self, loss_fn: LossFunction = cross_entropy_per_sample) -> None:
         super().__init__()
+        self.loss_fn = loss_fn
         self._last: StepStatistics | None = None
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -32,7 +44,7 @@ class CrossEntropy(nn.Module):
         """
         check_floating_point("images", images)
         outputs = model(images)
-        loss = cross_entropy_per_sample(outputs, labels).sum() / max(1, len(labels))
+        loss = self.loss_fn(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
         self._last = StepStatistics(
             loss=value,
@@ -70,10 +82,11 @@ class Augmented(CrossEntropy):
     Args:
         perturb: ``(model, images, labels, eps, generator) -> perturbed images``; leaves the model as it was.
         largest: The strength is drawn uniformly from [0, largest], one for each batch.
+        loss_fn: As of `CrossEntropy`.
     """
 
-    def __init__(self, perturb: Perturb, largest: float) -> None:
-        super().__init__()
+    def __init__(self, perturb: Perturb, largest: float, loss_fn: LossFunction = cross_entropy_per_sample) -> None:
+        super().__init__(loss_fn)
         self.perturb, self.largest = perturb, largest
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -87,33 +100,38 @@ class Augmented(CrossEntropy):
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         eps = self.largest * float(torch.rand((), generator=generator))
         clean, rest = images.split([len(images) // 2, len(images) - len(images) // 2])
-        return torch.cat([clean, self.perturb(model, rest, labels[len(clean) :], eps, generator)])
+        return torch.cat([clean, self.perturb(model, rest, classes(labels[len(clean) :]), eps, generator)])
 
 
-def with_fgsm(largest: float, *, true_labels: bool = False) -> Augmented:
+def with_fgsm(
+    largest: float, *, true_labels: bool = False, loss_fn: LossFunction = cross_entropy_per_sample
+) -> Augmented:
     """Adversarial training with FGSM, strengths up to ``largest`` in pixel units.
 
     Args:
         largest: End of the strengths.
         true_labels: Start from the labels instead of the model's own predictions: the label leaks into the sign.
+        loss_fn: As of `CrossEntropy`.
     """
 
     def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
         return attacks.fgsm(model, images, labels if true_labels else None, eps=eps)
 
-    return Augmented(perturb, largest)
+    return Augmented(perturb, largest, loss_fn)
 
 
-def with_pgd(largest: float, steps: int) -> Augmented:
+def with_pgd(largest: float, steps: int, *, loss_fn: LossFunction = cross_entropy_per_sample) -> Augmented:
     """Adversarial training with PGD from the model's own predictions, strengths up to ``largest`` in pixel units."""
 
     def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
         return attacks.pgd(model, images, eps=eps, steps=steps, generator=generator)
 
-    return Augmented(perturb, largest)
+    return Augmented(perturb, largest, loss_fn)
 
 
-def with_noise(largest: float, covariance: Covariance) -> Augmented:
+def with_noise(
+    largest: float, covariance: Covariance, *, loss_fn: LossFunction = cross_entropy_per_sample
+) -> Augmented:
     """Training with noise from N(0, Sigma), strengths up to ``largest`` in units of each image's standard deviation."""
 
     def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
@@ -121,7 +139,7 @@ def with_noise(largest: float, covariance: Covariance) -> Augmented:
             model, images, labels, covariance=home, eps=eps, draws=1, clip=False, generator=generator
         )
 
-    criterion = Augmented(perturb, largest)
+    criterion = Augmented(perturb, largest, loss_fn)
     # A submodule, so that it moves to the device of the training.
     criterion.covariance = home = covariance
     return criterion

@@ -1,25 +1,30 @@
-"""MNIST (IDX) and CIFAR-10 (binary) as uint8 tensors: no pickle, every size checked before memory is allocated."""
+"""Data sets by name: MNIST (IDX), CIFAR-10 (binary), .npz, folders of images; no pickle, sizes checked beforehand."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sgr_kernels.training.arrays import load_npz
+from sgr_kernels.training.folders import load_folder
+from sgr_kernels.training.images import DataError, DataSet, ImageSet
+
 SAMPLE = "mnist-sample"
 SAMPLE_FOLDER = Path(__file__).parent / "data"
+FOLDER = "imagefolder"
+
+_OTHERS = f"; {FOLDER}:DIR has a folder of images for each class, FILE.npz has arrays"
 
 DIGITS = tuple("0123456789")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -31,93 +36,38 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_RECORDS_PER_FILE = 10_000
 
 
-class DataError(ValueError):
-    """A data file is missing, truncated, mislabelled or of another kind than its name says."""
+def load(data: str | os.PathLike[str], *, image_size: tuple[int, int] | None = None) -> DataSet:
+    """Load the data set of a name.
 
+    ``"mnist-sample"`` is shipped with the package. A folder may hold the four MNIST IDX files (plain or gzipped; also
+    in its subfolder ``MNIST/raw``) or the six CIFAR-10 binary files (also in its subfolder ``cifar-10-batches-bin``).
+    ``FILE.npz`` holds arrays (`sgr_kernels.training.arrays`), ``imagefolder:DIR`` a folder of PNG and JPEG files for
+    each class (`sgr_kernels.training.folders`), which are read when they are needed.
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images in memory.
-
-    Attributes:
-        images: (n, C, H, W), uint8.
-        labels: (n,), int64, each below ``len(classes)``.
-        name: What the images are, for example ``"mnist"``.
-        classes: One name per class.
-    """
-
-    images: Tensor
-    labels: Tensor
-    name: str
-    classes: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise DataError(
-                f"images must be uint8 of shape (n, C, H, W), got {self.images.dtype} of {tuple(self.images.shape)}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise DataError(
-                f"labels must be int64 of shape ({len(self.images)},) like the images, "
-                f"got {self.labels.dtype} of {tuple(self.labels.shape)}"
-            )
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
-            raise DataError(
-                f"labels of {self.name} must lie in 0..{len(self.classes) - 1}, "
-                f"got {int(self.labels.min())}..{int(self.labels.max())}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def first(self, count: int | None) -> ImageSet:
-        """The first ``count`` images (all of them for None or a larger count)."""
-        return ImageSet(self.images[:count], self.labels[:count], self.name, self.classes)
-
-    def pixel_variance(self) -> float:
-        """Mean over pixel positions of the centred variance over the images, pixel values in [0, 1].
-
-        This is the average diagonal entry of the data's covariance matrix, the unit in which the penalty's strength
-        reads as a noise-to-signal ratio (section 3.3 of the paper).
-        """
-        total = torch.zeros(self.images.shape[1:], dtype=torch.int64)
-        squares = torch.zeros_like(total)
-        for chunk in self.images.split(4096):
-            total += chunk.sum(0, dtype=torch.int64)
-            squares += chunk.to(torch.int32).square_().sum(0, dtype=torch.int64)
-        n = len(self)
-        variance = squares.double() / n - (total.double() / n).square()
-        return float(variance.mean()) / 255**2
-
-    def digest(self) -> str:
-        """Hex digest of pixels and labels, to tell whether a training continues on the data it began with."""
-        state = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for part in (self.images, self.labels):
-            state.update(part.contiguous().numpy().data)
-        return state.hexdigest()[:16]
-
-
-class DataSet(NamedTuple):
-    """A training and a test set of the same kind."""
-
-    train: ImageSet
-    test: ImageSet
-
-
-def load(data: str | os.PathLike[str]) -> DataSet:
-    """Load ``"mnist-sample"`` (shipped with the package) or the data set found in a folder.
-
-    A folder may hold the four MNIST IDX files (plain or gzipped; also in its subfolder ``MNIST/raw``) or the six
-    CIFAR-10 binary files (also in its subfolder ``cifar-10-batches-bin``).
+    Args:
+        data: The name.
+        image_size: (H, W) to bring an image folder's images to; None: they have one size.
 
     Raises:
         DataError: if nothing, or more than one data set, is found, or a file is not what its name says.
     """
-    if str(data) == SAMPLE:
-        return load_mnist(SAMPLE_FOLDER, name=SAMPLE)
-    folder = Path(data)
+    name = str(data)
+    kind, _, place = name.partition(":")
+    if kind == FOLDER and place:
+        folder = Path(place).absolute()
+        return DataSet(*(replace(part, origin=f"{FOLDER}:{folder}") for part in load_folder(folder, image_size)))
+    if image_size is not None:
+        raise DataError(f"image_size: an option of data {FOLDER}:DIR, got {name!r}, whose images are of one size")
+    if name == SAMPLE:
+        return DataSet(*(replace(part, origin=SAMPLE) for part in load_mnist(SAMPLE_FOLDER, name=SAMPLE)))
+    found = load_npz(name) if name.endswith(".npz") else _load_directory(Path(name))
+    return DataSet(*(replace(part, origin=str(Path(name).absolute())) for part in found))
+
+
+def _load_directory(folder: Path) -> DataSet:
+    """MNIST or CIFAR-10, whichever is there."""
     if not folder.is_dir():
-        raise DataError(f"data must be {SAMPLE!r} or a folder, got {str(data)!r}, which is no folder")
+        raise DataError(f"data must be {SAMPLE!r} or a folder, got {str(folder)!r}, which is no folder{_OTHERS}")
     mnist = [f for f in (folder, folder / "MNIST" / "raw") if _find_idx(f, "t10k", "images") is not None]
     cifar = [f for f in (folder, folder / "cifar-10-batches-bin") if (f / "test_batch.bin").is_file()]
     if mnist and cifar:
@@ -130,7 +80,7 @@ def load(data: str | os.PathLike[str]) -> DataSet:
         raise DataError(f"data folder {folder} holds CIFAR-10 as pickles, which are not read: use its binary version")
     raise DataError(
         f"data folder {folder} holds neither MNIST (t10k-images-idx3-ubyte, .gz or plain, and its three companions) "
-        "nor CIFAR-10 (test_batch.bin, data_batch_1.bin .. data_batch_5.bin)"
+        f"nor CIFAR-10 (test_batch.bin, data_batch_1.bin .. data_batch_5.bin){_OTHERS}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -15,25 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from sgr_kernels.attacks.inputs import check_labels
 from sgr_kernels.attacks.objective import logits_of
 from sgr_kernels.checks import check_floating_point
-from sgr_kernels.training import checkpoint
-from sgr_kernels.training.batches import Augmentation, Batches
-from sgr_kernels.training.checkpoint import TrainingError
-from sgr_kernels.training.datasets import DataSet
+from sgr_kernels.evaluation.suite import like_mnist
+from sgr_kernels.loss import SGRLoss
+from sgr_kernels.training import checkpoint, optimizers
+from sgr_kernels.training.batches import Augmentation, batches_of
+from sgr_kernels.training.checkpoint import CHECKPOINT_FILE, TrainingError, checkpoint_file
+from sgr_kernels.training.criteria import classes
+from sgr_kernels.training.images import DataSet, images_of
 from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
-from sgr_kernels.training.models import CarliniWagner, carlini_wagner
+from sgr_kernels.training.network import (
+    GIVEN,
+    NetworkError,
+    Source,
+    classes_of,
+    load_weights,
+    remember,
+    require_asked_for,
+)
 from sgr_kernels.training.processes import Processes
 from sgr_kernels.training.records import claimed
-from sgr_kernels.training.state import require_sound, settings_of
+from sgr_kernels.training.state import data_of, require_sound, settings_of
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 HISTORY_FILE = "history.json"
 
 _ALONE = Processes()
+_BLACK, _MID_RANGE = 0.0, 0.5  # what augmentation pads images with
 
 
 class Trainer:
@@ -43,36 +54,64 @@ class Trainer:
 
     Args:
         settings: What to train and how.
-        data: Training and test images.
+        data: Training and test images: `Images`, or any map-style ``Dataset`` or ``DataLoader`` that yields images
+            (C, H, W), uint8 or in [0, 1], and labels. A loader's batches and transforms are its own: ``batch_size`` and
+            ``augment`` are not for it.
+        model: A network made in Python, images (B, C, H, W) in [0, 1] to logits; ``settings.architecture`` then is
+            ``"given"``, and who loads or resumes the training has to make it again.
         device: Where to train.
         processes: Those that train together, each on its part of every batch; all must make the same calls. The result
             is that of one process up to rounding, and the first one writes.
 
     Attributes:
-        model: The network.
+        model: The network that the optimizer changes.
+        average: The running average of its weights, with ``settings.ema``; it is the trained network then.
         criterion: The method's loss.
         epoch, step: Position: whole epochs done, and steps done in the current one.
         history: One record per finished epoch.
+
+    Raises:
+        NetworkError: If the network cannot be made, its weights do not fit, or it does not take these images.
+        DataError: If the images are none, or of more classes than the network's head.
     """
 
     def __init__(
         self,
         settings: Settings,
-        data: DataSet,
+        data: DataSet | tuple[Any, Any],
         *,
+        model: nn.Module | None = None,
         device: torch.device | str = "cpu",
         processes: Processes = _ALONE,
     ) -> None:
+        if (model is None) == (settings.architecture == GIVEN):
+            raise NetworkError(
+                f"model: a network made in Python goes with the architecture {GIVEN!r}, got one of the two"
+            )
+        train, test = (images_of(part) for part in data)
+        make = settings.network.maker() if model is None else lambda: model  # imports, which may draw random numbers
         torch.manual_seed(settings.seed)
         self.settings, self.device, self.processes = settings, torch.device(device), processes
-        self.model: CarliniWagner = _network(settings).to(device)
-        self.criterion: Any = build_criterion(settings, data.train).to(device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=weight_decay(settings)
+        self.model: nn.Module = make().to(device)
+        remember(settings.network)
+        if settings.init_weights is not None:
+            load_weights(self.model, settings.init_weights, "init_weights")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise NetworkError("model: expected a network with parameters to train, got none")
+        found = classes_of(self.model, train, device)
+        self.average = self._averaged()
+        self.criterion: Any = build_criterion(settings, train).to(device)
+        self.optimizer = optimizers.build(
+            settings.optimizer,
+            self.model.parameters(),
+            settings.learning_rate,
+            weight_decay(settings),
+            settings.optimizer_options,
         )
-        fill = 0.5 if settings.architecture == "cifar10" else 0.0
-        self.batches = Batches(
-            data.train,
+        self._mixup = _mixup(settings.mixup, found)
+        fill = _BLACK if like_mnist(train.shape) else _MID_RANGE
+        self.batches = batches_of(
+            train,
             settings.batch_size,
             device=device,
             seed=settings.seed,
@@ -80,8 +119,8 @@ class Trainer:
             augmentation=Augmentation(fill=fill, flip=settings.flip) if settings.augment else None,
             processes=processes,
         )
-        self.test_batches = Batches(data.test, 100, device=device, processes=processes)
-        self.data_name, self.data_digest = data.train.name, data.train.digest()
+        self.test_batches = batches_of(test, 100, device=device, processes=processes)
+        self.data = data_of(train)
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self._totals = self._no_totals()
@@ -147,7 +186,7 @@ class Trainer:
             clock = time.perf_counter()
             while self.epoch < epochs:
                 for images, labels in self.batches.epoch(self.epoch, self.step):
-                    self._set_learning_rate((self.epoch * steps + self.step) / (epochs * steps))
+                    self._set_learning_rate(self.epoch * steps + self.step, epochs * steps)
                     self._train_step(images, labels)
                     self._seconds += time.perf_counter() - clock
                     bar.update()
@@ -171,7 +210,7 @@ class Trainer:
         if not self.processes.first:
             return
         checkpoint.save(Path(folder) / CHECKPOINT_FILE, state)
-        history = {"settings": asdict(self.settings), "data": self.data_name, "epochs": self.history}
+        history = {"settings": asdict(self.settings), "data": self.data["name"], "epochs": self.history}
         checkpoint.write_atomically(Path(folder) / HISTORY_FILE, (json.dumps(history, indent=2) + "\n").encode())
 
     def resume(self, path: str | os.PathLike[str]) -> None:
@@ -187,8 +226,9 @@ class Trainer:
         """Everything the rest of the training depends on, on whatever number of processes."""
         return {
             "settings": asdict(self.settings),
-            "data": {"name": self.data_name, "digest": self.data_digest},
+            "data": self.data,
             "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": checkpoint.rng_state(self.device),
@@ -209,13 +249,16 @@ class Trainer:
         differences = self.settings.differences(settings_of(state))
         if differences:
             raise checkpoint.CheckpointError(f"the checkpoint was trained with other settings ({differences[0]})")
-        if state["data"]["digest"] != self.data_digest:
+        if state["data"]["digest"] != self.data["digest"]:
             raise checkpoint.CheckpointError(
-                f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data_name})"
+                f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data['name']})"
             )
-        require_sound(state, self.model, self.criterion, self.optimizer, len(self.batches))
+        parts = (self.settings, self.model, self.average, self.criterion, self.optimizer)
+        require_sound(state, *parts, len(self.batches))
         checkpoint.restore_rng(state["rng"], self.device)
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
@@ -229,25 +272,62 @@ class Trainer:
         self._seed_others()
         self.model.train()
         self.criterion.train()
-        loss = self.criterion(self._network, images, labels)
         self.optimizer.zero_grad()
-        # DistributedDataParallel takes the mean over processes, whose parts of the batch may differ.
-        (loss * (self.processes.size * len(labels) / self.batches.count(self.step))).backward()
+        whole = self.batches.count(self.step)
+        parts = list(zip(*(t.tensor_split(self.settings.accumulate) for t in (images, labels))))
+        if self.processes.size == 1:  # several have to make the same calls, also with empty parts
+            parts = [part for part in parts if len(part[1])] or parts[:1]
+        for number, part in enumerate(parts, start=1):
+            self._backward(part[0], part[1], whole, last=number == len(parts))
+        if self.settings.clip_gradient is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        if isinstance(self.criterion, SGRLoss) and not self.criterion.count_calls:
+            self.criterion.advance()
         self.step += 1
-        last = self.criterion.peek()
-        correct = (last.outputs.argmax(1) == labels).sum()
+
+    def _backward(self, images: Tensor, labels: Tensor, whole: int, *, last: bool) -> None:
+        """Add the gradient of a part of a step's batch, which in all processes has ``whole`` images."""
+        if self._mixup is not None:
+            images, labels = self._mixup(images, labels)
+        network = self._network
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
+                loss = self.criterion(network, images, labels)
+            # DistributedDataParallel takes the mean over processes, whose parts of the batch may differ.
+            (loss * (self.processes.size * len(labels) / whole)).backward()
+        statistics = self.criterion.peek()
+        correct = (statistics.outputs.argmax(1) == classes(labels)).sum()
         count = len(labels)
-        penalty = loss.new_full((), torch.nan) if last.penalty is None else last.penalty
+        penalty = loss.new_full((), torch.nan) if statistics.penalty is None else statistics.penalty
         penalized = penalty.isfinite() * count
-        sums = [loss.detach() * count, last.cross_entropy * count, correct, penalty.nan_to_num(0, 0, 0) * penalized]
+        sums = [
+            loss.detach() * count,
+            statistics.cross_entropy * count,
+            correct,
+            penalty.nan_to_num(0, 0, 0) * penalized,
+        ]
         self._totals += torch.stack([s.double() for s in (*sums, correct.new_tensor(count), penalized)])
 
-    def _set_learning_rate(self, done: float) -> None:
-        """Adam's, where a share of the training is done."""
-        factor = (1 + math.cos(math.pi * done)) / 2 if self.settings.schedule == "cosine" else 1.0
+    def _set_learning_rate(self, step: int, steps: int) -> None:
+        chosen = self.settings
+        rate = optimizers.learning_rate(chosen.learning_rate, chosen.schedule, chosen.learning_rate_warmup, step, steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.settings.learning_rate
+            group["lr"] = rate
+
+    def _averaged(self) -> AveragedModel | None:
+        """A running average, of buffers as well, which begins with the weights after the first step."""
+        if self.settings.ema is None:
+            return None
+        rule = get_ema_multi_avg_fn(self.settings.ema)
+        return AveragedModel(self.model, multi_avg_fn=rule, use_buffers=True)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The trained network: the average where one is kept."""
+        return self.model if self.average is None else self.average.module
 
     def _finish_epoch(self) -> None:
         totals = self.processes.total(self._totals)
@@ -262,7 +342,7 @@ class Trainer:
                 "cross_entropy": cross_entropy / seen,
                 "penalty": penalty / max(1, penalized),
                 "train_accuracy": correct / seen,
-                "test_accuracy": accuracy(self.model, self.test_batches, self.processes),
+                "test_accuracy": accuracy(self.trained, self.test_batches, self.processes),
                 "seconds": round(self._seconds, 2),
             }
         )
@@ -316,24 +396,44 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], process
     return correct / seen
 
 
-def checkpoint_file(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint meant by a path: the file itself, or the one in a training's folder."""
-    path = Path(path)
-    return path / CHECKPOINT_FILE if path.is_dir() else path
-
-
-def _network(settings: Settings) -> CarliniWagner:
-    return carlini_wagner(settings.architecture, settings.activation, settings.pooling)
-
-
-def load_model(path: str | os.PathLike[str]) -> tuple[CarliniWagner, dict[str, Any]]:
+def load_model(
+    path: str | os.PathLike[str], network: Source | nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of a checkpoint (its file or folder), in evaluation mode, and the whole state.
+
+    Args:
+        path: Of the checkpoint.
+        network: What makes the network, or the network itself, which takes the weights; None: what the checkpoint
+            names, if it is this package's, or if this user has trained with it or named it before.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if it is damaged, edited out of shape, or newer than this package.
+        NetworkError: if the network cannot be made, or is made by code that has not been asked for.
     """
     state = checkpoint.load(checkpoint_file(path))
-    model = _network(settings_of(state))
-    checkpoint.load_module(model, state["model"], "model")
-    return model.eval(), state
+    return model_of(state, network), state
+
+
+def model_of(state: dict[str, Any], network: Source | nn.Module | None = None) -> nn.Module:
+    """The trained network of a checkpoint's state, in evaluation mode; as `load_model`, and with its errors."""
+    recorded = settings_of(state).network
+    if network is None:
+        require_asked_for(recorded)
+        model = recorded.maker()()
+    elif isinstance(network, Source):
+        model = network.maker()()
+        remember(network)
+    else:
+        model = network
+    checkpoint.load_module(model, checkpoint.network_weights(state), "model")
+    return model.eval()
+
+
+def _mixup(alpha: float, classes: int) -> Any:
+    """Mixes two images of a batch and their labels, or None; draws from PyTorch's stream."""
+    if not alpha:
+        return None
+    from torchvision.transforms import v2
+
+    return v2.MixUp(alpha=alpha, num_classes=classes)

@@ -1,11 +1,11 @@
-"""The paper's networks (section 7.4): Carlini and Wagner's convolutional classifiers; and smooth ones."""
+"""The paper's networks (section 7.4): Carlini and Wagner's convolutional classifiers; first layers; smooth networks."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("sgr_kernels")
 
-__all__ = ["CarliniWagner", "Standardize", "architecture_for", "carlini_wagner", "smooth"]
+__all__ = ["CarliniWagner", "Normalize", "Standardize", "architecture_for", "carlini_wagner", "smooth"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -30,7 +30,7 @@ POOLINGS: dict[str, Callable[[int], nn.Module]] = {"max": nn.MaxPool2d, "average
 _GREY_LEVEL = 1 / 255
 
 # image shape (C, H, W); feature maps of the four convolutions; units of the three dense layers
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "mnist": ((1, 28, 28), (32, 32, 64, 64), (200, 200, 10)),
     "cifar10": ((3, 32, 32), (64, 64, 128, 128), (256, 256, 10)),
 }
@@ -49,6 +49,49 @@ class Standardize(nn.Module):
         centred = images - images.mean(dim=(1, 2, 3), keepdim=True)
         variance = centred.square().mean(dim=(1, 2, 3), keepdim=True)
         return centred / variance.clamp_min(_GREY_LEVEL**2).sqrt()
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` in each channel.
+
+    As a network's first layer it lets attacks and penalties live in pixel space, images in [0, 1].
+
+    Args:
+        mean: One number, or one for each channel.
+        std: The same, each > 0.
+
+    Raises:
+        ValueError: If a number is not finite, a deviation is not positive, or there are not as many as means.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            row = torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+            # They are settings, not weights: a state dict of the network alone is enough.
+            self.register_buffer(name, row, persistent=False)
+        sound = self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()
+        if not sound or len({len(self.mean), len(self.std)} - {1}) > 1:
+            raise ValueError(
+                f"normalize: expected means and positive deviations, one or one for each channel, got {mean} and {std}"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W).
+
+        Raises:
+            ValueError: If there are means for another number of channels.
+        """
+        if max(len(self.mean), len(self.std)) not in (1, images.shape[1]):
+            raise ValueError(f"normalize: {len(self.mean)} means, but images of {images.shape[1]} channels")
+        return (images - self.mean.to(images)) / self.std.to(images)
+
+    def extra_repr(self) -> str:
+        """Settings."""
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
 class CarliniWagner(nn.Module):
@@ -125,9 +168,9 @@ def carlini_wagner(architecture: str, activation: str = "relu", pooling: str = "
     Raises:
         ValueError: for another architecture, activation or pooling.
     """
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture!r}")
-    return CarliniWagner(*_ARCHITECTURES[architecture], activation, pooling)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    return CarliniWagner(*ARCHITECTURES[architecture], activation, pooling)
 
 
 def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
@@ -215,11 +258,14 @@ def architecture_for(image_shape: torch.Size | tuple[int, ...]) -> str:
     Raises:
         ValueError: if there is none.
     """
-    for name, (shape, _, _) in _ARCHITECTURES.items():
+    for name, (shape, _, _) in ARCHITECTURES.items():
         if tuple(image_shape) == shape:
             return name
-    shapes = " or ".join("x".join(map(str, shape)) for shape, _, _ in _ARCHITECTURES.values())
-    raise ValueError(f"images must be {shapes} for a Carlini-Wagner network, got {'x'.join(map(str, image_shape))}")
+    shapes = " or ".join("x".join(map(str, shape)) for shape, _, _ in ARCHITECTURES.values())
+    raise ValueError(
+        f"images must be {shapes} for a Carlini-Wagner network, got {'x'.join(map(str, image_shape))}; "
+        "model (--model) names a network of your own"
+    )
 
 
 def _after_features(pixels: int) -> int:

@@ -15,7 +15,7 @@ from sgr_kernels.checks import check_number
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import robustness_curve
 from sgr_kernels.training.batches import Batches
-from sgr_kernels.training.datasets import DataSet, ImageSet
+from sgr_kernels.training.images import DataSet, Indexed
 from sgr_kernels.training.loop import accuracy
 from sgr_kernels.training.methods import METHODS, Settings
 
@@ -70,7 +70,7 @@ class Search:
 def strength_search(
     settings: Settings,
     strengths: Sequence[float],
-    validation: ImageSet,
+    validation: Indexed,
     train: Callable[[Sequence[Settings]], Sequence[nn.Module]],
     area: Callable[[nn.Module], float],
     *,
@@ -122,7 +122,7 @@ def choose(trials: Sequence[Trial]) -> float:
 
 def attack_area(
     model: nn.Module,
-    images: ImageSet,
+    images: Indexed,
     attack: Attack,
     eps: Sequence[float],
     *,
@@ -146,7 +146,7 @@ def attack_area(
     batches = Batches(images, 100, device=device)
     if attack == "pgd":
         return robustness_curve(model, batches, partial(pgd, steps=steps, early_stop=True), eps).area
-    channels, height, width = images.images.shape[1:]
+    channels, height, width = images.shape
     covariance = CovarianceFunction.exponential(channels, (height, width), decay_length).to(device)
     noise = partial(correlated_noise, covariance=covariance, draws=draws, clip=False)
     return robustness_curve(model, batches, noise, eps).area
@@ -164,5 +164,4 @@ def held_out(data: DataSet, train_images: int | None, validation_images: int) ->
             f"the {len(data.train)} training images do not suffice for {validation_images} validation images "
             f"and {train_images or 'any'} to train on"
         )
-    last = ImageSet(data.train.images[rest:], data.train.labels[rest:], data.train.name, data.train.classes)
-    return DataSet(data.train.first(rest).first(train_images), last)
+    return DataSet(data.train.first(rest).first(train_images), data.train.part(slice(rest, None)))

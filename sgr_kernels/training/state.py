@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.training import optimizers
 from sgr_kernels.training.checkpoint import CheckpointError, require_like
+from sgr_kernels.training.images import Images
 from sgr_kernels.training.methods import Settings, settings_from_dict
+from sgr_kernels.training.models import ARCHITECTURES
 
 _OUTLINE = {
     "settings": dict,
-    "data": {"name": "", "digest": ""},
+    "data": {"name": "", "digest": "", "origin": object, "shape": object},
     "model": dict,
+    "average": object,
     "criterion": dict,
     "optimizer": dict,
     "rng": dict,
@@ -24,6 +28,10 @@ _OUTLINE = {
     "seconds": 0.0,
     "history": list,
 }
+# Older files lack these.
+_LATER: dict[str, Any] = {"epochs": None, "average": None}
+_LATER_DATA = {"origin": None, "shape": None}
+
 _RECORD = {
     "epoch": 0,
     "loss": 0.0,
@@ -41,15 +49,31 @@ def settings_of(state: dict[str, Any]) -> Settings:
     Raises:
         CheckpointError: if something is missing or of another kind, or the settings are none.
     """
-    require_like({"epochs": None, **state}, _OUTLINE)  # older files lack the number of epochs
+    data = state.get("data")
+    later = {"data": {**_LATER_DATA, **data}} if isinstance(data, dict) else {}
+    require_like({**_LATER, **state, **later}, _OUTLINE)
+    for name, like in (("origin", ""), ("shape", [0, 0, 0])):
+        if later["data"][name] is not None:
+            require_like(later["data"][name], like, f"data.{name}")
     try:
         return settings_from_dict(state["settings"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's settings: {' '.join(str(error).split())}") from error
 
 
+def data_of(images: Images) -> dict[str, Any]:
+    """What a checkpoint says of the images trained on."""
+    return {"name": images.name, "digest": images.digest(), "origin": images.origin, "shape": list(images.shape)}
+
+
 def require_sound(
-    state: dict[str, Any], model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    state: dict[str, Any],
+    settings: Settings,
+    model: nn.Module,
+    average: nn.Module | None,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
 ) -> None:
     """Expect a state that a training of these, with so many steps in an epoch, could have come to.
 
@@ -70,20 +94,22 @@ def require_sound(
         raise CheckpointError(f"the checkpoint's seconds: expected a number >= 0, got {state['seconds']}")
     moments = {}
     if epoch or step:
-        moments = {
-            index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            for index, parameter in enumerate(model.parameters())
-        }
+        moments = optimizers.moments(settings.optimizer, model.parameters(), settings.optimizer_options)
+        found = state["optimizer"].get("state")
+        if settings.architecture not in ARCHITECTURES and isinstance(found, dict) and found:
+            # A network of one's own may have parameters that no loss depends on, and an optimizer keeps none of them.
+            moments = {index: kept for index, kept in moments.items() if index in found}
     groups = optimizer.state_dict()["param_groups"]
     expected = {
         "model": dict(model.state_dict()),
+        "average": None if average is None else dict(average.state_dict()),
         "criterion": dict(criterion.state_dict()),
         "optimizer": {"state": moments, "param_groups": groups},
         "rng": {"cpu": torch.get_rng_state(), **({"cuda": Tensor} if "cuda" in state["rng"] else {})},
         "totals": torch.zeros(6, dtype=torch.float64),
         "history": [_RECORD] * epoch,
     }
-    require_like({name: state[name] for name in expected}, expected)
+    require_like({name: {**_LATER, **state}[name] for name in expected}, expected)
     for own, found in zip(groups, state["optimizer"]["param_groups"]):
         for name in own.keys() - {"lr"}:  # which the schedule sets at each step
             if _as_list(found[name]) != _as_list(own[name]):

@@ -49,7 +49,8 @@ def name(settings):
 def bits(trainer):
     """Everything a training's future depends on, except the clock."""
     state = trainer.state_dict()
-    flat = {**state["model"], **{f"criterion.{k}": v for k, v in state["criterion"].items()}}
+    flat = {**state["model"], **{f"average.{k}": v for k, v in (state["average"] or {}).items()}}
+    flat |= {**{f"criterion.{k}": v for k, v in state["criterion"].items()}}
     for index, moments in state["optimizer"]["state"].items():
         flat |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
     return flat | {"rng": state["rng"]["cpu"], "totals": state["totals"]}
@@ -236,7 +237,8 @@ def without(tree, path):
     return replaced(tree, path[:-1], lambda node: {k: v for k, v in node.items() if k != path[-1]})
 
 
-FREE = {("data", "name"), ("epochs",)}  # a name to show; absent from older files
+# A name to show; absent from older files.
+FREE = {("data", "name"), ("epochs",), ("average",), ("data", "origin"), ("data", "shape")}
 
 
 def test_hand_edited_checkpoints_are_refused_in_one_line(digits, tmp_path):

@@ -24,6 +24,7 @@ from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer, lo
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.processes import Processes
 from tests.data_files import write_idx
+from tests.own_network import write_network
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -116,6 +117,18 @@ def test_two_processes_train_the_network_of_one_and_either_continues_the_other(
     assert main(["train", *OPTIONS, *common, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
     for folder in (one, two):
         assert_close(folder, tmp_path / "whole", 1e-4)
+
+
+def test_a_network_of_ones_own_with_all_options_is_that_of_one_process(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    own = ["--model", f"{write_network(tmp_path)}:flat", "--data", data, "--epochs", "2", "--method", "sgr_sign"]
+    own += ["--optimizer", "sgd", "--schedule", "cosine", "--learning-rate-warmup", "2", "--learning-rate", "0.05"]
+    own += ["--label-smoothing", "0.1", "--ema", "0.5", "--accumulate", "2", "--clip-gradient", "1"]
+    torchrun(2, *own, "--out", str(tmp_path / "two"))
+    assert main(["train", *OPTIONS, *own, "--out", str(tmp_path / "one")]) == 0
+    assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
 
 
 def test_resuming_on_as_many_processes_gives_the_same_bits(data: str, tmp_path: Path) -> None:

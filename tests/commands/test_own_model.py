@@ -1,0 +1,213 @@
+"""Networks and images of one's own on the command line: one folder that every command reads, and clear refusals."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sgr_kernels.cli import main
+from sgr_kernels.training.datasets import load
+from sgr_kernels.training.loop import load_model
+from tests.commands.test_cli import _one_thread, fails, refuses, weights  # noqa: F401 - a fixture
+from tests.own_network import write_network
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _state_home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """The shipped digits of three classes as PNG files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = load("mnist-sample").train
+    for k in (digits.labels < 3).nonzero().flatten()[:80].tolist():
+        path = folder / f"digit {int(digits.labels[k])}" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(digits.images[k, 0].numpy()).resize((24, 20)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Coloured noise of two classes."""
+    path = tmp_path_factory.mktemp("arrays") / "noise.npz"
+    images = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(30) % 2)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write_network(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="module")
+def trained(file, pictures, tmp_path_factory):
+    """A training of a network of one's own on a folder of images."""
+    out = tmp_path_factory.mktemp("runs") / "own"
+    command = ["train", "--model", f"{file}:small", "--model-args", '{"classes": 3}', "--normalize", "0.1", "0.3"]
+    command += ["--data", f"imagefolder:{pictures}", "--epochs", "2", "--batch-size", "24", "--device", "cpu"]
+    command += ["--optimizer", "sgd", "--schedule", "cosine", "--learning-rate-warmup", "2", "--ema", "0.5"]
+    assert main([*command, "--out", str(out)]) == 0
+    return out
+
+
+FEW = {
+    "evaluate": ["--eps", "0", "8", "--pgd-steps", "2", "--decay-lengths", "2", "--draws", "2"],
+    "covariance": ["--source", "data", "sign"],
+    "diagnose": ["--draws", "2", "--strengths", "0.1", "1"],
+}
+
+
+def test_one_folder_is_read_without_being_told_again(trained, tmp_path, capsys):
+    for command, options in FEW.items():
+        ending = "png" if command == "covariance" else "json"
+        assert main([command, str(trained), *options, "--out", str(tmp_path / f"{command}.{ending}")]) == 0
+    printed = capsys.readouterr().out
+    assert "the covariance it was trained with" in printed
+    results = {command: json.loads((tmp_path / f"{command}.json").read_text()) for command in FEW}
+    last = json.loads((trained / "history.json").read_text())["epochs"][-1]
+    assert results["evaluate"]["clean"]["accuracy"][0] == pytest.approx(last["test_accuracy"])
+    assert results["evaluate"]["settings"]["normalize"] == [[0.1], [0.3]]
+    assert results["covariance"]["images"] == results["evaluate"]["images"] == 8
+    assert results["diagnose"]["images"] == 8
+    assert [row["strength"] for row in results["diagnose"]["rows"]] == [0.1, 1]
+
+
+def test_weights_alone_do_as_well(trained, file, pictures, tmp_path, capsys):
+    model, _ = load_model(trained)
+    save_file(model.network.state_dict(), tmp_path / "weights.safetensors")
+    own = ["--model", f"{file}:small", "--model-args", '{"classes": 3}', "--normalize", "0.1", "0.3"]
+    own += ["--weights", str(tmp_path / "weights.safetensors"), "--data", f"imagefolder:{pictures}"]
+    assert main(["evaluate", *own, *FEW["evaluate"]]) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["network"]["model_args"] == '{"classes": 3}'
+    assert main(["evaluate", str(trained), *FEW["evaluate"], "--out", str(tmp_path / "same.json")]) == 0
+    same = json.loads((tmp_path / "same.json").read_text())
+    assert result["attacks"] == same["attacks"]
+    assert result["noise"] == same["noise"]
+    assert main(["diagnose", *own, *FEW["diagnose"], "--source", "sign"]) == 0
+    assert json.loads((tmp_path / "diagnosis.json").read_text())["source"] == "sign"
+    assert "the covariance of perturbations by sign" in capsys.readouterr().out
+
+
+def test_a_moved_network_is_named_anew_and_keeps_its_arguments(trained, tmp_path):
+    command = ["evaluate", str(trained), *FEW["evaluate"], "--out"]
+    assert main([*command, str(tmp_path / "as_recorded.json")]) == 0
+    assert (
+        main([*command, str(tmp_path / "moved.json"), "--model", f"{write_network(tmp_path, 'moved.py')}:small"]) == 0
+    )
+    found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("moved", "as_recorded"))
+    assert found["attacks"] == wanted["attacks"]
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torchvision", "vision"), ("PIL", "images")])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    pictures, tmp_path, monkeypatch, package, extra, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    options = ["--mixup", "0.2"] if package == "torchvision" else ["--data", f"imagefolder:{pictures}"]
+    error = fails(["train", *options, "--out", str(tmp_path / "none")], capsys)
+    assert f"{package} is not installed: pip install 'sgr_kernels[{extra}]'" in error
+
+
+def test_other_images_are_brought_to_the_networks_size(trained, tmp_path):
+    for k in range(12):
+        path = tmp_path / "pictures" / "abc"[k % 3] / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((30 + k, 50), 20 * k, np.uint8)).save(path)
+    command = ["evaluate", str(trained), "--data", f"imagefolder:{tmp_path / 'pictures'}", *FEW["evaluate"]]
+    assert main([*command, "--out", str(tmp_path / "e.json")]) == 0
+
+
+def test_a_training_of_ones_own_is_continued_and_searched_for(file, arrays, tmp_path, capsys):
+    command = ["train", "--model", f"{file}:small", "--model-args", '{"channels": 3, "classes": 2}', "--data", arrays]
+    command += ["--method", "gn", "--batch-size", "9", "--device", "cpu", "--accumulate", "2"]
+    command += ["--optimizer", "adamw", "--betas", "0.8", "0.95"]
+    assert main([*command, "--epochs", "1", "--out", str(tmp_path / "parts")]) == 0
+    assert main([*command, "--epochs", "2", "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert main([*command, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
+    other = weights(tmp_path / "whole")
+    assert all(torch.equal(value, other[name]) for name, value in weights(tmp_path / "parts").items())
+    settings = json.loads((tmp_path / "whole" / "history.json").read_text())["settings"]
+    assert settings["flip"] is False
+    begun = ["--init-weights", str(tmp_path / "whole"), "--epochs", "1", "--out", str(tmp_path / "tuned")]
+    assert main([*command, *begun, "--learning-rate", "1e-12"]) == 0
+    after = weights(tmp_path / "tuned")
+    assert all(torch.allclose(other[k], after[k], atol=1e-6) for k in other if k.startswith(("first", "head")))
+    searching = ["--epochs", "1", "--out", str(tmp_path / "searched"), "--search-strength", "0.5"]
+    assert main([*command, *searching]) == 0
+    record = json.loads((tmp_path / "searched" / "search.json").read_text())
+    assert record["question"]["attack"]["eps"] == list(range(9))
+
+
+def test_bad_networks_and_images_get_one_line(trained, file, arrays, pictures, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "none"), "--epochs", "1"]
+    small = ["train", "--model", f"{file}:small", *out]
+    digits = f"imagefolder:{pictures}"
+
+    def refused(arguments, *parts):
+        error = fails(arguments, capsys)
+        assert all(part in error for part in parts), error
+
+    refused(["train", "--model", f"{file}:large", *out], "error: --model: ", "has no 'large'; it has Small, small")
+    refused(["train", "--model", f"{file}:no_module", *out], "--model: ", "must return an nn.Module, got list [1, 2]")
+    refused(["train", "--model", f"{file}:needs", *out], "--model-args: ", "missing a required argument: 'classes'")
+    refused(["train", "--model-args", "{}", *out], "error: --model-args: goes with --model")
+    refused(["train", "--normalize", "0", "1", *out], "error: --normalize: goes with --model")
+    refused([*small, "--normalize", "0.5", "0"], "error: --normalize: expected means and positive deviations")
+    refused([*small, "--data", arrays], "error: --model: on images 3x12x12 of noise: RuntimeError")
+    refused(
+        [*small, "--model-args", '{"classes": 2}'], "error: --data: mnist-sample has 10 classes, the network's head 2"
+    )
+    refused([*small, "--momentum", "0.9"], "error: --momentum: an option of sgd; optimizer adam takes betas")
+    refused([*small, "--init-weights", str(tmp_path / "no")], "error: --init-weights: there is no file")
+    save_file({"head.weight": torch.zeros(7, 8)}, tmp_path / "w.safetensors")
+    weighed = ["evaluate", "--model", f"{file}:small", "--weights", str(tmp_path / "w.safetensors")]
+    refused(weighed, "error: --weights: ", "w.safetensors lacks 'unused', 'first.weight', 'first.bias' and")
+    refused(["evaluate", str(trained), "--weights", "w"], "error: --weights: CHECKPOINT has its own")
+    refused(["covariance", "--weights", "w", "--out", str(tmp_path / "c.png")], "CHECKPOINT: name a training's folder")
+    refused(["evaluate"], "CHECKPOINT: name a training's folder, or a --model and its --weights")
+    refused(["train", "--data", arrays, *out], "for a Carlini-Wagner network, got 3x12x12; model (--model) names")
+    refused(
+        ["train", "--data", arrays, "--image-size", "8", *out], "error: --image-size: an option of data imagefolder"
+    )
+    refused(["evaluate", str(trained), "--data", arrays], "trained on ", "--data ", "holds noise")
+    clean = ["train", "--model", f"{file}:small", "--data", digits, "--method", "clean", "--epochs", "1"]
+    assert main([*clean, "--out", str(tmp_path / "clean")]) == 0
+    refused(["diagnose", str(tmp_path / "clean"), "--source", "trained"], "--source: the network was trained without")
+    (pictures / "digit 0" / "bad.png").write_bytes(b"no picture")
+    try:
+        refused(["evaluate", str(trained)], "digit 0/bad.png cannot be read as a PNG or JPEG image")
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(pictures / "digit 0" / "bad.png")
+        refused([*small, "--data", digits], "bad.png is 9 x 9 pixels", "20 x 24", "--image-size")
+    finally:
+        (pictures / "digit 0" / "bad.png").unlink()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--model-args", "[1]"],
+            "argument --model-args: expected a JSON object of names and values, got [1]",
+        ),
+        (["train", "--model-args", "{"], "argument --model-args: expected a JSON object, got {"),
+        (["train", "--normalize", "0.1,x", "1"], "argument --normalize: expected numbers with commas between them"),
+        (["train", "--image-size", "0"], "argument --image-size: expected a number of pixels or ROWSxCOLUMNS, got 0"),
+        (["train", "--image-size", "3x4x5"], "argument --image-size: expected a number of pixels or ROWSxCOLUMNS"),
+        (["train", "--optimizer", "lion"], "invalid choice: 'lion'"),
+        (["train", "--amp", "fp16"], "invalid choice: 'fp16'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    assert message in refuses(arguments, capsys)
