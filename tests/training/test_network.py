@@ -59,7 +59,7 @@ def test_a_network_is_what_the_callable_returns(file):
         ("torch.nn:Linnear", "{}", "model: torch.nn has no 'Linnear'"),
         ("net.py", "{}", "model: expected MODULE:CALLABLE, FILE.py:CALLABLE or one of mnist, cifar10, got"),
         (":small", "{}", "model: expected MODULE:CALLABLE"),
-        ("mnist", '{"classes": 3}', "model_args: 'mnist' takes none"),
+        ("mnist", '{"classes": 3}', "model_args: 'mnist' takes activation and pooling"),
         ("given", "{}", "model: this network was made in Python"),
     ],
 )
