@@ -165,7 +165,8 @@ class SGRLoss(Recorded):
         super().__init__(nonfinite_patience)
         if not isinstance(covariance, (Covariance, NormPenalty)):
             raise TypeError(
-                f"covariance: expected a sgr_kernels covariance module or NormPenalty, got {checks.describe(covariance)}"
+                f"covariance: expected a sgr_kernels covariance module or NormPenalty, "
+                f"got {checks.describe(covariance)}"
             )
         _check_strength(strength)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
