@@ -1,36 +1,39 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, nvcc, and a Python with torch >= 2.11: build, test, sanitize, measure.
-#   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter)
-# Parts: build gpu-tests tests triton memcheck racecheck operators step; by default all. Every part has a time limit, and
-# together they end within 9 minutes; what earlier parts leave goes to the operators. A part that fails does not stop the
-# next ones. Called again with the same folder, the operators' sweep goes on where it ended.
+# On a machine with an NVIDIA GPU, nvcc, and a Python with torch >= 2.11: build, prove, measure; the most valuable first.
+#   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter, SGR_COMMIT the commit of a copy)
+# Parts: device build facts counters device-tests contract triton racecheck memcheck operators step; by default all but
+# step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the operators. A part
+# that fails does not stop the next ones. One log and a few JSON files come out of it, each written as facts come; called
+# again with the same folder, facts, operators and step go on where they ended.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER [PART...]}
 shift
-all="build gpu-tests tests triton memcheck racecheck operators step"
+all="device build facts counters device-tests contract triton racecheck memcheck operators step"
 for name in "$@"; do
     if [[ " $all " != *" $name "* ]]; then
         echo "PART: expected of $all, got $name" >&2
         exit 2
     fi
 done
-parts=" ${*:-$all} "
+parts=" ${*:-${all% step}} "
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+log=$out/log.txt
 cd "$(dirname "$0")/.."
 failed=0
 summary=()
-# What setup.py finds there without PATH, the tests and the sanitizer shall find too.
+# What setup.py finds there without PATH, the tests, the sanitizer and the profiler shall find too.
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+export PYTHONUNBUFFERED=1
 
-# part NAME SECONDS COMMAND...
+# part NAME SECONDS COMMAND...: interrupted at its limit, so that what it has is written, and killed ten seconds later.
 part() {
     local name=$1 limit=$2 start=$SECONDS status verdict
     shift 2
     [[ $parts == *" $name "* ]] || return 0
-    echo "== $name (at most $limit s)"
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+    echo "== $name (at most $limit s)" | tee -a "$log"
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
     status=$?
     case $status in
         0) verdict=passed ;;
@@ -38,55 +41,85 @@ part() {
         *) verdict="failed, status $status" ;;
     esac
     [ "$status" -eq 0 ] || failed=1
-    tail -n 3 "$out/$name.log"
+    cat "$out/part.txt" >>"$log"
+    tail -n 3 "$out/part.txt"
+    rm -f "$out/part.txt"
     summary+=("$(printf '%-12s %4d s  %s' "$name" "$((SECONDS - start))" "$verdict")")
+    echo "== ${summary[-1]}" >>"$log"
 }
 
 skip() {
     [[ $parts == *" $1 "* ]] || return 0
     summary+=("$(printf '%-12s    –    %s' "$1" "left out: $2")")
+    echo "== ${summary[-1]}" >>"$log"
 }
 
-if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>"$out/device.log"; then
+# One start of Python answers all that is to be known before.
+if ! known=$("$python" -c '
+import importlib.util, torch
+assert torch.cuda.is_available()
+print("%d.%d" % torch.cuda.get_device_capability(), *(n for n in ("pytest", "hypothesis", "xdist") if importlib.util.find_spec(n)))
+' 2>>"$log"); then
     echo "there is no CUDA device, or no torch that sees one:" >&2
-    tail -n 1 "$out/device.log" >&2
+    tail -n 1 "$log" >&2
     exit 2
 fi
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv >"$out/device.log" 2>&1
 # One architecture is enough to run here, whatever list a container sets.
-TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-export TORCH_CUDA_ARCH_LIST
-
+export TORCH_CUDA_ARCH_LIST=${known%% *}
 workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 4 --dist worksteal); fi
+[[ $known == *xdist* ]] && workers=(-n 8 --dist worksteal)
+# Other people's warnings, of plugins and of the driver, are not ours to fail on.
+pytest=("$python" -m pytest -q -W default -p no:cacheprovider)
 
-part build 110 env SGR_BUILD=cuda "$python" setup.py build_ext --inplace
-if "$python" -c 'import pytest, hypothesis, pytest_benchmark' 2>/dev/null; then
-    # The GPU cases first: they are what this machine is for.
-    part gpu-tests 100 "$python" -m pytest -q -m gpu --ignore-glob='*test_triton*' "${workers[@]}"
-    part tests 60 "$python" -m pytest -q -m "not gpu and not slow" --ignore-glob='*test_triton*' "${workers[@]}"
-    if compgen -G 'tests/backends/test_triton*' >/dev/null; then
-        part triton 80 "$python" -m pytest -q tests/backends/test_triton* "${workers[@]}"
-    else
-        skip triton "no such tests"
-    fi
+part device 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+    for tool in nvcc ncu compute-sanitizer git; do command -v $tool || echo "no $tool"; done
+    "$0" -m pip list 2>/dev/null | grep -i -E "^(torch|triton|numpy|pytest|setuptools|ninja) "' "$python"
+# A binary that was carried along, or what is built here.
+if "$python" -c 'import sgr_kernels as s; assert "cuda" in s.backends.build_info()["kernels"]' >>"$log" 2>&1; then
+    skip build "the kernels are there"
 else
-    for name in gpu-tests tests triton; do skip "$name" "pytest, hypothesis or pytest-benchmark is not installed"; done
+    part build 150 env SGR_BUILD=cuda "$python" setup.py build_ext --inplace
 fi
-for tool in memcheck racecheck; do
+
+sgr=("$python" -m sgr_kernels.cli)
+# A CUDA error that stays ends its process; another goes on with the next fact.
+part facts 150 bash -c 'for _ in 1 2 3; do "$@"; status=$?; [ $status -eq 3 ] || exit $status; done' facts \
+    "${sgr[@]}" bench facts --device cuda --seconds 140 --out "$out/facts.jsonl"
+
+if command -v ncu >/dev/null; then
+    sections=(SpeedOfLight WarpStateStats InstructionStats MemoryWorkloadAnalysis Occupancy LaunchStats)
+    for pair in "fused_product 1024,3,32,32" "fused_product 256,3,64,64" "large_columns 64,3,224,224"; do
+        part counters 35 ncu --clock-control none --launch-skip 4 --launch-count 1 "${sections[@]/#/--section=}" \
+            -k "regex:${pair% *}" "${sgr[@]}" bench operators --device cuda --shapes "${pair#* }" --operations v+q \
+            --providers "sgr native" --budget 0.01
+    done
+else
+    skip counters "ncu is not installed"
+fi
+
+if [[ $known == *pytest*hypothesis* ]]; then
+    part device-tests 60 "${pytest[@]}" -v tests/backends/test_cuda_device.py
+    part contract 60 "${pytest[@]}" -m gpu --backend native "${workers[@]}" tests/operators
+    part triton 60 "${pytest[@]}" -m gpu --backend triton "${workers[@]}" tests/operators
+else
+    for name in device-tests contract triton; do skip "$name" "pytest or hypothesis is not installed"; done
+fi
+for tool in racecheck memcheck; do
     if command -v compute-sanitizer >/dev/null; then
         # PyTorch's cache hands out pieces of large allocations: a stray access between them is none to the sanitizer.
-        part "$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.ragged
+        part "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-regex kns=sgr \
+            --error-exitcode 9 "$python" -m benchmarks.ragged --backends native --dtypes float32 float16
     else
         skip "$tool" "compute-sanitizer is not installed"
     fi
 done
 left=$((530 - SECONDS))
-[[ $parts == *" step "* ]] && left=$((left - 50))
-part operators "$left" "$python" -m sgr_kernels.cli bench operators --device cuda --limit $((left - 20)) \
-    --out "$out/operators.json"
-part step 50 "$python" -m sgr_kernels.cli bench step --device cuda --rounds 5 --out "$out/step.json"
+[[ $parts == *" step "* ]] && left=$((left / 2))
+[ "$left" -gt 40 ] || left=40
+part operators "$left" "${sgr[@]}" bench operators --device cuda --limit $((left - 20)) --budget 0.5 --out "$out/operators.json" \
+    --providers copy "sgr auto" "sgr native" "sgr native tf32" "sgr triton" "sgr triton tf32" "sgr torch" dense "dense tf32" rfft2
+part step "$left" "${sgr[@]}" bench step --device cuda --rounds 5 --networks carlini-wagner-mnist resnet18 --out "$out/step.json"
 
-printf '\n%s\n' "summary ($SECONDS s), logs in $out:"
-printf '  %s\n' "${summary[@]}"
+printf '\n%s\n' "summary ($SECONDS s), log in $log:" | tee -a "$log"
+printf '  %s\n' "${summary[@]}" | tee -a "$log"
 exit "$failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -20,8 +21,14 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """Of the checkout, or as ``SGR_COMMIT`` has it where a copy travels without its history."""
+    if "SGR_COMMIT" in os.environ:
+        return os.environ["SGR_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

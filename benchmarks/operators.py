@@ -52,7 +52,7 @@ def measure(
         budget: Seconds of sampling for all providers together.
         series: Name under which the plots find the cell.
     """
-    images, exact = _given(problem, device)
+    images, exact = given(problem, device)
     # Streams, events and graphs are those of the current device.
     with torch.cuda.device_of(images):
         rows, samples = _rows(problem, operation, chosen, images, exact, budget)
@@ -88,6 +88,10 @@ def _rows(
         except torch.OutOfMemoryError:
             row["reason"] = "out of memory"
             torch.cuda.empty_cache()
+        except Exception as error:  # of a compiler, or a launch: the others are to be measured all the same
+            if images.is_cuda:
+                torch.cuda.synchronize()  # raises where the device no longer answers
+            row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     samples = interleave(timers, budget)
     for name, values in samples.items():
         rows[name] |= summary(values)
@@ -95,7 +99,7 @@ def _rows(
 
 
 @functools.lru_cache(maxsize=1)
-def _given(problem: Problem, device: torch.device) -> tuple[torch.Tensor, Exact]:
+def given(problem: Problem, device: torch.device) -> tuple[torch.Tensor, Exact]:
     """Images and exact answers; kept for the next operation of the same problem."""
     images = problem.images(device)
     return images, Exact(problem, images, problem.covariance(device).table)

@@ -14,10 +14,11 @@ import sgr_kernels as sgr
 from sgr_kernels.toeplitz.geometry import bin_count
 
 SHAPES = [(1, 1, 1, 1), (3, 1, 7, 5), (2, 3, 17, 31), (5, 2, 28, 28), (2, 3, 32, 32), (1, 4, 33, 63), (1, 3, 64, 64)]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES += [(1, 5, 9, 13), (1, 1, 1, 70), (1, 1, 130, 3), (1, 3, 96, 101)]
 
 
-def check(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check(backend: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """Run the three operators on a strided batch and compare.
 
     Raises:
@@ -25,8 +26,8 @@ def check(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """
     torch.manual_seed(0)
     batch, channels, height, width = shape
-    images = torch.randn(batch, channels, height, 2 * width, device="cuda", dtype=dtype)[..., ::2]
-    f = torch.exp(-torch.arange(bin_count((height, width)), device="cuda") / 4.0).expand(channels, channels, -1)
+    images = torch.randn(batch, channels, height, 2 * width, device=device, dtype=dtype)[..., ::2]
+    f = torch.exp(-torch.arange(bin_count((height, width)), device=device) / 4.0).expand(channels, channels, -1)
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-10}.get(dtype, 5e-2)
 
     def answers(name: str) -> list[torch.Tensor]:
@@ -45,14 +46,18 @@ def main() -> int:
     """Run all shapes on every compiled or Triton backend there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backends", nargs="+", help="default: native and triton where they run")
-    available = sgr.backends.available("cuda")
-    chosen = parser.parse_args().backends or [b for b in ("native", "triton") if b in available]
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    available = sgr.backends.available(options.device)
+    chosen = options.backends or [b for b in ("native", "triton") if b in available]
     for backend in chosen:
         for shape in SHAPES:
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                check(backend, shape, dtype)
-        print(f"{backend}: {len(SHAPES)} shapes agree with the torch backend", flush=True)
-    torch.cuda.synchronize()
+            for dtype in options.dtypes:
+                check(backend, shape, DTYPES[dtype], options.device)
+            print(f"{backend} {shape} agrees with the torch backend", flush=True)
+    if torch.device(options.device).type == "cuda":
+        torch.cuda.synchronize()
     return 0 if chosen else 1
 
 

@@ -11,6 +11,7 @@ import sgr_kernels
 
 BENCHMARKS = {
     "operators": "the operators, beside dense, Fourier and convolution peers",
+    "facts": "first facts from a GPU, the most valuable first, a line of JSON each",
     "crossovers": "tiny images: up to which size the dense matrix, formed, is fastest; writes auto's table",
     "solve": "Sigma^-1 x by conjugate gradients, beside dense factorizations and linear_operator",
     "step": "training steps: clean, SGR by every method, adversarial training",

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import facts, ragged
+from sgr_kernels.cli import main
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
-*get_device_capability*) echo 9.0 ;;
--c*pytest,*) exit "${NO_PYTEST:-0}" ;;
--c*) ;;
+*get_device_capability*) echo "9.0 $HAS" ;;
+-c*) exit "${CARRIED:-1}" ;;
+*facts*) echo "facts in $PWD: $*"; exit "${FACTS:-0}" ;;
 *) echo "arch $TORCH_CUDA_ARCH_LIST, build $SGR_BUILD: $*" ;;
 esac
+"""
+NCU = """#!/bin/sh
+echo "ncu $*"
 """
 SANITIZER = """#!/bin/sh
 echo "caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING"
@@ -25,7 +34,8 @@ exit 9
 
 def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the script with a stub for python, and a toolkit that has a sanitizer which is not on PATH."""
-    stubs = {"python": PYTHON, "nvidia-smi": "#!/bin/sh\n", "cuda/bin/compute-sanitizer": SANITIZER}
+    stubs = {"python": PYTHON, "nvidia-smi": "#!/bin/sh\n"}
+    stubs |= {"cuda/bin/compute-sanitizer": SANITIZER, "cuda/bin/ncu": NCU}
     for name, text in stubs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -33,6 +43,7 @@ def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedPr
     variables = (
         os.environ
         | {"PATH": "/usr/bin:/bin", "PYTHON": str(folder / "python"), "CUDA_HOME": str(folder / "cuda")}
+        | {"HAS": "pytest hypothesis xdist"}
         | environment
     )
     command = ["bash", str(SCRIPT), str(folder / "out"), *parts]
@@ -42,26 +53,87 @@ def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedPr
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     result = run(tmp_path, TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0+PTX")
     assert result.returncode == 1
-    logs = {path.stem: path.read_text() for path in (tmp_path / "out").glob("*.log")}
-    assert logs["build"].startswith("arch 9.0, build cuda: setup.py build_ext --inplace")
-    assert logs["memcheck"] == logs["racecheck"] == "caching off: 1\n"
-    assert "bench operators --device cuda" in logs["operators"]
-    for name in ("memcheck", "racecheck"):
-        assert f"  {name} " in result.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]  # few files: few come back
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "arch 9.0, build cuda: setup.py build_ext --inplace" in log
+    assert log.count("caching off: 1\n") == 2
+    assert log.count("ncu --clock-control none") == 3
+    assert "-k regex:large_columns" in log
+    order = ["device ", "build ", "facts ", "counters", "device-tests", "contract", "triton", "racecheck", "operators"]
+    places = [log.index(f"== {name}") for name in order]
+    assert places == sorted(places)
+    assert "== step" not in log
     assert result.stdout.count("failed, status 9") == 2
-    assert {"gpu-tests", "tests", "step"} <= logs.keys()
+    assert "-m pytest -q -W default" in log
+    assert "-n 8" in log
+
+
+def test_a_carried_binary_is_not_built_anew(tmp_path: Path) -> None:
+    result = run(tmp_path, "build", CARRIED="0")
+    assert "left out: the kernels are there" in result.stdout
+    assert "setup.py" not in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_facts_go_on_in_another_process_after_a_lost_device(tmp_path: Path) -> None:
+    run(tmp_path, "facts", FACTS="3")
+    assert (tmp_path / "out" / "log.txt").read_text().count("bench facts --device cuda") == 3
+    other = tmp_path / "other"
+    run(other, "facts", FACTS="1")
+    assert (other / "out" / "log.txt").read_text().count("bench facts --device cuda") == 1
+
+
+def test_the_step_is_a_part_of_its_own(tmp_path: Path) -> None:
+    run(tmp_path, "step")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "bench step --device cuda" in log
+    assert "bench operators" not in log
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
-    result = run(tmp_path, "gpu-tests", "tests", NO_PYTEST="1")
-    assert result.stdout.count("left out: pytest") == 2
-    assert not (tmp_path / "out" / "build.log").exists()
+    result = run(tmp_path, "contract", "device-tests", HAS="pytest")
+    assert result.stdout.count("left out: pytest or hypothesis") == 2
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     result = run(tmp_path, "operator")
     assert result.returncode == 2
-    assert "expected of build gpu-tests tests triton memcheck racecheck operators step, got operator" in result.stderr
+    assert "expected of device build facts counters device-tests contract" in result.stderr
+    assert "got operator" in result.stderr
+
+
+def test_facts_are_written_one_by_one_and_only_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal on a CPU: everything but the device's own ceilings."""
+    out = tmp_path / "facts.jsonl"
+    command = ["bench", "facts", "--device", "cpu", "--small", "--out", str(out)]
+    assert main([*command, "--seconds", "0"]) == 0
+    assert "out of time" in capsys.readouterr().err
+    assert main(command) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["fact"].split(" (")[0] for line in lines] == [
+        "errors native", "errors native", "times v+q", "times accumulation",
+    ]  # fmt: skip
+    if "native" in lines[0]["machine"]["backends"]:
+        assert lines[0]["value"]["correct"]
+    assert lines[2]["value"]["sgr torch"]["milliseconds"] > 0
+    assert main(command) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+
+
+def test_a_fact_that_fails_is_written_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(facts, "errors", broken)
+    out = tmp_path / "facts.jsonl"
+    assert main(["bench", "facts", "--device", "cpu", "--small", "--out", str(out)]) == 0
+    values = [json.loads(line)["value"] for line in out.read_text().splitlines()]
+    assert values[0] == {"error": "RuntimeError: no such kernel"}
+    assert "sgr torch" in values[2]
+
+
+@pytest.mark.parametrize("shape", [s for s in ragged.SHAPES if math.prod(s[1:]) < 8192], ids=str)
+def test_ragged_shapes_agree_on_a_cpu(shape: tuple[int, ...]) -> None:
+    ragged.check("reference", shape, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("parts", [[], ["build"]])
