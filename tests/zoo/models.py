@@ -270,11 +270,10 @@ _TIMM = [
     _timm("halonet26t", (2, 3, 256, 256)),
     _timm("hiera_tiny_224", (2, 3, 224, 224)),
     _distilled("deit_tiny_distilled_patch16_224", img_size=64),
-    _distilled("levit_128s"),
+    _distilled("levit_128s", img_size=64),
 ]
 _TORCHVISION = [
     *(_torchvision(name) for name in ("alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5")),
-    _torchvision("vgg11_bn", (4, 3, 32, 32)),
     *(_torchvision(name) for name in ("mobilenet_v3_small", "efficientnet_b0", "swin_v2_t")),
     Entry("torchvision/VisionTransformer", lambda: _vision_transformer()),
     _auxiliary("googlenet"),
@@ -289,7 +288,9 @@ _TRANSFORMERS = [
     _transformers("ViTForImageClassification", "ViTConfig", note=" (eager)", attn_implementation="eager", **_VIT),
     _transformers("BeitForImageClassification", "BeitConfig", **_VIT),
     _transformers("Dinov2ForImageClassification", "Dinov2Config", (4, 3, 28, 28), **{**_SMALL, "image_size": 28}),
-    _transformers("SwinForImageClassification", "SwinConfig", (4, 3, 64, 64), image_size=64, embed_dim=48),
+    _transformers(
+        "SwinForImageClassification", "SwinConfig", (4, 3, 64, 64), image_size=64, embed_dim=48, window_size=2
+    ),
     _transformers("Swinv2ForImageClassification", "Swinv2Config", (4, 3, 64, 64), image_size=64, embed_dim=48),
     _transformers("ResNetForImageClassification", "ResNetConfig", (4, 3, 64, 64)),
     _transformers("ConvNextForImageClassification", "ConvNextConfig", (4, 3, 64, 64)),
