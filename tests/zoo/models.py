@@ -1,7 +1,8 @@
 """The models of the zoo: how each is built, what it is fed, and which loss of each sample it has.
 
 Weights are drawn, not loaded. Tensors that a library starts at zero (heads, the last scale of a residual branch) get
-small numbers, so that no branch is dead. Dropout and stochastic depth stay as the library has them.
+small numbers, so that no branch is dead. Layers of dropout and stochastic depth are in evaluation mode, for their
+random numbers are others in float64; all else is in training mode.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Entry:
             for parameter in model.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.05)
+        for module in model.modules():
+            if any(word in type(module).__name__ for word in ("Drop", "StochasticDepth")):
+                module.eval()
         return model
 
     def batch(self) -> tuple[Tensor, Any]:
@@ -313,6 +317,7 @@ _TRANSFORMERS = [
         **_SMALL,
         note=" (audio)",
         wrap=_waveform,
+        **dict.fromkeys(("attention_dropout", "layerdrop"), 0.0),
         conv_dim=(64,) * 7,
         mask_time_length=2,
         classifier_proj_size=32,
