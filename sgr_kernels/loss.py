@@ -184,7 +184,7 @@ class SGRLoss(Recorded):
         self.update_every, self.penalty_every, self.fraction = update_every, penalty_every, float(fraction)
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
         self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
-        self._ways = choice.Ways()
+        self._ways, self._calls = choice.Ways(), 0
         self.register_counter("drawn", persistent=False)
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
@@ -228,6 +228,7 @@ class SGRLoss(Recorded):
     def advance(self) -> None:
         """Count a training step; with ``count_calls=False``, after each step of the optimizer."""
         self.steps += 1
+        self._calls = 0
 
     @_disable_dynamo
     def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
@@ -263,7 +264,9 @@ class SGRLoss(Recorded):
 
     def _sampled(self, task: Task, way: Way, count: int) -> Outcome:
         if not recording():  # a replayed graph goes on counting by itself
-            self.drawn.fill_(self.steps // self.penalty_every)
+            # Several calls of one step draw elsewhere each.
+            self.drawn.fill_(self.steps // self.penalty_every + 10_007 * self._calls)
+            self._calls += not self.count_calls
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
         self.drawn += 1
         if count == 1 and task.passes.coupled:

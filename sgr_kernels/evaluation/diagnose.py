@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from sgr_kernels.attacks.guard import Model, model_device, preserve
 from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, child_generator, private_generator
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_number, describe
 from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.penalty.choice import Trial, agreement
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
@@ -127,7 +127,7 @@ class Diagnosis:
         cosine = self.gradient_cosine
         found = f"Between a finite difference and the exact gradient of the penalty the cosine is {cosine:.2f}"
         if cosine >= _SMOOTH:
-            return [f"{found}: the network is smooth, every method serves."]
+            return [f"{found}: on these images no kinks were met; every method serves."]
         return [
             f"{found}: the network has kinks (ReLU, max-pooling). Take an exact method. What the penalty flattens are "
             "the pieces between kinks; a network with smooth activations and average pooling (sgr.models.smooth, "
@@ -163,13 +163,16 @@ def diagnose(
         generator: source of the noise; None means a private one with a fixed seed.
 
     Raises:
-        TypeError: images that are not floating point, or labels that are not integers.
+        TypeError: images that are not floating point, labels that are not integers, or a covariance that cannot be
+            sampled or measured with.
         ValueError: strengths that are not positive, an empty loader, labels out of range, or a model without finite
             logits and input gradients.
     """
     grid = sorted(check_number("strengths", strength, above=True) for strength in strengths)
     if not grid:
         raise ValueError("strengths: expected at least one, got an empty list")
+    if not all(callable(getattr(covariance, name, None)) for name in ("sample", "quadratic_form")):
+        raise TypeError(f"covariance: expected sample(n, generator) and quadratic_form(g), got {describe(covariance)}")
     tolerance = check_number("tolerance", tolerance, above=True)
     check_count("draws", draws)
     generator = private_generator(generator)

@@ -28,6 +28,7 @@ from sgr_kernels.penalty.double_backward import DoubleBackward, has_no_second_de
 from sgr_kernels.penalty.finite_difference import FiniteDifference, samples_interact
 from sgr_kernels.penalty.forward_mode import ForwardMode
 from sgr_kernels.penalty.gradients import coarsest_rounding, hooks_withheld, leaves
+from sgr_kernels.penalty.layers.batch_norm import is_too_coarse
 from sgr_kernels.penalty.metric import CovarianceMetric, Metric
 from sgr_kernels.penalty.passes import Evaluate, Passes, couples_samples
 from sgr_kernels.penalty.way import Outcome, Task, Way
@@ -243,6 +244,11 @@ def _expect_independent(trial: Trial) -> None:
     Raises:
         PenaltyGradientError: If they do.
     """
+    if any(is_too_coarse(part) for module in trial.passes().modules for part in module.modules()):
+        raise PenaltyGradientError(
+            "fraction: the batch's statistics cannot be told from BatchNorm's running ones in half precision; keep "
+            "BatchNorm in float32, or use fraction=1"
+        )
     place = trial.doubled()
     if place is None:
         if any(map(couples_samples, trial.passes().modules)) or not isinstance(trial.model, nn.Module):
@@ -268,7 +274,7 @@ def _take_out_batch_norms(trial: Trial) -> None:
         and module.momentum != 0
     }
     with trial.passes().replayed():
-        trial.model(trial.images)
+        trial.model(trial.images.clone())
     for module, before in norms.items():
         if int(module.num_batches_tracked or 0) - before > 1:
             raise PenaltyGradientError("fraction: a BatchNorm runs more than once a pass; use fraction=1")
@@ -379,8 +385,8 @@ def _differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[
     """Central differences of the mean loss's plain gradients along a direction, and the passes' rounding unit.
 
     Of several lengths, the likeliest first: a kink may lie within one. They are relative to the images where the loss
-    follows them no faster than in proportion, and to the loss where it does: that of a deep network at its beginning
-    may change by a thousand times as much.
+    follows them in proportion, and to the loss where it does not: that of a deep network at its beginning may change
+    by a thousand times as much, and that of one without normalization by next to nothing, which rounding hides.
     """
     passes, images, samples = trial.passes(), trial.images.detach(), max(1, len(trial.images))
     direction = direction.to(images.dtype)
@@ -390,7 +396,8 @@ def _differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[
     size = max(_norm([direction]), 1e-30)
     growth = _norm([images]) * size / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
     for length in lengths:
-        step = max(length / max(1.0, growth), 100 * rounding) * _norm([images]) / size
+        relative = length / growth if growth > 1 else min(length / max(growth, 1e-12) ** 0.5, 1e-3)
+        step = max(relative, 100 * rounding) * _norm([images]) / size
         ahead, behind = (
             _grad(passes.again(images + side * step * direction).losses.sum() / samples, trial.parameters)
             for side in (1, -1)

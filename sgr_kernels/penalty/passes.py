@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sgr_kernels import checks
 from sgr_kernels.penalty.layers.batch_norm import PartOfBatch, batch_statistics
-from sgr_kernels.penalty.wrappers import hidden_compiler, is_compiled, modules_in, opened, uncompiled, unwrapped
+from sgr_kernels.penalty.wrappers import has_compiled_part, is_compiled, modules_in, opened, uncompiled, unwrapped
 
 Evaluate = Callable[[Any, Any], Tensor]
 """Losses of each sample, (B,), from outputs and labels."""
@@ -48,7 +48,7 @@ class Passes:
 
     def __init__(self, model: Any, evaluate: Evaluate, labels: Any, device: torch.device, replays: bool) -> None:
         self.model, self.evaluate, self.labels = model, evaluate, labels
-        self._replays, self._compiled = replays, is_compiled(model) or hidden_compiler(model) is not None
+        self._replays, self._compiled = replays, is_compiled(model) or has_compiled_part(model)
         self._random = _RandomStreams(device) if replays else None
         self._buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
         self._statistics: dict[nn.Module, dict[str, Tensor]] = {}

@@ -45,6 +45,15 @@ def hidden_compiler(model: Any) -> str | None:
     return None
 
 
+def has_compiled_part(model: Any) -> bool:
+    """Whether a model, or a module that a callable plainly refers to, holds compiled code."""
+    return any(
+        is_compiled(part) or part._compiled_call_impl is not None
+        for module in modules_in(model)
+        for part in module.modules()
+    )
+
+
 def modules_in(function: Any) -> list[nn.Module]:
     """The modules that a callable plainly refers to: in its closure, defaults, globals, arguments or attributes."""
     found: dict[nn.Module, None] = {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgr_kernels.checks import check_floating_point
@@ -178,7 +179,8 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
 
     ReLU and its relatives (ReLU6, LeakyReLU, PReLU, ELU, Hardswish, Hardtanh and so on) become the activation,
     Hardsigmoid a sigmoid, and max-pooling average pooling of the same windows. Only modules are seen: what a
-    ``forward`` calls by itself (``F.relu(x)``) stays. The log says what was exchanged.
+    ``forward`` calls by itself (``F.relu(x)``) stays, and so does max-pooling with a dilation or indices. The log says
+    what was exchanged.
 
     Args:
         model: Any network; it stays as it is. Weights are copied, but those of a trained network fit no longer.
@@ -197,7 +199,12 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
             return other
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = exchanged(child)
+                module._modules[name] = exchanged(child).train(child.training)
+        if getattr(module, "activation", None) in (F.relu, torch.relu):  # of PyTorch's transformer layers
+            changed[f"relu by {type(act()).__name__}"] += 1
+            module.activation = act()
+        if hasattr(module, "activation_relu_or_gelu"):
+            setattr(module, "activation_relu_or_gelu", 0)  # noqa: B010 -- their fast path knows no others
         return module
 
     result = exchanged(copy.deepcopy(model))
@@ -235,7 +242,8 @@ def _smooth_counterpart(module: Any, activation: Callable[[], nn.Module]) -> nn.
         if type(module) is pooling:
             if any(d != 1 for d in _each(module.dilation)) or module.return_indices:
                 return module
-            return average(module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            shape = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            return average(*shape, count_include_pad=False)
     for pooling, average in _ADAPTIVE.items():
         if type(module) is pooling and not module.return_indices:
             return average(module.output_size)

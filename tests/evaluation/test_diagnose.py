@@ -141,9 +141,9 @@ def test_kinks_are_found_and_smoothness_too():
     images, labels = torch.rand(32, 1, 28, 28), torch.arange(32) % 10
     covariance = IdentityCovariance(0.1, shape=(1, 28, 28))
     before = {name: value.clone() for name, value in rough.state_dict().items()}
-    for model, advice in ((rough, "has kinks"), (sgr_kernels.models.smooth(rough), "is smooth")):
+    for model, advice in ((rough, "has kinks"), (sgr_kernels.models.smooth(rough), "no kinks")):
         result = diagnose(model, [(images, labels)], covariance, strengths=[0.1], draws=2)
-        assert (result.gradient_cosine > 0.9) == (advice == "is smooth")
+        assert (result.gradient_cosine > 0.9) == (advice == "no kinks")
         assert advice in str(result)
         assert result.to_dict()["gradient_cosine"] == result.gradient_cosine
         assert all(p.grad is None for p in model.parameters())

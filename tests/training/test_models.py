@@ -108,3 +108,21 @@ def test_unknown_activations_and_nothing_to_exchange_are_refused():
         smooth(nn.ReLU(), "relu")
     with pytest.raises(ValueError, match="no ReLU"):
         smooth(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.ReLU()], ids=["function", "module"])
+def test_smooth_reaches_transformer_layers_and_their_fast_path(activation):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation=activation, batch_first=True)
+    model, x = smooth(layer).eval(), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model(x.requires_grad_()).detach())
+    assert (fast - layer.eval()(x)).abs().max() > 1e-3
+
+
+def test_smooth_pools_what_there_is_and_keeps_the_mode():
+    stem = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)).eval()
+    model = smooth(stem)
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model[1](torch.ones(1, 1, 8, 8)), torch.ones(1, 1, 4, 4))

@@ -50,6 +50,13 @@ def batch_statistics(module: nn.Module, before: dict[str, Tensor | None]) -> dic
     return found
 
 
+def is_too_coarse(module: nn.Module) -> bool:
+    """Whether a BatchNorm in training mode keeps running statistics of which its batch's cannot be read off."""
+    running = getattr(module, "running_mean", None)
+    coarse = isinstance(running, Tensor) and running.dtype.itemsize < 4
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and coarse
+
+
 class PartOfBatch(TorchFunctionMode):
     """While active, BatchNorm by statistics of a whole batch follows what a part of it does.
 
