@@ -394,7 +394,9 @@ def _differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[
     rounding = coarsest_rounding(passes.again(leaf).losses, leaf)
     lengths = (1e-8, 1e-9, 1e-10, 1e-7, 1e-6) if rounding < _WIDE else [rounding**0.5 * s for s in (1, 4, 0.25, 16)]
     size = max(_norm([direction]), 1e-30)
-    growth = _norm([images]) * size / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
+    assert outcome.gradient is not None
+    slope = abs(float((outcome.gradient.detach().double() * direction.double()).sum())) / size
+    growth = _norm([images]) * slope / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
     for length in lengths:
         relative = length / growth if growth > 1 else min(length / max(growth, 1e-12) ** 0.5, 1e-3)
         step = max(relative, 100 * rounding) * _norm([images]) / size
