@@ -392,14 +392,15 @@ def _differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[
     direction = direction.to(images.dtype)
     leaf = images.clone().requires_grad_()
     rounding = coarsest_rounding(passes.again(leaf).losses, leaf)
-    lengths = (1e-8, 1e-9, 1e-10, 1e-7, 1e-6) if rounding < _WIDE else [rounding**0.5 * s for s in (1, 4, 0.25, 16)]
+    lengths = [1e-9, 1e-10, 1e-11, 1e-8, 1e-7] if rounding < _WIDE else [rounding**0.5 * s for s in (1, 4, 0.25, 16)]
     size = max(_norm([direction]), 1e-30)
     assert outcome.gradient is not None
     slope = abs(float((outcome.gradient.detach().double() * direction.double()).sum())) / size
     growth = _norm([images]) * slope / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
+    if growth < 1e-3 and rounding < _WIDE:
+        lengths += [1e-6, 1e-5, 1e-4, 1e-3]
     for length in lengths:
-        relative = length / growth if growth > 1 else min(length / max(growth, 1e-12) ** 0.5, 1e-3)
-        step = max(relative, 100 * rounding) * _norm([images]) / size
+        step = max(length / max(1.0, growth), 100 * rounding) * _norm([images]) / size
         ahead, behind = (
             _grad(passes.again(images + side * step * direction).losses.sum() / samples, trial.parameters)
             for side in (1, -1)
