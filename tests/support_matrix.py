@@ -51,6 +51,17 @@ def _batch() -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, CLASSES, (8,), generator=generator)
 
 
+class Lambda(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def criterion(method: str, dtype: torch.dtype = torch.float64) -> sgr.SGRLoss:
     covariance = sgr.CovarianceFunction.exponential(1, (SIZE, SIZE), 3.0).to(dtype)
     return sgr.SGRLoss(covariance, 3.0, method=method)

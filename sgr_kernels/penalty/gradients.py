@@ -78,11 +78,9 @@ def spend(losses: Tensor, images: Tensor, origin: Tensor | None, weights: Tensor
         scaled, *gradients = torch.autograd.grad(losses, (images, *found), seed, allow_unused=True)
     if scaled is None:
         raise ValueError(_NO_PATH)
-    gradient = (
-        scaled
-        if not isinstance(weights, Tensor) and weights == 1
-        else scaled / seed.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
-    )
+    gradient = scaled
+    if isinstance(weights, Tensor) or weights != 1:
+        gradient = scaled / seed.to(scaled.dtype).view(-1, *(1,) * (scaled.dim() - 1))
     pairs = [(leaf, value) for leaf, value in zip(found, gradients) if value is not None]
     if origin is not None:
         pairs.append((origin, scaled))

@@ -149,6 +149,29 @@ def _plain(x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
     return geometry.forward(x, weight)
 
 
+class _Call(NamedTuple):
+    """The arguments of ``F.conv1d`` and its relatives."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    def is_ordinary(self, dims: int) -> bool:
+        """Whether it is of a batch of plain tensors, by plain numbers of pixels."""
+        plain = all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in (self.input, self.weight))
+        transformed = torch._C._are_functorch_transforms_active()
+        return plain and not transformed and self.input.dim() == dims + 2 and not isinstance(self.padding, str)
+
+    def geometry(self, dims: int) -> _Geometry:
+        """How windows lie."""
+        stride, padding, dilation = (_tuple(value, dims) for value in (self.stride, self.padding, self.dilation))
+        return _Geometry(stride, padding, dilation, self.groups)
+
+
 class _Narrow(TorchFunctionMode):
     """While active, convolutions of few channels that have an input gradient run as above."""
 
@@ -156,24 +179,20 @@ class _Narrow(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Route them, or call what was called."""
-        return _narrow(*args, **(kwargs or {})) if func is F.conv2d else func(*args, **(kwargs or {}))
-
-
-def _narrow(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    if _is_ordinary(input, weight, padding) and input.dim() == 4 and input.requires_grad and input.is_contiguous():
-        geometry = _Geometry(_tuple(stride, 2), _tuple(padding, 2), _tuple(dilation, 2), groups)
-        lowered = torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype
-        if not lowered and geometry.is_narrow(None, input, weight):
-            return _Convolution.apply(input, weight, bias, geometry, None)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if func is F.conv2d:
+            call = _Call(*args, **(kwargs or {}))
+            x, weight, autocast = call.input, call.weight, torch.is_autocast_enabled(call.input.device.type)
+            if (
+                call.is_ordinary(2)
+                and x.requires_grad
+                and x.is_contiguous()
+                and x.dtype == weight.dtype
+                and not autocast
+            ):
+                geometry = call.geometry(2)
+                if geometry.is_narrow(None, x, weight):
+                    return _Convolution.apply(x, weight, call.bias, geometry, None)
+        return func(*args, **(kwargs or {}))
 
 
 def fast_image_gradients(model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -181,11 +200,6 @@ def fast_image_gradients(model: Any) -> contextlib.AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or is_compiled(model) or has_compiled_part(model):
         return contextlib.nullcontext()
     return _Narrow()
-
-
-def _is_ordinary(input: Tensor, weight: Tensor, padding: Any) -> bool:
-    plain = all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in (input, weight))
-    return plain and not torch._C._are_functorch_transforms_active() and not isinstance(padding, str)
 
 
 class DifferentiableTwice(TorchFunctionMode):
@@ -204,25 +218,14 @@ class DifferentiableTwice(TorchFunctionMode):
         """Run a convolution of ordinary tensors differentiably, and what has no second derivative by its rule."""
         dims = _CONVOLUTIONS.get(func)
         if dims is not None:
-            return self._convolve(func, dims, *args, **(kwargs or {}))
+            call = _Call(*args, **(kwargs or {}))
+            return self._convolve(call, dims) if call.is_ordinary(dims) else func(*call)
         # What a checkpoint computes again, outside of this mode, is as it was: so it runs here, too.
         rules = _LACKING if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None else _RULES
         return rules.get(func, func)(*args, **(kwargs or {}))
 
-    def _convolve(
-        self,
-        func: Any,
-        dims: int,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        if not _is_ordinary(input, weight, padding) or input.dim() != dims + 2:
-            return func(input, weight, bias, stride, padding, dilation, groups)
+    def _convolve(self, call: _Call, dims: int) -> Tensor:
+        input, weight, bias = call.input, call.weight, call.bias
         # The images do not come before a parameter; they may before a weight that a network computes, or be one.
         leaves = self if isinstance(weight, Parameter) and (bias is None or isinstance(bias, Parameter)) else None
         device = input.device.type
@@ -230,9 +233,8 @@ class DifferentiableTwice(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(device)
             input, weight = _lowered(input, dtype), _lowered(weight, dtype)
             bias = None if bias is None else _lowered(bias, dtype)
-        geometry = _Geometry(_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims), groups)
         with torch.autocast(device, enabled=False):
-            return _Convolution.apply(input, weight, bias, geometry, leaves)
+            return _Convolution.apply(input, weight, bias, call.geometry(dims), leaves)
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
