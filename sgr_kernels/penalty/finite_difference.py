@@ -11,7 +11,9 @@ or rather, with ``h_b = w / (1 + w q_b)``, so that cross-entropy's own term may 
 
 If ``q_b = c u_b`` with u_b known after the first forward pass, the backward that gives g also gives the parameters'
 gradients of the second term, up to the factor ``-w c``. Then the first pass's graph is gone before the second one
-begins: the time of two clean steps, and the memory of little more than one.
+begins: the time of two clean steps, and the memory of little more than one. Of a part of the batch the gradients of the
+second term would be a further copy of the parameters' size beside those of the whole batch: there both small graphs are
+kept for one backward.
 
 On smooth networks this is the exact gradient up to rounding. At kinks of ReLU and max-pooling a step of finite length
 sees curvature that the exact derivative drops. On the Carlini-Wagner network, batches of 128 digits, strength 1, the
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from sgr_kernels.penalty.gradients import SpentPass, spend, substitute
+from sgr_kernels.penalty.gradients import SpentPass, coarsest_rounding, input_gradient, spend, substitute
 from sgr_kernels.penalty.layers.convolution import fast_image_gradients
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Passes
@@ -57,22 +59,35 @@ class FiniteDifference:
     @_disable_dynamo(recursive=False)
     def __call__(self, task: Task) -> Outcome:
         """A loss of which a part of the gradient is there already."""
+        whole = task.shares is None
         # A leaf, so that g's backward does not go on into what the images, and perhaps the model, were made of.
-        leaf = task.images.detach().requires_grad_()
+        leaf = task.images.detach().requires_grad_() if whole else task.leaf()
         with fast_image_gradients(task.passes.model):
             first = task.start(leaf)
         coupled = self.coupled or task.passes.coupled
         shares = _relative_shares(task, first.losses)
         weights = sample_weights(first.losses, leaf, coupled, shares)
         outputs, losses = detached(first.outputs), first.losses.detach()
-        origin = task.images if task.images.requires_grad else None
-        spent = spend(first.losses, leaf, origin, weights)
-        del first  # and with it the graph, before the next one grows
+        if whole:
+            spent = spend(first.losses, leaf, task.images if task.images.requires_grad else None, weights)
+            behind = None
+        else:
+            gradient = input_gradient(first.losses, leaf, shares=weights, retain_graph=True)
+            spent = SpentPass(gradient, (), [], coarsest_rounding(first.losses, leaf))
+            behind = (weights.to(losses.dtype) * first.losses).sum()
+        del first  # and with it the graph of a whole batch, before the next one grows
         task.learn(losses, spent.gradient)
-        return self._second_pass(task, spent, weights, shares, losses, outputs)
+        return self._second_pass(task, spent, behind, weights, shares, losses, outputs)
 
     def _second_pass(
-        self, task: Task, spent: SpentPass, weights: Tensor, shares: Tensor, losses: Tensor, outputs: Any
+        self,
+        task: Task,
+        spent: SpentPass,
+        behind: Tensor | None,
+        weights: Tensor,
+        shares: Tensor,
+        losses: Tensor,
+        outputs: Any,
     ) -> Outcome:
         base = task.images if task.images.requires_grad else task.images.detach()
         whole = task.shares is None
@@ -88,7 +103,9 @@ class FiniteDifference:
             value = task.weight * torch.where(finite, penalty, 0)
         ahead = task.passes.again(moved(base, direction, sides.steps)).losses
         value = cross_entropy + value if whole else value
-        loss = substitute(value, (sides.ahead * ahead).sum(), sides.behind, spent)
+        scalar = (sides.ahead * ahead).sum()
+        scalar = scalar if behind is None else scalar + sides.behind * behind
+        loss = substitute(value, scalar, sides.behind, spent)
         return Outcome(loss, cross_entropy, penalty, outputs, spent.gradient)
 
 

@@ -16,7 +16,13 @@ from torch.autograd.graph import get_gradient_edge
 _NO_PATH = "model: its loss has no path to the images; the penalty needs their gradient"
 
 
-def input_gradient(losses: Tensor, images: Tensor, create_graph: bool = False, shares: Tensor | None = None) -> Tensor:
+def input_gradient(
+    losses: Tensor,
+    images: Tensor,
+    create_graph: bool = False,
+    shares: Tensor | None = None,
+    retain_graph: bool = False,
+) -> Tensor:
     """Gradient of every sample's loss in its image: that of the SUM, since samples do not share pixels.
 
     The graph is freed, unless the gradient is to have one.
@@ -27,6 +33,7 @@ def input_gradient(losses: Tensor, images: Tensor, create_graph: bool = False, s
         create_graph: Whether the gradient is to have a graph.
         shares: Of samples drawn from a batch: how much each stands for, (B,). It matters where samples are coupled,
             so that a sample's image changes the losses of others, of which those drawn stand for all.
+        retain_graph: Whether the losses are to be differentiated again.
 
     Raises:
         ValueError: If the loss does not depend on the images.
@@ -34,7 +41,14 @@ def input_gradient(losses: Tensor, images: Tensor, create_graph: bool = False, s
     gradient, weights = None, torch.ones_like(losses) if shares is None else shares.to(losses.dtype)
     weights = torch.where(weights > 0, weights, 1)
     if losses.requires_grad:
-        (gradient,) = torch.autograd.grad(losses, images, weights, create_graph=create_graph, allow_unused=True)
+        (gradient,) = torch.autograd.grad(
+            losses,
+            images,
+            weights,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
     if gradient is None:
         raise ValueError(_NO_PATH)
     return gradient if shares is None else gradient / weights.to(gradient.dtype).view(-1, *(1,) * (gradient.dim() - 1))

@@ -345,3 +345,25 @@ def test_a_single_sample_for_batch_norm_is_told(
     for _ in range(2):
         loss((lambda x: model(x)) if closure else model, *batch(samples))
     assert caplog.text.count("one sample is left") == said
+
+
+def peak_of_a_step(**options) -> int:
+    """Bytes at the peak of a step's allocations, of a network that is all parameters."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(20) for layer in (nn.Linear(100, 100), nn.GELU())]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, 100), *hidden, nn.Linear(100, CLASSES)).double()
+    images, labels = batch()
+    penalty = criterion(**options, allow_kinks=True)  # so deep a network hardly has a penalty; it costs all the same
+    penalty(model, images, labels).backward()
+    model.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        penalty(model, images, labels).backward()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return int(torch.tensor(changes).cumsum(0).max())
+
+
+def test_a_part_takes_no_more_memory_than_the_whole_batch() -> None:
+    """Finite differences have gradients of the parameters' size before the last backward: once, not once a pass."""
+    method = "finite-difference"
+    assert peak_of_a_step(method=method, fraction=1 / 4) < 1.05 * peak_of_a_step(method=method)
