@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 _LOGGED = 1000
 # Fields of a scale that say which networks there are, not how one is measured: more seeds leave what is known as it is.
-_WHICH_NETWORKS = ("methods", "seeds", "repeated", "twins")
+# What is beyond the paper is part of the question of those measurements alone that depend on it (`Lab.cached`).
+_APART = ("methods", "seeds", "repeated", "twins", "beyond")
 # Methods that share the strength found for another: variants of one penalty (section 4.1).
 _L1_SHARES = (0.1, 0.3, 1.0, 3.0)
 _SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
@@ -215,7 +216,12 @@ class Lab:
         return Search(**{**kept, "trials": [Trial(**trial) for trial in kept["trials"]]})
 
     def cached(
-        self, experiment: str, name: str, networks: Sequence[Network | Settings], measure: Callable[[], Any]
+        self,
+        experiment: str,
+        name: str,
+        networks: Sequence[Network | Settings],
+        measure: Callable[[], Any],
+        plan: Any = None,
     ) -> Any:
         """What ``measure`` returns, from disk if it was measured before with the same version, scale, data
         and networks.
@@ -225,9 +231,11 @@ class Lab:
             name: Its name there.
             networks: What it depends on.
             measure: Gives something ready for JSON.
+            plan: What else it depends on, ready for JSON.
         """
         settings = [(n if isinstance(n, Settings) else n.settings).record() for n in networks]
-        key = digest([__version__, self._measured_at(), self._digests, settings])
+        question = [__version__, self._measured_at(), self._digests, settings]
+        key = digest(question if plan is None else [*question, plan])
         path = self.out / "measurements" / experiment / f"{name}-{key}.json"
         if not path.is_file():
             content = json.dumps(measure())
@@ -240,7 +248,7 @@ class Lab:
         return {"dataset": self.dataset, "data": self._digests, "scale": self._measured_at()}
 
     def _measured_at(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.scale).items() if name not in _WHICH_NETWORKS}
+        return {name: value for name, value in asdict(self.scale).items() if name not in _APART}
 
     def bar(self, items: Sequence[T], description: str) -> Iterable[T]:
         """The items behind a progress bar."""

@@ -35,6 +35,23 @@ class SearchScale:
 
 
 @dataclass(frozen=True)
+class Beyond:
+    """How much of what the paper has not.
+
+    Attributes:
+        seeds: Networks of each method, at most.
+        certified_images: Test images that are certified.
+        certified_draws: Of noise for each.
+        certified_sigmas: Scales of the noise, in pixel units; the first is the main one, the others for one seed.
+    """
+
+    seeds: int = 3
+    certified_images: int = 100
+    certified_draws: int = 1_000
+    certified_sigmas: tuple[float, ...] = (0.5, 0.25, 1.0)
+
+
+@dataclass(frozen=True)
 class Scale:
     """How much of everything.
 
@@ -66,6 +83,7 @@ class Scale:
         mean_correction_network: Whether SGR with Eq. 12 is trained too.
         line_images, line_points: Images and points in the softmax along a line.
         schedule: Of the learning rate. The paper's is constant; a few epochs of it end at a point of chance.
+        beyond: How much of what the paper has not.
     """
 
     name: str
@@ -99,6 +117,7 @@ class Scale:
     line_images: int
     line_points: int
     schedule: str = "constant"
+    beyond: Beyond = Beyond()
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
         """Seeds of the networks of a method that count in its averages."""
@@ -140,6 +159,7 @@ _SMOKE = Scale(
     mean_correction_network=True,
     line_images=20,
     line_points=13,
+    beyond=Beyond(2, 10, 100, (0.5, 1.0)),
 )
 
 _MNIST_CPU = Scale(
@@ -199,6 +219,7 @@ _CIFAR_CPU = replace(
     full_covariance=False,
     leaking_images=1_000,
     line_images=60,
+    beyond=Beyond(1),
 )
 
 _MNIST_FULL = replace(
@@ -225,6 +246,7 @@ _MNIST_FULL = replace(
     mean_correction_network=True,
     line_images=500,
     schedule="constant",
+    beyond=Beyond(5, 1_000, 10_000),
 )
 
 _CIFAR_FULL = replace(

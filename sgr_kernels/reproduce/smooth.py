@@ -39,7 +39,7 @@ _KINKED_IMAGES = 128
 
 def measure(lab: Lab) -> dict[str, Any]:
     """Both kinds of network, trained by every method, under PGD and correlated noise."""
-    seeds = range(min(3, lab.scale.seeds))
+    seeds = range(lab.scale.beyond.seeds)
     wanted = [
         (lab.settings(method, seed, **options), f"{method}, {kind}")
         for kind, options in NETWORKS.items()

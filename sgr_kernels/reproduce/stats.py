@@ -93,7 +93,7 @@ def masks(curve: dict[str, Any]) -> np.ndarray:
 
 def mean(curves: Sequence[dict[str, Any]], level: int | None = None) -> Estimate:
     """Accuracy over networks that saw the same images: at one strength, or over the whole grid."""
-    return _estimate(np.stack([_per_image(curve, level) for curve in curves]))
+    return estimate(np.stack([_per_image(curve, level) for curve in curves]))
 
 
 def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], level: int | None = None) -> Estimate:
@@ -104,7 +104,7 @@ def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]],
 def contrast(terms: Sequence[tuple[float, Sequence[dict[str, Any]]]], level: int | None = None) -> Estimate:
     """A weighted sum of accuracies, image by image; seeds are paired as far as all terms have them."""
     seeds = min(len(curves) for _, curves in terms)
-    return _estimate(
+    return estimate(
         np.stack([sum(weight * _per_image(curves[k], level) for weight, curves in terms) for k in range(seeds)])
     )
 
@@ -114,7 +114,7 @@ def _per_image(curve: dict[str, Any], level: int | None) -> np.ndarray:
     return rows.mean(0) if level is None else rows[level]
 
 
-def _estimate(values: np.ndarray) -> Estimate:
+def estimate(values: np.ndarray) -> Estimate:
     """Of values (networks, images): the images are a sample shared by all networks, the networks another.
 
     The error from the images is at least that of one image gone the other way: no variation among a few hundred is

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from sgr_kernels.cli import main
-from sgr_kernels.reproduce import claims, lab, lrc, paper, pictures, smooth, stats, transfer
+from sgr_kernels.reproduce import certified, claims, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
-from sgr_kernels.reproduce.scales import METHODS, SCALES, SearchScale
+from sgr_kernels.reproduce.scales import METHODS, SCALES, Beyond, SearchScale
 from sgr_kernels.reproduce.smoothness import softmax_along
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.datasets import load as load_data
@@ -368,3 +368,22 @@ def test_smooth_networks_get_a_page_of_their_own(tmp_path, monkeypatch):
     assert "smooth.md" in (tmp_path / "results" / "README.md").read_text()
     # The strengths of each kind of network are its own.
     assert sum(line.startswith("searching l1") for line in said) == 2
+
+
+def test_certificates_get_a_page_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(certified, "METHODS", {name: certified.METHODS[name] for name in ("clean", "gn")})
+    scale = replace(TINY, beyond=Beyond(2, 4, 20, (0.5, 1.0)), search=replace(TINY.search, validation_images=10))
+    reproduce(lab_in(tmp_path, scale=scale), ["certified"], "MNIST, tiny")
+    found = load(tmp_path / "results")["certified"]
+    # Each seed under the main scale of the noise, the first one under the other, too.
+    assert [(run["seed"], run["sigma"]) for run in found["certificates"] if run["method"] == "gn"] == [
+        (0, 0.5), (0, 1.0), (0, 0.5), (0, 1.0), (1, 0.5), (1, 0.5),
+    ]  # fmt: skip
+    # 20 draws that all agree prove p > 0.708 at alpha 0.001, so sigma 0.5 at most a radius of 0.27.
+    assert max(max(run["radii"]) for run in found["certificates"]) <= 1.0 * 0.548
+    page = (tmp_path / "results" / "certified.md").read_text()
+    assert "| gradient norm, squared |" in page
+    # A change of the plan measures anew what it is about, and trains nothing.
+    said = []
+    reproduce(lab_in(tmp_path, said.append, replace(scale, beyond=Beyond(2, 3, 20, (0.5,)))), ["certified"], "MNIST")
+    assert not [line for line in said if line.startswith(("training", "searching"))]
