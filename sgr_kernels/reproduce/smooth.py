@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,8 +19,12 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import stats
+from sgr_kernels.reproduce.certified import certified, mean_radius
 from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.lrc import under_noise
+from sgr_kernels.training.datasets import DataSet
+from sgr_kernels.training.loop import Trainer
+from sgr_kernels.training.methods import Settings
 
 TITLE = "Beyond the paper: smooth networks"
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -35,6 +41,7 @@ METHODS = {
     "lrc": "training on correlated noise",
 }
 _KINKED_IMAGES = 128
+_TIMED_STEPS, _TIMED_ROUNDS = 8, 5
 
 
 def measure(lab: Lab) -> dict[str, Any]:
@@ -52,7 +59,12 @@ def measure(lab: Lab) -> dict[str, Any]:
     for (kind, method), network in lab.bar(list(zip(names, networks, strict=True)), "smooth networks"):
         name = f"{method}-{network.settings.activation}-seed{network.settings.seed}"
         row = lab.cached("smooth", name, [network], partial(attacked, lab, network))
+        length, sigma = max(lab.scale.decay_lengths), lab.scale.beyond.certified_sigmas[0]
+        row["certified"] = certified(lab, network, length, sigma)
         found.setdefault(kind, {}).setdefault(method, []).append(row)
+    first = [(name, network.settings) for name, network in zip(names, networks, strict=True)]
+    first = [(name, settings) for name, settings in first if settings.seed == 0]
+    cost = lab.cached("smooth", "cost", [settings for _, settings in first], partial(costs, lab, first))
     return {
         "images": lab.scale.attack_images,
         "noise_images": lab.scale.noise_images,
@@ -60,6 +72,10 @@ def measure(lab: Lab) -> dict[str, Any]:
         "pgd_steps": lab.scale.pgd_steps,
         "noise_eps": max(lab.scale.noise_eps),
         "sgr_decay_length": lab.scale.decay_length,
+        "certified_images": lab.scale.beyond.certified_images,
+        "certified_decay_length": max(lab.scale.decay_lengths),
+        "certified_sigma": lab.scale.beyond.certified_sigmas[0],
+        "cost": cost,
         "networks": found,
     }
 
@@ -82,6 +98,31 @@ def attacked(lab: Lab, network: Network) -> dict[str, Any]:
     }
 
 
+def costs(lab: Lab, wanted: list[tuple[tuple[str, str], Settings]]) -> dict[str, dict[str, float]]:
+    """Time of a training step relative to a plain one of the same kind of network: medians of rounds taken in turn.
+
+    Args:
+        lab: Where to work.
+        wanted: Kind and method, and the settings of their training.
+    """
+    train = lab.data.train.first(_TIMED_STEPS * lab.scale.batch_size)
+    part = DataSet(train, lab.data.test.first(lab.scale.batch_size))
+    trainers = {
+        name: Trainer(replace(settings, schedule="constant"), part, device=lab.device) for name, settings in wanted
+    }
+    # The first round has what is done once, such as the trial of a penalty's gradient.
+    for done in lab.bar(range(1, _TIMED_ROUNDS + 2), "costs"):
+        for trainer in trainers.values():
+            trainer.run(done, progress=False)
+    found: dict[str, dict[str, float]] = {}
+    for (kind, method), trainer in trainers.items():
+        found.setdefault(kind, {})[method] = median(record["seconds"] for record in trainer.history[1:])
+    return {
+        kind: {method: seconds / max(methods["clean"], 1e-9) for method, seconds in methods.items()}
+        for kind, methods in found.items()
+    }
+
+
 def show(results: dict[str, Any], folder: Path) -> None:
     """The page and its figure."""
     found = results["networks"]
@@ -100,15 +141,22 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps) on the first "
         f"{results['images']:,}, the mean over eps {eps} of 255 and at the "
         f"last of these; under the worst of {results['draws']} draws of noise of {results['noise_eps']:g} standard "
-        f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}. ± is half a "
-        "95 % interval, from the images and, with several seeds, from the seeds. The cosine is between a finite "
+        f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}. The mean "
+        f"certified radius ([what that is](certified.md)) of the first {results['certified_images']:,} under noise of "
+        f"decay length {results['certified_decay_length']:g}, sigma {results['certified_sigma']:g}. ± is half a "
+        "95 % interval, from the images and, with several seeds, from the seeds. The cost is the time of a training "
+        "step relative to a plain one of the same network, taken in turn. The cosine is between a finite "
         "difference and the exact gradient of the penalty in the parameters: near 1 where the input gradient is "
         "continuous."
     )
     for kind, methods in found.items():
         page.heading(kind)
         header = ["training", "strength", "test", "PGD, mean", "PGD, largest eps", *(f"noise {z}" for z in lengths)]
-        page.table([*header, "cosine"], [_row(METHODS[name], runs, lengths) for name, runs in methods.items()])
+        rows = [
+            [*_row(METHODS[name], runs, lengths), f"{results['cost'][kind][name]:.1f}"]
+            for name, runs in methods.items()
+        ]
+        page.table([*header, "certified radius", "cosine", "cost"], rows)
     page.heading("What became of the penalties' gain")
     page.text("Accuracy under PGD, mean over eps, minus that of plain training of the same network, in points:")
     gains = [
@@ -129,7 +177,10 @@ def _row(title: str, runs: list[dict[str, Any]], lengths: list[str]) -> list[str
     noise = [stats.mean([run["noise"][z] for run in runs]).percent() for z in lengths]
     cosine = sum(run["gradient_cosine"] for run in runs) / len(runs)
     under = [stats.mean(curves).percent(), stats.mean(curves, len(curves[0]["eps"]) - 1).percent()]
-    return [title, f"{strength:.3g}" if strength else "–", f"{test:.1f}", *under, *noise, f"{cosine:.2f}"]
+    radius = mean_radius([run["certified"] for run in runs])
+    certified_radius = f"{radius.mean:.2f} ± {radius.half:.2f}"
+    given = f"{strength:.3g}" if strength else "–"
+    return [title, given, f"{test:.1f}", *under, *noise, certified_radius, f"{cosine:.2f}"]
 
 
 def _gain(methods: dict[str, list[dict[str, Any]]], name: str) -> str:
