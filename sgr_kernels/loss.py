@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgr_kernels import checks
 from sgr_kernels.covariance import Covariance
-from sgr_kernels.penalty import choice, steps
+from sgr_kernels.penalty import choice, proof, steps
 from sgr_kernels.penalty.metric import CovarianceMetric, Metric
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.passes import Passes
@@ -30,6 +30,7 @@ from sgr_kernels.penalty.perturbations import (
 )
 from sgr_kernels.penalty.sampling import SAMPLINGS, offset
 from sgr_kernels.penalty.statistics import Recorded, StepStatistics
+from sgr_kernels.penalty.trial import Trial
 from sgr_kernels.penalty.way import Outcome, Task, Way
 from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
 from sgr_kernels.toeplitz.constants import recording
@@ -125,7 +126,7 @@ class SGRLoss(Recorded):
             1 and a step without a penalty from which the covariance learns: an auxiliary loss that a model keeps of
             that pass cannot be differentiated any more, and one that it keeps of the last pass is that of the last.
             ``"auto"`` takes the first of these that the model supports, and says which in the log. Whatever it is, it
-            is tried on the first batch against a difference of plain gradients (`sgr_kernels.penalty.choice`).
+            is tried on the first batch against a difference of plain gradients (`sgr_kernels.penalty.proof`).
         allow_kinks: Use finite differences on a network on which the trial finds them far from exact.
         mean_correction: Subtract ``mean_b g_b . mu`` with the running mean perturbation mu (Eq. 12).
         loss_fn: Per-sample loss ``(outputs, labels) -> (B,)``, a negative log-likelihood: soft labels, several
@@ -325,8 +326,8 @@ class SGRLoss(Recorded):
         if way is not None:
             return way
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
-            return choice.WAYS[self.method]()
-        trial = choice.Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled, self._metric())
+            return proof.WAYS[self.method]()
+        trial = Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled, self._metric())
         way = choice.choose(self.method, trial)
         if way.proved:
             self._ways.keep(model, options, way)

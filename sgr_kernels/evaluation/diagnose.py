@@ -19,8 +19,9 @@ from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, 
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
 from sgr_kernels.checks import check_number, describe
 from sgr_kernels.evaluation.loaders import Loader, batches
-from sgr_kernels.penalty.choice import Trial, agreement
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.proof import agreement
+from sgr_kernels.penalty.trial import Trial
 
 _LOOKED_AT = 64  # images for the kinks
 _SMOOTH = 0.9  # a cosine from which finite differences are allowed, too

@@ -20,7 +20,7 @@ sees curvature that the exact derivative drops. On the Carlini-Wagner network, b
 cosine between the parameters' gradients by differences in float32 and the exact ones is 1.00 untrained, where the
 penalty hardly counts, and 0.68 after an epoch with it (the penalty's alone: 0.04 and 0.33); in float64, whose steps
 are shorter, 1.00 and 1.00 (0.98 and 1.00). ``sgr bench agreement`` measures it; see benchmarks/results/README.md. So
-`sgr_kernels.penalty.choice` measures that cosine before the first step.
+`sgr_kernels.penalty.proof` measures that cosine before the first step.
 """
 
 from __future__ import annotations

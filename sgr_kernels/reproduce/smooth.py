@@ -13,8 +13,9 @@ import torch
 from sgr_kernels.attacks import pgd
 from sgr_kernels.evaluation.curves import robustness_curve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
-from sgr_kernels.penalty.choice import Trial, agreement
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.proof import agreement
+from sgr_kernels.penalty.trial import Trial
 from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel

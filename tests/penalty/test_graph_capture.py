@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgr_kernels import CovarianceFunction, SGRLoss, loss
-from sgr_kernels.penalty import choice, statistics
+from sgr_kernels.penalty import choice, proof, statistics
 from sgr_kernels.training.models import carlini_wagner
 
 SIZES = {1: (28, 28), 3: (32, 32)}
@@ -40,7 +40,7 @@ def test_a_step_asks_the_device_for_no_value(channels, options, monkeypatch):
     """
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast does not know that device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(choice, "prove", lambda name, _: choice.WAYS[name]())  # before the first step, it does look
+    monkeypatch.setattr(choice, "prove", lambda name, _: proof.WAYS[name]())  # before the first step, it does look
     model, criterion = setting(channels, "meta", **options)
     images = torch.rand(8, channels, *SIZES[channels], device="meta")
     labels = torch.zeros(8, dtype=torch.int64, device="meta")
