@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from sgr_kernels.penalty.proof import WAYS, prove
 from sgr_kernels.penalty.trial import Trial
 from sgr_kernels.penalty.way import Way
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_compiled, modules_in, uncompiled
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, has_compiled_part, is_compiled, modules_in, uncompiled
 
 logger = logging.getLogger("sgr_kernels")
 
@@ -102,7 +102,8 @@ def choose(method: str, trial: Trial) -> Way:
 
 def _preference(model: Any) -> tuple[str, ...]:
     """Cheapest first; of a compiled model what keeps it compiled."""
-    return METHODS if not is_compiled(model) else ("finite-difference", "double-backward", "forward-mode")
+    compiled = is_compiled(model) or has_compiled_part(model)
+    return METHODS if not compiled else ("finite-difference", "double-backward", "forward-mode")
 
 
 def _remedy(failures: dict[str, str], trial: Trial) -> str:

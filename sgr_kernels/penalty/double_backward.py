@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sgr_kernels.penalty.gradients import graph_nodes, input_gradient
 from sgr_kernels.penalty.layers.convolution import DifferentiableTwice
 from sgr_kernels.penalty.way import Outcome, Task
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, hidden_compiler, is_sharded
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, is_sharded
 
 
 class DoubleBackward:
@@ -23,10 +23,8 @@ class DoubleBackward:
     exact, inside, traceable, repeats, proved = True, True, False, False, False
 
     def obstacle(self, model: Any) -> str | None:
-        """Parameters that come and go, and a compiled model that cannot be looked into."""
-        if is_sharded(model):
-            return "fully sharded parameters are freed before the second backward"
-        return hidden_compiler(model)
+        """Parameters that come and go."""
+        return "fully sharded parameters are freed before the second backward" if is_sharded(model) else None
 
     def __call__(self, task: Task) -> Outcome:
         """Cross-entropy and penalty in one graph."""

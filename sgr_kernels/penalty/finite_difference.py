@@ -13,7 +13,7 @@ If ``q_b = c u_b`` with u_b known after the first forward pass, the backward tha
 gradients of the second term, up to the factor ``-w c``. Then the first pass's graph is gone before the second one
 begins: the time of two clean steps, and the memory of little more than one. Of a part of the batch the gradients of the
 second term would be a further copy of the parameters' size beside those of the whole batch: there both small graphs are
-kept for one backward.
+kept for one backward, where the first can be.
 
 On smooth networks this is the exact gradient up to rounding. At kinks of ReLU and max-pooling a step of finite length
 sees curvature that the exact derivative drops. On the Carlini-Wagner network, batches of 128 digits, strength 1, the
@@ -33,11 +33,19 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from sgr_kernels.penalty.gradients import SpentPass, coarsest_rounding, input_gradient, spend, substitute
+from sgr_kernels.penalty.gradients import (
+    SpentPass,
+    coarsest_rounding,
+    input_gradient,
+    may_be_retained,
+    spend,
+    substitute,
+)
 from sgr_kernels.penalty.layers.convolution import fast_image_gradients
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.way import Outcome, Task, mean
+from sgr_kernels.penalty.wrappers import is_sharded
 from sgr_kernels.toeplitz.constants import wide_dtype
 
 
@@ -68,13 +76,7 @@ class FiniteDifference:
         shares = _relative_shares(task, first.losses)
         weights = sample_weights(first.losses, leaf, coupled, shares)
         outputs, losses = detached(first.outputs), first.losses.detach()
-        if whole:
-            spent = spend(first.losses, leaf, task.images if task.images.requires_grad else None, weights)
-            behind = None
-        else:
-            gradient = input_gradient(first.losses, leaf, shares=weights, retain_graph=True)
-            spent = SpentPass(gradient, (), [], coarsest_rounding(first.losses, leaf))
-            behind = (weights.to(losses.dtype) * first.losses).sum()
+        spent, behind = _backward(task, first.losses, leaf, weights)
         del first  # and with it the graph of a whole batch, before the next one grows
         task.learn(losses, spent.gradient)
         return self._second_pass(task, spent, behind, weights, shares, losses, outputs)
@@ -107,6 +109,16 @@ class FiniteDifference:
         scalar = scalar if behind is None else scalar + sides.behind * behind
         loss = substitute(value, scalar, sides.behind, spent)
         return Outcome(loss, cross_entropy, penalty, outputs, spent.gradient)
+
+
+@_disable_dynamo
+def _backward(task: Task, losses: Tensor, leaf: Tensor, weights: Tensor) -> tuple[SpentPass, Tensor | None]:
+    """The gradient g, and of ``sum_b u_b l_b`` the parameters' gradients or, to be differentiated yet, the sum."""
+    if task.shares is None or is_sharded(task.passes.model) or not may_be_retained(losses):
+        return spend(losses, leaf, task.images if task.images.requires_grad else None, weights), None
+    gradient = input_gradient(losses, leaf, shares=weights, retain_graph=True)
+    kept = SpentPass(gradient, (), [], coarsest_rounding(losses, leaf))
+    return kept, (weights.to(losses.dtype) * losses).sum()
 
 
 def _relative_shares(task: Task, losses: Tensor) -> Tensor:

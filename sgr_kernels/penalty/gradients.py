@@ -117,6 +117,11 @@ def coarsest_rounding(losses: Tensor, images: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
+def may_be_retained(losses: Tensor) -> bool:
+    """Whether a graph may be gone through twice: a compiled one gives its buffers away the first time."""
+    return not any("CompiledFunction" in node.name() for node in graph_nodes(losses))
+
+
 def graph_nodes(value: Tensor, without: Collection[Any] = ()) -> Iterator[Any]:
     """The nodes of the graph behind a value, each once; not beyond those left out."""
     seen: set[Any] = {None, *without}

@@ -18,7 +18,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sgr_kernels import checks
 from sgr_kernels.penalty.layers.batch_norm import PartOfBatch, batch_statistics
-from sgr_kernels.penalty.wrappers import has_compiled_part, is_compiled, modules_in, opened, uncompiled, unwrapped
+from sgr_kernels.penalty.wrappers import (
+    has_compiled_part,
+    in_eager_mode,
+    is_compiled,
+    modules_in,
+    opened,
+    uncompiled,
+    unwrapped,
+)
 
 Evaluate = Callable[[Any, Any], Tensor]
 """Losses of each sample, (B,), from outputs and labels."""
@@ -69,8 +77,9 @@ class Passes:
     def first(self, images: Tensor, inside: bool = False) -> Pass:
         """The plain pass; ``inside`` looks into a compiled model."""
         model = opened(self.model) if inside else self.model
+        eager = in_eager_mode() if inside else contextlib.nullcontext()
         hidden = self._replays and not self._known and not torch.compiler.is_compiling()
-        with _before_modules(self._remember) if hidden else contextlib.nullcontext():
+        with eager, _before_modules(self._remember) if hidden else contextlib.nullcontext():
             outputs = model(self._own(images))
         return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
 
@@ -104,7 +113,7 @@ class Passes:
         """The outputs of a further pass."""
         images = self._own(images)
         model = uncompiled(self.model) if inside else unwrapped(self.model)
-        with self.replayed():
+        with self.replayed(), in_eager_mode() if inside else contextlib.nullcontext():
             if torch.compiler.is_compiling() and not isinstance(model, nn.Module):
                 return model(images)
             whole = not inside and is_compiled(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -36,13 +37,9 @@ def is_compiled(model: Any) -> bool:
     return opened(model) is not model or opened(unwrapped(model)) is not unwrapped(model)
 
 
-def hidden_compiler(model: Any) -> str | None:
-    """Why a compiled model cannot be looked into, if one is where only its wrapper is called."""
-    if isinstance(opened(model), nn.parallel.DistributedDataParallel) and is_compiled(unwrapped(opened(model))):
-        return "DistributedDataParallel around a compiled model hides it; compile what it returns instead"
-    if not isinstance(opened(model), nn.Module) and any(map(is_compiled, modules_in(opened(model)))):
-        return "the callable hides a compiled model; compile the callable instead"
-    return None
+def in_eager_mode() -> contextlib.AbstractContextManager[Any]:
+    """While active, compiled code runs uncompiled, wherever in a model or a callable it is."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def has_compiled_part(model: Any) -> bool:
