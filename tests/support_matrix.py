@@ -390,9 +390,11 @@ def render() -> str:
         "methods agree on",
         "that. Fused attention has no second derivative: double backward runs it as its definition, and forward mode "
         "writes",
-        "attention, softmax and normalization layers out (`sgr_kernels/penalty/layers/forward_rules.py`). On GPUs, "
-        "cuDNN's recurrent layers have",
-        'no second derivative either: use `method="finite-difference"`.',
+        "attention, softmax and normalization layers out (`sgr_kernels/penalty/layers/forward_rules.py`). The exact "
+        "methods run",
+        "compiled code in eager mode, be it the model, a part of it, or hidden in a callable; finite differences keep "
+        "it compiled.",
+        'On GPUs, cuDNN\'s recurrent layers have no second derivative either: use `method="finite-difference"`.',
     ]
     return "\n".join(lines) + "\n"
 
