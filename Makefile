@@ -1,6 +1,7 @@
 # make demo    train and compare clean, gradient-norm and SGR classifiers on real digits; writes demo-report/
 # make test    the test suite
 # make lint    style, types
+# make docs    the site, into build/docs/; a warning fails it
 # make fuzz    the tests that draw examples, with fresh ones; what fails prints how to see it again
 # make bench   the operators' benchmark (results in benchmarks/results/)
 # make versions  the quick tests under other versions of torch and Triton; an hour
@@ -16,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 GPU_RESULTS ?= gpu-results
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test fuzz lint format bench gpu versions zoo clean
+.PHONY: demo test fuzz lint format docs bench gpu versions zoo clean
 
 demo: $(READY)
 	$(BIN)/sgr demo --out demo-report
@@ -36,6 +37,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m sphinx -q -E -n -W --keep-going -c docs/site -b html . build/docs
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable -p no:xdist

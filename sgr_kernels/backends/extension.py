@@ -27,7 +27,7 @@ class BuildInfo(TypedDict):
     """What is compiled in, and why nothing is if nothing is."""
 
     kernels: list[str]
-    """Device types with kernels: of ``"cpu"`` and ``"cuda"``."""
+    """Device types with kernels, of ``"cpu"`` and ``"cuda"``."""
     instruction_sets: list[str]
     """What the CPU kernels can use on this machine, best first."""
     cuda_architectures: list[str]

@@ -191,7 +191,7 @@ class Estimate(Counting, Covariance):
         With several processes, all must call this equally often, with whatever batch each has.
 
         Args:
-            perturbation: (m, *shape), any floating-point dtype.
+            perturbation: ``(m, *shape)``, any floating-point dtype.
 
         Raises:
             RuntimeError: If the covariance is frozen.

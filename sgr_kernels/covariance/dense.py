@@ -48,7 +48,7 @@ class FullCovariance(Estimate):
         target_variance: The mean diagonal entry is brought to this value when it is read; None leaves it.
         process_group: As for `CovarianceFunction`.
 
-    Perturbations and gradients are (B, C, *size), or flattened, (B, D).
+    Perturbations and gradients are ``(B, C, *size)``, or flattened, (B, D).
 
     Attributes:
         values: The raw running estimate, (D, D).
@@ -116,7 +116,7 @@ class FullCovariance(Estimate):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, (n, C, *size)."""
+        """Draw ``n`` zero-mean Gaussian perturbations with the covariance `dense`, ``(n, C, *size)``."""
         root = self._root((self.values, self.scale), lambda: dense_root(self.dense()))
         return draw_dense(root, n, generator).view(n, *self.shape)
 

@@ -88,12 +88,12 @@ class CovarianceFunction(Estimate):
 
     @property
     def form(self) -> str:
-        """Form of the table that the kernels use: ``"even"`` or ``"signed"``."""
+        """Form of the table that the kernels use, ``"even"`` or ``"signed"``."""
         return self.matrix.form
 
     @property
     def table(self) -> Tensor:
-        """Sigma's table: the values, scaled and clipped."""
+        """Sigma by displacement, which is the values scaled and clipped."""
         return self.matrix.table
 
     @property

@@ -52,7 +52,7 @@ class RobustnessCurve:
 
     @property
     def area(self) -> float:
-        """Mean accuracy over the grid of strengths: the figure in the cells of the paper's tables."""
+        """Mean accuracy over the grid of strengths, the figure in the cells of the paper's tables."""
         return sum(self.accuracy) / len(self.eps)
 
     def interval(self, confidence: float = 0.95) -> list[tuple[float, float]]:

@@ -160,3 +160,28 @@ def test_hugging_face_options_mean_what_they_mean_without_a_penalty(tmp_path: Pa
     penalized, _ = hugging_face_norms(tmp_path / "penalized", 10.0, **options)
     assert penalized[0] == pytest.approx(own[0], rel=0.5)
     assert penalized[0] != pytest.approx(own[0], rel=1e-4)
+
+
+GALLERY = {
+    "sensor_noise": ("plain", "SGR, noise as measured"),
+    "coloured_signals": ("plain", "SGR, noise as recorded"),
+    "fine_tune": ("as trained", "fine-tuned with SGR"),
+}
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_gallery_gains_under_noise(name: str, tmp_path: Path) -> None:
+    """In their fast form the programs show what their pictures do: the penalized network stands more noise."""
+    found = load(name).run(str(tmp_path / "picture.png"), fast=True)
+    before, after = (found[key] for key in GALLERY[name])
+    assert len(before) == len(after) == 5
+    assert sum(after) > sum(before) + 0.1
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gallery_of_random_fields(tmp_path: Path) -> None:
+    """The likelihood finds the decay length to its grid's next steps, and the estimate is the regression's mean."""
+    found = load("random_fields").run(str(tmp_path / "picture.png"), fast=True)
+    assert found["decay_length"] == pytest.approx(found["truth"], rel=0.5)
+    assert found["error_after"] < 0.6 * found["error_before"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

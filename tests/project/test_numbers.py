@@ -1,0 +1,117 @@
+"""The numbers on the front page, in docs/choose.md and in docs/cost.md are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def page(path: str) -> str:
+    """A page as one line, its empty cells alike."""
+    return re.sub(r"\n *", " ", re.sub(r"\|(?= \|)", "| ", (ROOT / path).read_text()))
+
+
+def result(path: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / path).read_text())
+
+
+def accuracies(method: str) -> list[str]:
+    """MNIST, in %: without attack; under noise of 0.7 over 16, 4 and 1 pixels, where there is any; under PGD."""
+    attacked, noisy = (result(f"paper/mnist/{name}.json")["methods"].get(method, []) for name in ("table1", "lrc"))
+    shares = [fmean(run["test_accuracy"] for run in attacked)]
+    for length in ("16", "4", "1") if noisy else ():
+        curves = [run["curves"][length] for run in noisy]
+        shares.append(fmean(curve["accuracy"][curve["eps"].index(0.7)] for curve in curves))
+    shares.append(fmean(fmean(run["curves"]["pgd"]["accuracy"]) for run in attacked))
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def cost(way: str, network: str = "carlini-wagner-mnist", entry: str = "time_ratio") -> str:
+    (row,) = (row for row in result("step-cpu.json")["rows"] if (row["network"], row["way"]) == (network, way))
+    return f"{row[entry]:.2f}"
+
+
+def kept(way: str, path: str = "lazy-cpu.json") -> list[str]:
+    """Of every step's gain under PGD and under noise, and the test accuracy."""
+    test, *gains = result(path)["summary"][way].values()
+    return [*(f"{100 * gain['kept']:.0f} %" if "kept" in gain else "" for gain in gains), f"{100 * test['mean']:.1f}"]
+
+
+def front_page() -> list[str]:
+    eighth = "an eighth by importance"
+    return [
+        f"| plain | {' | '.join(accuracies('clean'))} | 1 |",
+        f"| gradient norm | {' | '.join(accuracies('gn'))} | {cost('gn')} |",
+        f"| SGR, covariance of gradient signs | {' | '.join(accuracies('sgr_sign'))} | {cost('sgr')} |",
+        f"| SGR, exponential covariance over 16 pixels | {' | '.join(accuracies('sgr_exp'))} | ≤ {cost('sgr')} |",
+        "adversarial training (one seed) | {} |  |  |  | {} | {} |".format(*accuracies("pgd"), cost("pgd-7")),
+        f"costs {cost(f'sgr, {eighth}')} plain ones, and of the gain under noise {kept(eighth)[1]} are kept",
+    ]
+
+
+def choose() -> list[str]:
+    ways = {"every step": "sgr", "every 4th": "sgr, every 4th step"}
+    ways |= {
+        way: f"sgr, {way}" for way in ("an eighth by importance", "a sixteenth by importance", "a quarter at random")
+    }
+    methods = ("sgr", "sgr, forward-mode", "sgr, finite-difference")
+    batch_norm = [row["cosine"] for row in result("batch-norm-cpu.json")["rows"] if "whole" in row["way"]]
+    agreement = {
+        (row["epochs"], row["precision"], row["strength"]): row["cosine"]["mean"]
+        for row in result("agreement-cpu.json")["rows"]
+    }
+    searches = result("paper/mnist/search.json")["searches"]
+    strongest = searches["sgr_sign, pgd"]["trials"][-1]
+    cifar10 = result("paper/cifar10/search.json")["searches"]
+    return [
+        *(f"| {' | '.join(accuracies(method))} |" for method in ("clean", "gn", "sgr_sign", "sgr_exp")),
+        *(
+            f"| {' | '.join(kept(way))} | {cost(timed)} | {cost(timed, 'carlini-wagner-cifar10')} |"
+            for way, timed in ways.items()
+        ),
+        *(f"{cost(way)} ({cost(way, entry='memory_ratio')})" for way in methods),
+        f"an eighth keeps {kept('an eighth by importance', 'lazy-cifar10-cpu.json')[1]} of the gain under noise",
+        f"has a cosine of {min(batch_norm):.2f} to {max(batch_norm):.2f} to the exact one",
+        f"the exact one is {agreement[1, 'float32', 1.0]:.2f} at strength 1",
+        "it found {gn, pgd[strength]:g} for the gradient norm, {sgr_sign, pgd[strength]:g} for gradient signs and "
+        "{sgr_exp, noise[strength]:g} for the exponential covariance".format_map(searches),
+        "on CIFAR-10 {gn, pgd[strength]:g} to {gn, noise[strength]:g} for the gradient norm and "
+        "{sgr_exp, noise[strength]:g} for both others".format_map(cifar10),
+        f"at {strongest['strength']:g} cost 7 points of validation accuracy, from "
+        f"{100 * searches['sgr_sign, pgd']['clean_accuracy']:.1f} to {100 * strongest['accuracy']:.1f} %",
+    ]
+
+
+def costs() -> list[str]:
+    (_, whole, quarter) = result("step-resnet50-cpu.json")["rows"]
+    whole, quarter = (f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})" for row in (whole, quarter))
+    return [f"`sgr` {whole}, a quarter by importance {quarter}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "numbers"), [("README.md", front_page), ("docs/choose.md", choose), ("docs/cost.md", costs)]
+)
+def test_numbers_are_those_of_committed_results(path: str, numbers: Any) -> None:
+    text = page(path)
+    for wanted in numbers():
+        assert wanted in text, wanted
+
+
+def test_differences_are_those_that_the_claims_page_found() -> None:
+    claims, text = page("benchmarks/results/paper/mnist/README.md"), page("docs/choose.md")
+    for found, said in {
+        "+15.3 ± 1.9": "by 15.3 ± 1.9 points",
+        "1 -16.3 ± 2.5": "over one pixel it loses 16.3 ± 2.5",
+        "gn +6.4 ± 3.4, sgr_sign +4.5 ± 3.9": "gains 4.5 ± 3.9 points under PGD on MNIST, the gradient norm 6.4 ± 3.4",
+        "sgr_grad -1.3 ± 1.1": "within 1.3 ± 1.1 points",
+        "lrc +2.5 ± 1.3": "it is 2.5 ± 1.3 points behind SGR",
+    }.items():
+        assert found in claims
+        assert said in text, said
