@@ -19,7 +19,7 @@ _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("experiment", choices=(*EXPERIMENTS, *BEYOND, "all"), help="all: the paper's; smooth: beyond it")
+    add("experiment", choices=(*EXPERIMENTS, *BEYOND, "all"), help="all: the paper's; smooth, corruptions: beyond it")
     add("--dataset", choices=tuple(SCALES), default="mnist", help="whose networks and columns of the paper")
     add(
         "--scale",
