@@ -3,6 +3,7 @@
 SGRLoss                   cross-entropy plus the penalty: the loss that trains
 linear_warmup             a schedule of its strength
 cross_entropy_per_sample  its default ``loss_fn``
+perturbations             where its covariance may learn from, beside the sources that it knows by name
 PenaltyGradientError      why the penalty's gradient cannot be had from a model, and what to do
 CovarianceFunction        covariance of perturbations by displacement: a running estimate, or fixed
 FullCovariance            their full matrix, for low-dimensional data
@@ -38,6 +39,7 @@ from sgr_kernels.penalty.wrappers import PenaltyGradientError
 if TYPE_CHECKING:
     from sgr_kernels import attacks, evaluation
     from sgr_kernels.evaluation import diagnose
+    from sgr_kernels.penalty import perturbations
     from sgr_kernels.training import models
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "functional",
     "linear_warmup",
     "models",
+    "perturbations",
     "use_backend",
 ]
 
@@ -66,6 +69,7 @@ _LATER = {
     "evaluation": ("sgr_kernels.evaluation", None),
     "diagnose": ("sgr_kernels.evaluation", "diagnose"),
     "models": ("sgr_kernels.training.models", None),
+    "perturbations": ("sgr_kernels.penalty.perturbations", None),
 }
 
 

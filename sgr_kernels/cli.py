@@ -22,7 +22,12 @@ COMMANDS = {
 }
 
 # Packages that a plain installation lacks, by the extra that brings them.
-_EXTRAS = {"matplotlib": "train", "safetensors": "train", "tqdm": "train", "PIL": "images", "torchvision": "vision"}
+_EXTRAS = {
+    **dict.fromkeys(("matplotlib", "safetensors", "tqdm"), "train"),
+    **dict.fromkeys(("imagecorruptions", "cv2", "scipy", "skimage"), "corruptions"),
+    "PIL": "images",
+    "torchvision": "vision",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,16 @@ from tqdm import tqdm
 
 from sgr_kernels._version import __version__
 from sgr_kernels.commands import common, networks
+from sgr_kernels.evaluation.corrupt import (
+    KINDS,
+    SEVERITIES,
+    SMALLEST,
+    check_kinds,
+    check_severities,
+    require_package,
+)
+from sgr_kernels.evaluation.corruptions import CorruptionCurves, corruption_curves
+from sgr_kernels.evaluation.curves import RobustnessCurve
 from sgr_kernels.evaluation.suite import DECAY_LENGTHS, Evaluation, Plan, eps_grid, evaluate, parts
 from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
@@ -33,7 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
-    add("--seed", type=common.seed, default=Plan.seed, help="of random starts and noise")
+    add(
+        "--corruptions",
+        choices=KINDS,
+        nargs="*",
+        metavar="KIND",
+        help=f"under common corruptions as well; none named: {', '.join(KINDS)}",
+    )
+    add("--severities", type=int, choices=SEVERITIES, nargs="+", default=SEVERITIES, help="of the corruptions")
+    add("--seed", type=common.seed, default=Plan.seed, help="of random starts, noise and corruptions")
     common.add_batch_size(parser)
     add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint or the weights")
     common.add_device(parser)
@@ -41,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
+    kinds = corruption_kinds(arguments)
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
     path = common.writable(arguments.out or subject.beside("evaluation.json"))
@@ -53,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         draws=arguments.draws,
         seed=arguments.seed,
     )
-    with tqdm(total=parts(plan), disable=None, unit="part", leave=False) as bar:
+    with tqdm(total=parts(plan) + (kinds != []), disable=None, unit="part", leave=False) as bar:
 
         def show(part: str) -> None:
             bar.set_description(part)
@@ -61,6 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
 
         batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
         result = evaluate(subject.model, batches, plan, on_part=show)
+        corrupted = None
+        if kinds != []:
+            show("corruptions")
+            corrupted = corruption_curves(subject.model, batches, kinds, arguments.severities, seed=arguments.seed)
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
@@ -69,9 +92,49 @@ def run(arguments: argparse.Namespace) -> int:
         **result.to_dict(),
     }
     print(summary(result, plan, f"{len(images)} test images of {images.name}"))
+    if corrupted is not None:
+        record["corruptions"] = corrupted.to_dict()
+        print(f"\n{corruption_summary(corrupted)}")
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0
+
+
+def corruption_kinds(arguments: argparse.Namespace) -> list[str] | None:
+    """Kinds of corruption asked for; None: all there are. Checked before anything is measured.
+
+    Raises:
+        ModuleNotFoundError: without the package that makes them.
+        ValueError: one of them twice.
+    """
+    if arguments.corruptions is None:
+        return []
+    require_package()
+    check_severities(arguments.severities)
+    return check_kinds(arguments.corruptions) if arguments.corruptions else None
+
+
+def corruption_summary(result: CorruptionCurves) -> str:
+    """The table of corruptions for the terminal."""
+    first = next(iter(result.curves.values()))
+    table = text_table(
+        ["severity", *(f"{severity:g}" for severity in first.eps), "mean", "95 %"],
+        [
+            [kind, *(f"{100 * share:.1f}" for share in curve.accuracy), f"{100 * curve.area:.1f}", _width(curve)]
+            for kind, curve in result.curves.items()
+        ],
+    )
+    lines = [f"common corruptions (imagecorruptions; severities as for photographs of 224 pixels)\n{table}"]
+    lines.append(f"mean over {len(result.curves)} kinds and their severities: {percent(result.mean_accuracy)}")
+    if result.padded:
+        lines.append(f"the images are continued by their edges to {SMALLEST} pixels, corrupted, and cropped back")
+    lines += [f"not made: {reason}" for reason in result.unavailable.values()]
+    return "\n".join(lines)
+
+
+def _width(curve: RobustnessCurve) -> str:
+    """The widest interval of a curve, as ± points."""
+    return f"± {max(50 * (high - low) for low, high in curve.interval()):.1f}"
 
 
 def summary(result: Evaluation, plan: Plan, images: str) -> str:

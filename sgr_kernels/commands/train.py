@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sgr_kernels.commands import common, networks
+from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS, eps_grid
 from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
 from sgr_kernels.penalty.sampling import SAMPLINGS
@@ -150,6 +151,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
     add("--activation", choices=ACTIVATIONS, default=_DEFAULTS["activation"], help="of the network; the paper's: relu")
     add("--pooling", choices=POOLINGS, default=_DEFAULTS["pooling"], help="of the network; the paper's: max")
+    add(
+        "--corruption",
+        choices=KINDS,
+        metavar="KIND",
+        help=f"give method sgr the covariance of a corruption: {', '.join(KINDS)}",
+    )
+    add("--severity", type=int, choices=SEVERITIES, default=_DEFAULTS["severity"], help="of the corruption")
     add("--seed", type=common.seed, default=_DEFAULTS["seed"], help="of everything random")
     add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
     common.add_device(parser)

@@ -179,8 +179,38 @@ class CovarianceFunction(Estimate):
                 asked for.
         """
         construction.check_data_set(images, chunk)
+        return cls._of_data(images, None, center, chunk, options)
+
+    @classmethod
+    def from_pairs(
+        cls, clean: Tensor, corrupted: Tensor, *, center: bool = False, chunk: int = 1024, **options: Any
+    ) -> CovarianceFunction:
+        """A frozen covariance of a corruption: the second moment of ``xi = corrupted - clean``.
+
+        By default the raw one, ``E[xi xi^T]``, as the penalty asks for (Eq. 15), where `from_images` describes images
+        and centres them. The mean of xi then is kept, for ``SGRLoss(..., mean_correction=True)`` (Eq. 12).
+
+        Args:
+            clean: (n, C, H, W) or (n, C, L), floating point in [0, 1], or uint8, which is divided by 255.
+            corrupted: The same images, corrupted.
+            center: Subtract the mean of xi: what a constant shift does is then not in the covariance.
+            chunk: Pairs taken at a time.
+            **options: Other arguments of `CovarianceFunction`.
+
+        Raises:
+            TypeError: If the images are neither floating point nor uint8.
+            ValueError: If the two differ in shape or device, there are none, a value is not finite, or nothing was
+                corrupted and a target variance is asked for.
+        """
+        construction.check_pairs(clean, corrupted, chunk)
+        return cls._of_data(corrupted, clean.detach(), center, chunk, options)
+
+    @classmethod
+    def _of_data(
+        cls, images: Tensor, minus: Tensor | None, center: bool, chunk: int, options: dict[str, Any]
+    ) -> CovarianceFunction:
         covariance = cls(images.shape[1], tuple(images.shape[2:]), **options)
-        values, mean = construction.moments_of_images(images.detach(), covariance.layout, center, chunk)
+        values, mean = construction.moments_of_images(images.detach(), covariance.layout, center, chunk, minus)
         covariance.to(values.device, values.dtype)
         covariance.check_values(values)
         covariance.values.copy_(values)

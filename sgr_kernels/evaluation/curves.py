@@ -148,10 +148,10 @@ def transfer_curves(
                     # Images of its own for each run: some attacks perturb what they are given.
                     adversarial = [attack(source, images.clone(), start, eps=e, generator=stream) for e, stream in runs]
             for name, target in targets.items():
-                unperturbed = _correct(target, images, truth)
+                unperturbed = correct_answers(target, images, truth)
                 clean[name].append(unperturbed)
                 rows = [
-                    unperturbed if torch.equal(perturbed, images) else _correct(target, perturbed, truth)
+                    unperturbed if torch.equal(perturbed, images) else correct_answers(target, perturbed, truth)
                     for perturbed in adversarial
                 ]
                 correct[name].append(torch.stack(rows))
@@ -180,7 +180,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def _correct(model: Model, images: Tensor, truth: Tensor) -> Tensor:
+def correct_answers(model: Model, images: Tensor, truth: Tensor) -> Tensor:
+    """Which of a batch's images a model, left as it was, classifies as the true labels say: (B,), bool, on the CPU."""
     with preserve(model):
         logits = clean_logits(model, images)
     check_labels(truth, len(images), logits.shape[1])

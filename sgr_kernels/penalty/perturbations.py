@@ -1,4 +1,4 @@
-"""Where a covariance learns from: the sources of adversarial perturbations that `SGRLoss` knows by name."""
+"""Where a covariance learns from: the sources of perturbations that `SGRLoss` knows by name, and others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.checks import describe
+from sgr_kernels.toeplitz.constants import recording
+
+__all__ = ["from_transform"]
+
 Perturbation = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 # Strength and steps of the attacks; the scale of the estimate is set by the covariance's target variance.
@@ -16,6 +21,51 @@ PGD_STEPS = 7
 
 FREE = ("gradient", "sign")
 """Sources that cost nothing: functions of the loss gradient, which the penalty needs anyway."""
+
+
+def from_transform(fn: Callable[[Tensor], Tensor]) -> Perturbation:
+    """A source of perturbations for `SGRLoss`, ``xi = fn(x) - x``: its covariance is that of a corruption.
+
+    Where the corruption moves images one way, as more light does, ``mean_correction=True`` takes its mean into account
+    (Eq. 12).
+
+    Args:
+        fn: Images (B, C, H, W), as the loss was given them, to corrupted ones of the same shape, floating point. It may
+            draw random numbers, from PyTorch's streams for a training that can be resumed; it gets a copy, outside any
+            graph.
+
+    Returns:
+        The source, to be given as ``SGRLoss(..., perturbation=...)``. Called, it raises TypeError where ``fn`` returns
+        no floating-point tensor, and ValueError where what it returns has another shape or device, or is not finite for
+        images that are; of which a GPU is asked at each update.
+
+    Raises:
+        TypeError: If ``fn`` cannot be called.
+    """
+    if not callable(fn):
+        raise TypeError(f"fn: expected a callable, images to corrupted images, got {describe(fn)}")
+
+    def source(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        clean = images.detach()
+        with torch.no_grad():
+            found = fn(clean.clone())
+            _check_transformed(found, clean)
+            return found.detach() - clean
+
+    return source
+
+
+def _check_transformed(found: Any, images: Tensor) -> None:
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise TypeError(f"fn: expected floating-point images, got {describe(found)}")
+    if found.shape != images.shape or found.device != images.device:
+        raise ValueError(
+            f"fn: expected images {tuple(images.shape)} on {images.device}, as it was given, "
+            f"got {tuple(found.shape)} on {found.device}"
+        )
+    # Images that are not finite themselves are left out by the loss.
+    if not recording() and bool((images.isfinite() & ~found.isfinite()).any()):
+        raise ValueError("fn: expected finite images, got NaN or infinity")
 
 
 def from_gradient(name: str, gradient: Tensor) -> Tensor:

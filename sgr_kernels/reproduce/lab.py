@@ -185,17 +185,13 @@ class Lab:
         """
         plan, scale = self.scale.search, self.scale
         chosen: Attack = attack or ("noise" if method == "sgr_exp" else "pgd")
-        data = held_out(self.whole, plan.train_images or scale.train_images, plan.validation_images)
+        validation = self.validation().test
         eps = [level / PIXEL_LEVELS for level in plan.eps] if chosen == "pgd" else list(plan.noise_eps)
-
-        def train(tried: Sequence[Settings]) -> list[nn.Module]:
-            wanted = [(settings, f"trial of {settings.method}") for settings in tried]
-            return [network.model for network in self.trained(wanted, data=data, epochs=plan.epochs)]
 
         def area(model: torch.nn.Module) -> float:
             return attack_area(
                 model,
-                data.test.first(plan.attack_images),
+                validation.first(plan.attack_images),
                 chosen,
                 eps,
                 steps=scale.pgd_steps,
@@ -204,15 +200,39 @@ class Lab:
                 device=self.device,
             )
 
-        def run() -> dict[str, Any]:
-            self.say(f"searching {method}'s strength under {chosen}")
-            found = strength_search(settings, strengths, data.test, train, area, attack=chosen, device=self.device)
-            return found.to_dict()
-
         settings = self.settings(method, strength=0.0, **network)
         # The strength of an L1 norm is a bound on perturbations; PGD's own largest one is its measure.
         strengths = [share * max(plan.eps) / PIXEL_LEVELS for share in _L1_SHARES] if method == "l1" else plan.strengths
-        kept = self.cached("search", f"{method}-{chosen}", [settings], run)
+        return self.searched(settings, strengths, chosen, area)
+
+    def validation(self) -> DataSet:
+        """What trials train on, and training images held out of it that judge them."""
+        plan = self.scale.search
+        return held_out(self.whole, plan.train_images or self.scale.train_images, plan.validation_images)
+
+    def searched(
+        self, settings: Settings, strengths: Sequence[float], attack: str, area: Callable[[nn.Module], float]
+    ) -> Search:
+        """The search for the strength of these settings, made now or before.
+
+        Args:
+            settings: Without a strength.
+            strengths: To try.
+            attack: Name of what decides.
+            area: A network's mean accuracy under it, on images held out (`validation`).
+        """
+        data, method = self.validation(), settings.method
+
+        def train(tried: Sequence[Settings]) -> list[nn.Module]:
+            wanted = [(settings, f"trial of {settings.method}") for settings in tried]
+            return [network.model for network in self.trained(wanted, data=data, epochs=self.scale.search.epochs)]
+
+        def run() -> dict[str, Any]:
+            self.say(f"searching {method}'s strength under {attack}")
+            found = strength_search(settings, strengths, data.test, train, area, attack=attack, device=self.device)
+            return found.to_dict()
+
+        kept = self.cached("search", f"{method}-{attack}", [settings], run)
         return Search(**{**kept, "trials": [Trial(**trial) for trial in kept["trials"]]})
 
     def cached(

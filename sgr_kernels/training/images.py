@@ -66,6 +66,10 @@ class Images(ABC):
         for it: 2,048 of them, spread evenly, decide.
         """
 
+    @abstractmethod
+    def some(self, count: int) -> Tensor:
+        """So many images (n, C, H, W), or all where there are fewer, float32 in [0, 1], the same each time."""
+
     def digest(self) -> str:
         """Hex digits to tell whether a training continues on the data it began with."""
         return hashlib.sha256(repr((self.name, len(self), self.shape)).encode()).hexdigest()[:16]
@@ -102,10 +106,16 @@ class Indexed(Images):
         """The first two."""
         return pixels(self.read(torch.arange(min(2, len(self))))[0])
 
+    def some(self, count: int) -> Tensor:
+        """As of all `Images`, spread evenly."""
+        return torch.cat([pixels(self.read(part)[0]) for part in self._spread(count).split(_CHUNK)])
+
     def pixel_variance(self) -> float:
         """As of all `Images`."""
-        index = torch.linspace(0, len(self) - 1, min(len(self), _VARIANCE_IMAGES)).round().long()
-        return variance(self.read(part)[0] for part in index.split(_CHUNK))
+        return variance(self.read(part)[0] for part in self._spread(_VARIANCE_IMAGES).split(_CHUNK))
+
+    def _spread(self, count: int) -> Tensor:
+        return torch.linspace(0, len(self) - 1, min(len(self), count)).round().long()
 
 
 def variance(parts: Any) -> float:
@@ -293,19 +303,23 @@ class Loaded(Images):
         """The first two."""
         return self._first
 
+    def some(self, count: int) -> Tensor:
+        """As of all `Images`, of the first batches, which are the same each time if the loader's are."""
+        with random_streams():
+            return torch.cat([pixels(images) for images in self._first_batches(count)])[:count]
+
     def pixel_variance(self) -> float:
         """As of all `Images`; of the first batches."""
-
-        def some() -> Any:
-            seen = 0
-            for images, _ in batches(self.loader, torch.device("cpu")):
-                yield images
-                seen += len(images)
-                if seen >= _VARIANCE_IMAGES:
-                    return
-
         with random_streams():
-            return variance(some())
+            return variance(self._first_batches(_VARIANCE_IMAGES))
+
+    def _first_batches(self, count: int) -> Any:
+        seen = 0
+        for images, _ in batches(self.loader, torch.device("cpu")):
+            yield images
+            seen += len(images)
+            if seen >= count:
+                return
 
 
 class DataSet(NamedTuple):

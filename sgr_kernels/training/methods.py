@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES, corrupt
 from sgr_kernels.evaluation.suite import eps_grid
 from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty.norms import NormPenalty
@@ -28,6 +29,7 @@ PERTURBATIONS = (*FREE, *ATTACKS, EXPONENTIAL)
 COVARIANCES = ("function", "full")
 SCHEDULES = optimizers.SCHEDULES
 PRECISIONS = ("none", "bf16")
+_CORRUPTED_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Settings:
         accumulate: Parts in which a batch is taken, one after the other, their gradients added up.
         clip_gradient: Largest norm of a step's gradient; None: any.
         amp: ``"bf16"`` takes the loss under autocast to bfloat16, ``"none"`` in the precision of the weights.
+        corruption: Kind of corruption (`sgr_kernels.evaluation.corrupt.KINDS`) whose covariance method ``"sgr"`` takes,
+            fixed, in place of one that learns from ``perturbation``: of a thousand training images. None: none.
+        severity: Of the corruption, 1 to 5.
     """
 
     architecture: str
@@ -133,6 +138,8 @@ class Settings:
     accumulate: int = 1
     clip_gradient: float | None = None
     amp: str = "none"
+    corruption: str | None = None
+    severity: int = 3
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -168,7 +175,21 @@ class Settings:
             raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {self.seed}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number > 0, got {self.learning_rate}")
+        self._check_corruption()
         self._check_optimization()
+
+    def _check_corruption(self) -> None:
+        if self.severity not in SEVERITIES:
+            raise ValueError(f"severity: expected a whole number from 1 to 5, got {self.severity}")
+        if self.corruption is None:
+            return
+        if self.corruption not in KINDS:
+            raise ValueError(f"corruption: expected one of {', '.join(KINDS)}, got {self.corruption!r}")
+        if self.method != "sgr" or self.covariance == "full":
+            raise ValueError(
+                f"corruption: gives method 'sgr' its covariance function, got method {self.method!r} with covariance "
+                f"{self.covariance!r}"
+            )
 
     def _check_optimization(self) -> None:
         optimizers.options_of(self.optimizer, self.optimizer_options)
@@ -296,6 +317,9 @@ def _absolute(settings: Settings, data: Images) -> nn.Module:
 
 
 def _structured(settings: Settings, data: Images) -> nn.Module:
+    if settings.corruption is not None:
+        covariance = _of_corruption(settings, data, settings.corruption)
+        return _penalized(settings, covariance, mean_correction=settings.mean_correction)
     if settings.perturbation == EXPONENTIAL:
         return _penalized(settings, _exponential(settings, data))
     channels, height, width = data.shape
@@ -325,6 +349,17 @@ def _exponential(settings: Settings, data: Images) -> CovarianceFunction:
     channels, height, width = data.shape
     return CovarianceFunction.exponential(
         channels, (height, width), settings.decay_length, target_variance=data.pixel_variance()
+    )
+
+
+def _of_corruption(settings: Settings, data: Images, kind: str) -> CovarianceFunction:
+    images = data.some(_CORRUPTED_IMAGES)
+    return CovarianceFunction.from_pairs(
+        images,
+        corrupt(images, kind, settings.severity),
+        target_variance=data.pixel_variance(),
+        binning=settings.binning,
+        psd=settings.psd,
     )
 
 

@@ -27,7 +27,7 @@ print(json.dumps({
 }))
 """
 
-MODULES = ("functional", "attacks", "evaluation", "models", "backends")
+MODULES = ("functional", "attacks", "evaluation", "models", "backends", "perturbations")
 
 
 def _import() -> dict:
