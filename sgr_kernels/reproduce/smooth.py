@@ -47,15 +47,14 @@ _TIMED_STEPS, _TIMED_ROUNDS = 8, 5
 
 def measure(lab: Lab) -> dict[str, Any]:
     """Both kinds of network, trained by every method, under PGD and correlated noise."""
-    seeds = range(lab.scale.beyond.seeds)
     wanted = [
         (lab.settings(method, seed, **options), f"{method}, {kind}")
+        for seed in range(lab.scale.beyond.seeds)
         for kind, options in NETWORKS.items()
         for method in METHODS
-        for seed in seeds
     ]
     networks = lab.trained(wanted)
-    names = [(kind, method) for kind in NETWORKS for method in METHODS for _ in seeds]
+    names = [(kind, method) for _ in range(lab.scale.beyond.seeds) for kind in NETWORKS for method in METHODS]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (kind, method), network in lab.bar(list(zip(names, networks, strict=True)), "smooth networks"):
         name = f"{method}-{network.settings.activation}-seed{network.settings.seed}"
