@@ -22,7 +22,14 @@ COMMANDS = {
 }
 
 # Packages that a plain installation lacks, by the extra that brings them.
-_EXTRAS = {"matplotlib": "train", "safetensors": "train", "tqdm": "train", "PIL": "images", "torchvision": "vision"}
+_EXTRAS = {
+    "matplotlib": "train",
+    "safetensors": "train",
+    "tqdm": "train",
+    "PIL": "images",
+    "torchvision": "vision",
+    "pyautoattack": "autoattack",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

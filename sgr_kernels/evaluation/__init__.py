@@ -1,15 +1,18 @@
 """Evaluation: accuracy against strength, and checks that an evaluation can be trusted."""
 
+from sgr_kernels.evaluation.autoattack import AutoAttackResult, autoattack
 from sgr_kernels.evaluation.certify import Certification, certify
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve, transfer_curves, wilson_interval
 from sgr_kernels.evaluation.diagnose import Diagnosis, diagnose
 from sgr_kernels.evaluation.sanity import SanityReport, sanity_report
 
 __all__ = [
+    "AutoAttackResult",
     "Certification",
     "Diagnosis",
     "RobustnessCurve",
     "SanityReport",
+    "autoattack",
     "certify",
     "diagnose",
     "robustness_curve",

@@ -1,14 +1,8 @@
 """Is a measured robustness real? Smoothness defences are often over-sold: checks for the usual ways to fool oneself.
 
-Strong attacks of other projects complement this report. They take a model of ours as it is, because it maps pixels in
-[0, 1] to logits; put it in evaluation mode first. With images (B, C, H, W) and labels (B,) on the model's device:
-
-AutoAttack::
-
-    from autoattack import AutoAttack
-
-    adversary = AutoAttack(model, norm="Linf", eps=8 / 255, device=images.device)
-    adversarial = adversary.run_standard_evaluation(images, labels, bs=128)
+Strong attacks of other projects complement this report: AutoAttack (``sgr_kernels.evaluation.autoattack``), and those
+below. They take a model of ours as it is, because it maps pixels in [0, 1] to logits; put it in evaluation mode first.
+With images (B, C, H, W) and labels (B,) on the model's device:
 
 torchattacks::
 
@@ -38,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.gradient import pgd
-from sgr_kernels.attacks.guard import Model, model_device, preserve, random_streams
+from sgr_kernels.attacks.guard import Model, model_device, preserve
 from sgr_kernels.attacks.inputs import check_count, check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds, check_eps
 from sgr_kernels.attacks.noise import uniform_noise
@@ -53,7 +47,7 @@ from sgr_kernels.attacks.objective import (
 )
 from sgr_kernels.checks import check_number
 from sgr_kernels.evaluation.curves import wilson_interval
-from sgr_kernels.evaluation.loaders import Loader, batches
+from sgr_kernels.evaluation.loaders import Loader, first_images
 from sgr_kernels.evaluation.planted import planted_examples
 
 NOISE_DRAWS = 50
@@ -150,7 +144,7 @@ def sanity_report(
     check_count("steps", steps)
     check_count("max_images", max_images)
     generator = private_generator(generator)
-    images, labels = _take(loader, max_images, model_device(model))
+    images, labels = first_images(loader, max_images, model_device(model))
     images = check_images(images, bounds)
     with preserve(model):
         clean = clean_logits(model, images)
@@ -191,18 +185,6 @@ def sanity_report(
         _planted(model, images[:PLANTED_IMAGES], attack, eps, bounds, generator),
     ]
     return SanityReport(eps, count, float((clean.argmax(1) == labels).double().mean()), accuracy, checks)
-
-
-def _take(loader: Loader, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    parts: list[tuple[Tensor, Tensor]] = []
-    found = 0
-    with random_streams():
-        for images, labels in batches(loader, device):
-            parts.append((images[: count - found], labels[: count - found]))
-            found += len(parts[-1][0])
-            if found >= count:
-                break
-    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
 def _gradients(model: Model, images: Tensor, labels: Tensor, eps: float) -> list[Check]:

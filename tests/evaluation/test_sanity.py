@@ -222,12 +222,12 @@ def snippet(package: str) -> str:
     return re.sub(r"^    ", "", found[0], flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("package", ["autoattack", "torchattacks", "foolbox"])
+@pytest.mark.parametrize("package", ["torchattacks", "foolbox"])
 def test_snippets_compile(package):
     compile(snippet(package), package, "exec")
 
 
-@pytest.mark.parametrize("package", ["autoattack", "torchattacks", "foolbox"])
+@pytest.mark.parametrize("package", ["torchattacks", "foolbox"])
 @pytest.mark.filterwarnings("default")
 def test_snippets_run(package):
     if importlib.util.find_spec(package) is None:
