@@ -124,10 +124,10 @@ def pgd(
         eps: radius of the ball in pixel units; a list gives a stack (len(eps), B, C, H, W), each equal to a call of
             its own with the generator in the same state.
         norm: "Linf" (steps along the gradient's sign) or "L2" (along the normalised gradient).
-        loss: "cross-entropy", or "dlr", the difference of logits ratio (Croce and Hein 2020), for which the logits'
-            scale does not matter: where they lie closer together than 1e-3, or further apart than 1e3, the
-            cross-entropy points away from the mean of the other classes, or from one of them. Needs 3 classes, 4 if
-            ``targeted``.
+        loss: "cross-entropy"; or, where the logits' scale must not matter, "scaled", the cross-entropy of logits
+            brought to one spread, or "dlr", the difference of logits ratio (Croce and Hein 2020), which needs 3
+            classes, 4 if ``targeted``. Where logits lie a thousandth or a thousand apart the plain cross-entropy hides
+            what these two find.
         steps: gradient steps in each run.
         step_size: length of a step in pixel units; None means ``2.5 eps / steps``.
         random_start: start uniformly inside the ball instead of at the image.

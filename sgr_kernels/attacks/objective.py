@@ -1,12 +1,13 @@
 """What the gradient attacks climb: the cross-entropy, in a form that keeps its direction for confident models.
 
-Or the difference of logits ratio, whose direction does not depend on the logits' scale.
+Or functions whose direction does not depend on the logits' scale: the cross-entropy of logits brought to one scale, and
+the difference of logits ratio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from sgr_kernels.attacks.guard import Model, ask, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
 from sgr_kernels.checks.caller import warn_caller
 
-
-LossName = Literal["cross-entropy", "dlr"]
+LossName = Literal["cross-entropy", "scaled", "dlr"]
+LOSSES = get_args(LossName)
+SPREAD = 3.0  # of the three largest logits: what a trained network has where it is in doubt
 Objective = Callable[[Tensor, Tensor], Tensor]
 """Of logits (B, K) and classes (B,); rises with the distance from them, (B,)."""
 
@@ -39,6 +41,17 @@ def logit_loss(logits: Tensor, labels: Tensor) -> Tensor:
     index = labels.unsqueeze(1)
     others = logits.scatter(1, index, float("-inf")).logsumexp(1)
     return others - logits.gather(1, index).squeeze(1)
+
+
+def scaled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``logit_loss`` of each sample's logits times ``3 / (z_(1) - z_(3))``, a factor held constant, (B,).
+
+    The cross-entropy of logits a millionth apart points away from the mean of the other classes, that of logits a
+    million apart away from one of them; either hides a nearer boundary. On one scale for all, it does neither. With two
+    classes the spread is ``z_(1) - z_(2)``.
+    """
+    highest = logits.detach().topk(min(3, logits.shape[1]), dim=1).values
+    return logit_loss(logits * (SPREAD / _or_one(highest[:, :1] - highest[:, -1:])), labels)
 
 
 def logit_ratio(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,14 +81,14 @@ def objective_for(loss: LossName, targeted: bool, classes: int) -> Objective:
     Raises:
         ValueError: an unknown name, or too few classes for it.
     """
-    if loss == "cross-entropy":
-        return logit_loss
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     if loss != "dlr":
-        raise ValueError(f"loss: expected 'cross-entropy' or 'dlr', got {loss!r}")
+        return logit_loss if loss == "cross-entropy" else scaled_loss
     least = 4 if targeted else 3
     if classes < least:
         aim = "towards a target" if targeted else "away from a class"
-        raise ValueError(f"loss: 'dlr' {aim} expects at least {least} classes, got {classes}; take 'cross-entropy'")
+        raise ValueError(f"loss: 'dlr' {aim} expects at least {least} classes, got {classes}; take 'scaled'")
     return targeted_logit_ratio if targeted else logit_ratio
 
 

@@ -8,7 +8,7 @@ import json
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
-from sgr_kernels.commands import common, networks
+from sgr_kernels.commands import autoattack, common, networks
 from sgr_kernels.evaluation.suite import DECAY_LENGTHS, Evaluation, Plan, eps_grid, evaluate, parts
 from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
     add("--seed", type=common.seed, default=Plan.seed, help="of random starts and noise")
+    autoattack.add_options(parser)
     common.add_batch_size(parser)
     add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint or the weights")
     common.add_device(parser)
@@ -41,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
+    autoattack.check_options(arguments)
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
     path = common.writable(arguments.out or subject.beside("evaluation.json"))
     images = subject.data.test.first(arguments.images)
+    autoattack.check_network(arguments, subject.model, images, device)
     plan = Plan(
         eps=arguments.eps or eps_grid(images.shape),
         pgd_steps=arguments.pgd_steps,
@@ -61,14 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
 
         batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
         result = evaluate(subject.model, batches, plan, on_part=show)
+    print(summary(result, plan, f"{len(images)} test images of {images.name}"))
+    checks = [check.to_dict() for check in autoattack.run(arguments, subject.model, images, device, plan)]
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
         "images": len(images),
         **subject.record,
         **result.to_dict(),
+        **({"autoattack": checks} if checks else {}),
     }
-    print(summary(result, plan, f"{len(images)} test images of {images.name}"))
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0

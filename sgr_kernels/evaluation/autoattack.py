@@ -72,6 +72,7 @@ class AutoAttackResult:
         largest_change: of any image, in the norm and in pixel units.
         batch_size: images at once.
         seed: of the random numbers.
+        bounds: range of the pixels.
         version: of ``pyautoattack``.
         adversarial: (n, C, H, W), on the CPU, if it was to be kept: images that were not broken are as they were.
     """
@@ -86,6 +87,7 @@ class AutoAttackResult:
     largest_change: float
     batch_size: int
     seed: int
+    bounds: tuple[float, float]
     version: str
     adversarial: Tensor | None = None
 
@@ -125,6 +127,7 @@ class AutoAttackResult:
             "largest_change": self.largest_change,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "bounds": list(self.bounds),
             "robustbench": {
                 "eps": _as_fraction(self.eps),
                 "clean_acc": f"{100 * self.clean_accuracy:.2f}",
@@ -185,7 +188,7 @@ def autoattack(
         ValueError: as the attacks of this package; also an unknown norm or attack, an attack that is named twice, too
             few classes for one, images of another rank, or an empty loader.
     """
-    package = _package()
+    ensemble = package()
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
     names = check_attacks(attacks)
@@ -216,11 +219,11 @@ def autoattack(
         logits = torch.cat([clean_logits(model, part) for part in images.split(batch_size)])
         check_labels(labels, *logits.shape)
         labels = labels.long()
-        _check_classes(names, logits.shape[1])
-        adversary = package.AutoAttack(query, norm=norm, eps=eps / (high - low), seed=seed, device=unit.device)
+        check_classes(names, logits.shape[1])
+        adversary = ensemble.AutoAttack(query, norm=norm, eps=eps / (high - low), seed=seed, device=unit.device)
         for attack in (adversary.apgd_targeted, adversary.fab):
             attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
-        run = _Run(adversary, package, unit, labels, logits.argmax(1) == labels, batch_size)
+        run = _Run(adversary, ensemble, unit, labels, logits.argmax(1) == labels, batch_size)
         for name in names:
             on_part(name)
             run.attack(name)
@@ -239,7 +242,8 @@ def autoattack(
         largest_change=float(length.max()),
         batch_size=batch_size,
         seed=seed,
-        version=str(package.__version__),
+        bounds=(float(low), float(high)),
+        version=str(ensemble.__version__),
         adversarial=adversarial.cpu() if keep_images else None,
     )
 
@@ -259,13 +263,24 @@ def check_attacks(attacks: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
+def check_classes(names: Sequence[str], classes: int) -> None:
+    """Raises ValueError where an attack takes more classes than there are."""
+    for name in names:
+        if classes < _CLASSES.get(name, 2):
+            fit = ", ".join(other for other in ATTACKS if classes >= _CLASSES.get(other, 2))
+            raise ValueError(
+                f"attacks: {name} expects at least {_CLASSES[name]} classes, got a model with {classes}; name attacks "
+                f"that fit: {fit}"
+            )
+
+
 class _Run:
     """The ensemble, one attack after the other on the images that are left: their order is the standard one's."""
 
     def __init__(
-        self, adversary: Any, package: ModuleType, images: Tensor, labels: Tensor, clean: Tensor, batch_size: int
+        self, adversary: Any, ensemble: ModuleType, images: Tensor, labels: Tensor, clean: Tensor, batch_size: int
     ) -> None:
-        self.adversary, self.checks, self.batch_size = adversary, package.checks, batch_size
+        self.adversary, self.checks, self.batch_size = adversary, ensemble.checks, batch_size
         self.images, self.labels, self.clean = images, labels, clean
         self.robust, self.adversarial = clean.clone(), images.clone()
         self.broken_by = torch.full_like(labels, -1)
@@ -335,17 +350,12 @@ def _grouped(said: list[str]) -> list[str]:
     return [text + (f" ({count[kind]} times)" if count[kind] > 1 else "") for kind, text in first.items()]
 
 
-def _check_classes(names: Sequence[str], classes: int) -> None:
-    for name in names:
-        if classes < _CLASSES.get(name, 2):
-            fit = ", ".join(other for other in ATTACKS if classes >= _CLASSES.get(other, 2))
-            raise ValueError(
-                f"attacks: {name} expects at least {_CLASSES[name]} classes, got a model with {classes}; name attacks "
-                f"that fit: {fit}"
-            )
+def package() -> ModuleType:
+    """The package that has the attacks.
 
-
-def _package() -> ModuleType:
+    Raises:
+        ModuleNotFoundError: it is not installed; says how to.
+    """
     try:
         import pyautoattack
     except ModuleNotFoundError as error:

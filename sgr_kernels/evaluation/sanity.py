@@ -120,10 +120,10 @@ def sanity_report(
     """Asks whether the accuracy of a model under PGD in L-infinity can be believed.
 
     Checked are: input gradients are there and predict the loss; the forward pass is deterministic; PGD is at least as
-    strong as random noise and as attacks carried over from a surrogate; more iterations gain nothing; nothing
-    survives a ball that holds every image; and adversarial examples planted on purpose are found. All attacks start
-    from the true labels. A report that passes is no proof of robustness; one that fails says that PGD accuracies of
-    this model must not be trusted.
+    strong as random noise and as attacks carried over from a surrogate; neither the logits' scale nor too few
+    iterations hide anything; nothing survives a ball that holds every image; and adversarial examples planted on
+    purpose are found. All attacks start from the true labels. A report that passes is no proof of robustness; one that
+    fails says that PGD accuracies of this model must not be trusted.
 
     Args:
         model: maps images to logits (B, classes); runs in evaluation mode and is left as it was.
@@ -178,6 +178,15 @@ def sanity_report(
             accuracy,
             count,
         ),
+        _scale_free(
+            clean,
+            accuracy,
+            {
+                loss: survivors(functools.partial(attack, loss=loss))
+                for loss in ("scaled", "dlr")
+                if classes > 2 or loss == "scaled"
+            },
+        ),
         _converged(accuracy, survivors(functools.partial(pgd, steps=5 * steps, bounds=bounds)), steps, count),
         Check("nothing survives the full range", None, None, "no bounds given")
         if bounds is None
@@ -224,6 +233,21 @@ def _no_better(name: str, rival: str, rival_accuracy: float, accuracy: float, co
     """A single image may go either way."""
     detail = f"accuracy {accuracy:.1%} under PGD, {rival_accuracy:.1%} under {rival}"
     return Check(name, round((accuracy - rival_accuracy) * count) <= 1, rival_accuracy, detail)
+
+
+def _scale_free(clean: Tensor, accuracy: float, others: dict[str, float]) -> Check:
+    """Losses that do not see the logits' scale; a sound cross-entropy may do a little worse than they."""
+    best = min(others, key=lambda loss: others[loss])
+    highest = clean.topk(min(3, clean.shape[1]), dim=1).values
+    spread = float((highest[:, 0] - highest[:, -1]).median())
+    detail = f"accuracy {accuracy:.1%} under PGD on the cross-entropy, {others[best]:.1%} with loss={best!r}"
+    passed = round((accuracy - others[best]) * len(clean)) <= max(1, 0.05 * len(clean))
+    if not passed:
+        detail += (
+            f": the cross-entropy misses what is there; the largest logits lie {spread:.1e} apart (usual: 1 to 100). "
+            f"Attack with pgd(..., loss={best!r}) or AutoAttack, or scale the logits first"
+        )
+    return Check("the logits' scale hides nothing", passed, others[best], detail)
 
 
 def _converged(accuracy: float, longer: float, steps: int, count: int) -> Check:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from torch import nn
 
 from sgr_kernels.evaluation import AutoAttackResult, autoattack
 from sgr_kernels.evaluation.autoattack import STANDARD
+from sgr_kernels.evaluation.crosscheck import against_pgd
 from tests.attack_models import Linear, NormalizingInPlace, convolutional, images_like, linear
+from tests.autoattack_stand_in import Scripted, stand_in
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("pyautoattack") is None, reason="pyautoattack is not installed"
@@ -55,14 +57,13 @@ def test_is_the_packages_own_run():
     """Attack by attack on what is left, in its batches and with its random numbers."""
     from pyautoattack import AutoAttack
 
-    model, images = convolutional().eval(), images_like(12, (1, 8, 8), dtype=torch.float32)
-    labels = model(images).argmax(1)
-    labels[::6] = (labels[::6] + 1) % 4
+    model, images, labels, reach = linear_case(12, "Linf")
+    model, images, eps = model.float(), images.float(), float(reach.median())
     names = ["apgd-ce", "apgd-t"]
-    found = autoattack(model, [(images, labels)], 0.15, attacks=names, batch_size=5, seed=3, keep_images=True)
-    theirs = AutoAttack(model, eps=0.15, seed=3)
+    found = autoattack(model, [(images, labels)], eps, attacks=names, batch_size=5, seed=3, keep_images=True)
+    theirs = AutoAttack(model, eps=eps, seed=3)
     theirs.attacks_to_run = names
-    theirs.apgd_targeted.n_target_classes = 3
+    theirs.apgd_targeted.n_target_classes = 4
     expected, answers = theirs.run_standard_evaluation(images, labels, batch_size=5)
     assert found.accuracy < found.clean_accuracy
     assert torch.equal(found.robust, answers == labels)
@@ -144,42 +145,18 @@ def test_its_own_checks_are_heard():
     assert "dynamic defense" not in said(body)
 
 
-class Scripted:
-    """In the place of ``pyautoattack.AutoAttack``: each attack brightens the images that a script says."""
-
-    script: dict[str, list[int]]  # attack: numbers of images, known by their first pixel
-
-    def __init__(self, model, *, norm, eps, seed, device):
-        self.model, self.eps, self.attacks_to_run = model, eps, list(STANDARD)
-        self.apgd_targeted, self.fab = SimpleNamespace(n_target_classes=9), SimpleNamespace(n_target_classes=9)
-        self.given: list[list[int]] = []
-
-    def run_standard_evaluation(self, images, labels, /, *, batch_size):
-        (name,) = self.attacks_to_run
-        numbers = (100 * images[:, 0, 0, 0]).round().long().tolist()
-        result = images.clone()
-        for place, number in enumerate(numbers):
-            if number in self.script[name]:
-                result[place, 0, 1, 1] += self.eps
-        logging.getLogger("auto-attack").warning("%s saw %d. See flags_doc.md for details.", name, len(images))
-        return result, self.model(result).argmax(1)
+@pytest.fixture
+def scripted(monkeypatch) -> ModuleType:
+    package = stand_in()
+    monkeypatch.setitem(sys.modules, "pyautoattack", package)
+    Scripted.script = {"apgd-ce": [0, 2, 3], "apgd-t": [2], "fab-t": [4], "square": [5]}
+    return package
 
 
 def bright(images: torch.Tensor) -> torch.Tensor:
     """Class 1 where the last pixel is above one half, else 0; two more classes never."""
     score = images[:, 0, 1, 1] - 0.5
     return torch.stack([-score, score, -9 + 0 * score, -9 + 0 * score], 1)
-
-
-@pytest.fixture
-def scripted(monkeypatch) -> ModuleType:
-    package = ModuleType("pyautoattack")
-    package.__version__ = "9.9"
-    package.checks = SimpleNamespace(funcs={"grad": 4}, check_square_sr=lambda accuracies, logger: None)
-    package.AutoAttack = Scripted
-    monkeypatch.setitem(sys.modules, "pyautoattack", package)
-    Scripted.script = {"apgd-ce": [0, 2, 3], "apgd-t": [2], "fab-t": [4], "square": [5]}
-    return package
 
 
 def numbered(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,7 +255,7 @@ def test_bad_images_and_models(scripted):
         autoattack(bright, [(images, labels + 4)], 0.1)
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, H, W\)"):
         autoattack(bright, [(images[:, 0], labels)], 0.1)
-    with pytest.raises(ValueError, match="attacks: apgd-t expects at least 4 classes.*3; name attacks that fit"):
+    with pytest.raises(ValueError, match=r"attacks: apgd-t expects at least 4 classes.*3; name attacks that fit"):
         autoattack(lambda x: bright(x)[:, :3], [(images, labels)], 0.1)
     assert autoattack(lambda x: bright(x)[:, :3], [(images, labels)], 0.1, attacks=["square"]).accuracy == 6 / 8
 
@@ -287,3 +264,51 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sgr_kernels\[autoattack\]'"):
         run()
+
+
+def test_beside_pgd(scripted):
+    """The script's attacks break what PGD, held back, leaves: who won is counted, and says why."""
+
+    def hidden(images: torch.Tensor) -> torch.Tensor:
+        return bright(images.detach()) + 0 * images.sum()  # no gradient for PGD
+
+    data = numbered()
+    check = against_pgd(hidden, [data], autoattack(hidden, [data], 0.055), pgd_steps=2)
+    assert check.pgd.accuracy == [7 / 8]
+    assert check.difference == pytest.approx(4 / 8)
+    assert check.both == check.autoattack.accuracy == 3 / 8
+    assert check.won_by() == {"apgd-ce": 2, "apgd-t": 0, "fab-t": 1, "square": 1}
+    assert [cause.partition(":")[0] for cause in check.causes()] == [
+        "apgd-ce broke 2 images that PGD did not",
+        "fab-t broke 1 images that PGD did not",
+        "square broke 1 images that PGD did not",
+    ]
+    assert json.loads(json.dumps(check.to_dict()))["pgd"]["won_by"]["square"] == 1
+    assert "+50.0 points" in str(check)
+    assert "uses no gradients" in str(check)
+
+
+def test_pgd_that_finds_more_is_said(scripted):
+    """Ours breaks all but the misclassified one, which it leads back to its label: ours began at the wrong answer."""
+    data = numbered()
+    Scripted.script["apgd-ce"] = [1]
+    check = against_pgd(bright, [data], autoattack(bright, [data], 0.1, attacks=["apgd-ce"]))
+    assert check.difference == pytest.approx(1 / 8 - 6 / 8)
+    assert check.both == 0
+    (cause,) = check.causes()
+    assert cause.startswith("PGD broke 6 of 8 images that AutoAttack did not; not all of its attacks were run")
+    Scripted.script["apgd-ce"] = list(range(8))
+    check = against_pgd(bright, [data], autoattack(bright, [data], 0.1))
+    assert check.causes() == [
+        "1 misclassified images count as correct under PGD: it starts from the model's own answer and led away from it."
+    ]
+
+
+def test_agreement_needs_no_words(scripted):
+    Scripted.script = {name: list(range(8)) for name in STANDARD}
+    images, labels = numbered()
+    check = against_pgd(bright, [(images, 0 * labels)], autoattack(bright, [(images, 0 * labels)], 0.1))
+    assert check.difference == 0
+    assert check.causes() == []
+    with pytest.raises(ValueError, match="loader: expected the 8 images"):
+        against_pgd(bright, [(images[:7], labels[:7])], check.autoattack)

@@ -176,6 +176,36 @@ def test_confident_models_are_no_false_alarm(trained):
     assert report.passed
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scaled_logits_are_caught(trained, scale):
+    """They classify alike, and hide what a loss that does not see their scale finds."""
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return scale * trained(x)
+
+    data = blobs(200)
+    report = sanity_report(Scaled(), [data], eps=0.04, steps=10, max_images=200)
+    (check,) = [check for check in report.checks if check.name == "the logits' scale hides nothing"]
+    assert check.passed is False
+    assert "pgd(..., loss='scaled')" in check.detail
+    images, labels = data
+    for loss in ("scaled", "dlr"):  # the same images are broken, whatever the scale
+        found = [
+            model(pgd(model, images, labels, eps=0.04, steps=10, loss=loss)).argmax(1) == labels
+            for model in (trained, Scaled())
+        ]
+        assert (found[0] == found[1]).double().mean() >= 0.99
+    assert report.accuracy - check.value > 0.05
+
+
+def test_a_usual_scale_is_no_false_alarm(trained):
+    report = sanity_report(trained, [blobs(200)], eps=0.045, steps=10, max_images=200)
+    (check,) = [check for check in report.checks if check.name == "the logits' scale hides nothing"]
+    assert check.passed
+    assert 0 < check.value < report.clean_accuracy
+
+
 def test_planted_examples(trained):
     """Found by a real attack, not by one that does nothing, and rarely by chance."""
     images, _ = blobs(16)
