@@ -1,4 +1,4 @@
-"""Evaluation: accuracy against strength, and checks that an evaluation can be trusted."""
+"""Evaluation: accuracy against strength, AutoAttack, and checks that an evaluation can be trusted."""
 
 from sgr_kernels.evaluation.autoattack import AutoAttackResult, autoattack
 from sgr_kernels.evaluation.certify import Certification, certify

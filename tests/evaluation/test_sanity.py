@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sgr_kernels.attacks import pgd
 from sgr_kernels.evaluation import SanityReport, sanity, sanity_report
 from sgr_kernels.evaluation.planted import planted_examples
-from tests.attack_models import convolutional, images_like, linear
+from tests.attack_models import NormalizingInPlace, convolutional, images_like, linear
 
 EPS = 0.08
 
@@ -217,6 +217,24 @@ def test_planted_examples(trained):
     assert idle.found == 0
     assert idle.tested == result.tested
     assert all(not module._forward_pre_hooks for module in trained.modules())
+
+
+def test_features_of_models_that_write_are_of_the_images(trained):
+    """An attack that asks the readout directly gets its images back as they were."""
+    images, _ = blobs(4)
+
+    def asks(readout, x, y, *, eps, generator):
+        before = x.clone()
+        readout(x)
+        assert torch.equal(x, before)
+        return pgd(readout, x, y, eps=eps, generator=generator)
+
+    for tail in ([], [nn.ReLU()]):  # with a linear layer last, and on logits without one
+        body = nn.Sequential(*trained[1][:-1], *tail) if tail else trained[1]
+        found = [
+            planted_examples(NormalizingInPlace(body, in_place), images, asks, eps=EPS) for in_place in (False, True)
+        ]
+        assert str(found[0]) == str(found[1])
 
 
 def test_planted_examples_without_a_linear_layer():
