@@ -27,6 +27,7 @@ _EXTRAS = {
     **dict.fromkeys(("imagecorruptions", "cv2", "scipy", "skimage"), "corruptions"),
     "PIL": "images",
     "torchvision": "vision",
+    "pyautoattack": "autoattack",
 }
 
 

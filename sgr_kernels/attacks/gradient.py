@@ -22,6 +22,8 @@ from sgr_kernels.attacks.inputs import (
 )
 from sgr_kernels.attacks.levels import Bounds, Eps, check_eps, one_or_stacked, takes_many_eps
 from sgr_kernels.attacks.objective import (
+    LossName,
+    Objective,
     ascent,
     choose_labels,
     clean_logits,
@@ -30,6 +32,7 @@ from sgr_kernels.attacks.objective import (
     inspect_logits,
     logit_loss,
     logits_of,
+    objective_for,
 )
 from sgr_kernels.checks import check_number
 
@@ -99,6 +102,7 @@ def pgd(
     *,
     eps: Eps,
     norm: Norm = "Linf",
+    loss: LossName = "cross-entropy",
     steps: int = 20,
     step_size: float | None = None,
     random_start: bool = True,
@@ -108,7 +112,7 @@ def pgd(
     bounds: Bounds = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018), keeping the best iterate.
+    """Projected gradient ascent on the cross-entropy or another loss (Madry et al. 2018), keeping the best iterate.
 
     Best is, over all restarts and iterates and the clean image: adversarial before not adversarial, then the largest
     loss (smallest, for the target, if ``targeted``). Every iterate is judged exactly as it would be returned.
@@ -120,6 +124,10 @@ def pgd(
         eps: radius of the ball in pixel units; a list gives a stack (len(eps), B, C, H, W), each equal to a call of
             its own with the generator in the same state.
         norm: "Linf" (steps along the gradient's sign) or "L2" (along the normalised gradient).
+        loss: "cross-entropy"; or, where the logits' scale must not matter, "scaled", the cross-entropy of logits
+            brought to one spread, or "dlr", the difference of logits ratio (Croce and Hein 2020), which needs 3
+            classes, 4 if ``targeted``. Where logits lie a thousandth or a thousand apart the plain cross-entropy hides
+            what these two find.
         steps: gradient steps in each run.
         step_size: length of a step in pixel units; None means ``2.5 eps / steps``.
         random_start: start uniformly inside the ball instead of at the image.
@@ -135,8 +143,8 @@ def pgd(
 
     Raises:
         TypeError: as ``fgsm``.
-        ValueError: as ``fgsm``; also an unknown norm, fewer than one step or restart, a step size that is not
-            positive and finite, or several restarts without a random start.
+        ValueError: as ``fgsm``; also an unknown norm or loss, too few classes for it, fewer than one step or restart,
+            a step size that is not positive and finite, or several restarts without a random start.
     """
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
@@ -154,7 +162,8 @@ def pgd(
         clean = clean_logits(model, images)
         classes = choose_labels(labels, clean, targeted, generator)
         starts = [_unit_start(images, norm, generator) if random_start else None for _ in range(restarts)]
-        task = _Task(model, images, classes, clean, norm, targeted, early_stop, bounds)
+        objective = objective_for(loss, targeted, clean.shape[1])
+        task = _Task(model, images, classes, clean, objective, norm, targeted, early_stop, bounds)
         results = []
         for level in levels:
             best = _Best(task)
@@ -200,6 +209,7 @@ class _Task:
     images: Tensor
     labels: Tensor
     clean: Tensor  # logits (B, K)
+    objective: Objective
     norm: Norm
     targeted: bool
     early_stop: bool
@@ -207,7 +217,7 @@ class _Task:
 
     def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The attacker's gain (B,) and whether the images are adversarial (B,)."""
-        loss = logit_loss(logits, labels)
+        loss = self.objective(logits, labels)
         return (-loss if self.targeted else loss), (logits.argmax(1) == labels) == self.targeted
 
 
@@ -245,7 +255,7 @@ def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, steps: in
                 gain, broken = task.judge(logits_of(task.model, candidates), labels)
             best.update(index, candidates, gain, broken)
             return
-        logits, _, gradient = ascent(task.model, candidates, labels)
+        logits, _, gradient = ascent(task.model, candidates, labels, task.objective)
         gain, broken = task.judge(logits, labels)
         best.update(index, candidates, gain, broken)
         uphill = _direction(gradient.to(delta.dtype), task.norm)

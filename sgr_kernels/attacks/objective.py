@@ -1,8 +1,13 @@
-"""What the gradient attacks climb: the cross-entropy, in a form that keeps its direction for confident models."""
+"""What the gradient attacks climb: the cross-entropy, in a form that keeps its direction for confident models.
+
+Or functions whose direction does not depend on the logits' scale: the cross-entropy of logits brought to one scale, and
+the difference of logits ratio.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +15,12 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, ask, plain
 from sgr_kernels.attacks.inputs import check_labels, private_generator
 from sgr_kernels.checks.caller import warn_caller
+
+LossName = Literal["cross-entropy", "scaled", "dlr"]
+LOSSES = get_args(LossName)
+SPREAD = 3.0  # of the three largest logits: what a trained network has where it is in doubt
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""Of logits (B, K) and classes (B,); rises with the distance from them, (B,)."""
 
 
 class Ascent(NamedTuple):
@@ -30,6 +41,65 @@ def logit_loss(logits: Tensor, labels: Tensor) -> Tensor:
     index = labels.unsqueeze(1)
     others = logits.scatter(1, index, float("-inf")).logsumexp(1)
     return others - logits.gather(1, index).squeeze(1)
+
+
+def scaled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``logit_loss`` of each sample's logits times ``3 / (z_(1) - z_(3))``, a factor held constant, (B,).
+
+    The cross-entropy of logits a millionth apart points away from the mean of the other classes, that of logits a
+    million apart away from one of them; either hides a nearer boundary. On one scale for all, it does neither. With two
+    classes the spread is ``z_(1) - z_(2)``.
+    """
+    highest = logits.detach().topk(min(3, logits.shape[1]), dim=1).values
+    return logit_loss(logits * (SPREAD / _or_one(highest[:, :1] - highest[:, -1:])), labels)
+
+
+def logit_ratio(logits: Tensor, labels: Tensor) -> Tensor:
+    """``(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`` for each sample, (B,), with ``z_(i)`` the i-th largest logit.
+
+    The difference of logits ratio of Croce and Hein (2020): a shift or a positive scale of the logits changes neither
+    its value nor its gradient's direction. It is at least -1, and positive where the sample is misclassified. Logits
+    without a spread count as differences alone.
+    """
+    highest = logits.topk(3, dim=1).values
+    return _margin(logits, labels) / _or_one(highest[:, 0] - highest[:, 2])
+
+
+def targeted_logit_ratio(logits: Tensor, targets: Tensor) -> Tensor:
+    """``(max_{k != t} z_k - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`` for each sample, (B,): to be descended.
+
+    As the targeted ratio of Croce and Hein (2020), but negative only where the target is the answer: the largest other
+    logit stands where theirs has that of the true class.
+    """
+    highest = logits.topk(4, dim=1).values
+    return _margin(logits, targets) / _or_one(highest[:, 0] - highest[:, 2:].mean(1))
+
+
+def objective_for(loss: LossName, targeted: bool, classes: int) -> Objective:
+    """The function behind a loss's name.
+
+    Raises:
+        ValueError: an unknown name, or too few classes for it.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    if loss != "dlr":
+        return logit_loss if loss == "cross-entropy" else scaled_loss
+    least = 4 if targeted else 3
+    if classes < least:
+        aim = "towards a target" if targeted else "away from a class"
+        raise ValueError(f"loss: 'dlr' {aim} expects at least {least} classes, got {classes}; take 'scaled'")
+    return targeted_logit_ratio if targeted else logit_ratio
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    index = labels.unsqueeze(1)
+    others = logits.scatter(1, index, float("-inf")).amax(1)
+    return others - logits.gather(1, index).squeeze(1)
+
+
+def _or_one(spread: Tensor) -> Tensor:
+    return torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
 def logits_of(model: Model, images: Tensor) -> Tensor:
@@ -111,10 +181,10 @@ def input_gradient(outputs: Tensor, images: Tensor, *, retain_graph: bool = Fals
     return gradient
 
 
-def ascent(model: Model, images: Tensor, labels: Tensor) -> Ascent:
-    """Logits, ``logit_loss`` and its input gradient at ``images`` for labels known to be in range."""
+def ascent(model: Model, images: Tensor, labels: Tensor, objective: Objective = logit_loss) -> Ascent:
+    """Logits, the objective and its input gradient at ``images`` for labels known to be in range."""
     leaf = differentiable(images)
     logits = logits_of(model, leaf)
-    loss = logit_loss(logits, labels)
+    loss = objective(logits, labels)
     gradient = input_gradient(loss, leaf)
     return Ascent(logits.detach(), loss.detach(), gradient)

@@ -8,7 +8,7 @@ import json
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
-from sgr_kernels.commands import common, networks
+from sgr_kernels.commands import autoattack, common, networks
 from sgr_kernels.evaluation.corrupt import (
     KINDS,
     SEVERITIES,
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--severities", type=int, choices=SEVERITIES, nargs="+", default=SEVERITIES, help="of the corruptions")
     add("--seed", type=common.seed, default=Plan.seed, help="of random starts, noise and corruptions")
+    autoattack.add_options(parser)
     common.add_batch_size(parser)
     add("--out", metavar="FILE", help="JSON file; none: evaluation.json beside the checkpoint or the weights")
     common.add_device(parser)
@@ -60,10 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
     kinds = corruption_kinds(arguments)
+    autoattack.check_options(arguments)
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
     path = common.writable(arguments.out or subject.beside("evaluation.json"))
     images = subject.data.test.first(arguments.images)
+    autoattack.check_network(arguments, subject.model, images, device)
     plan = Plan(
         eps=arguments.eps or eps_grid(images.shape),
         pgd_steps=arguments.pgd_steps,
@@ -84,17 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
         if kinds != []:
             show("corruptions")
             corrupted = corruption_curves(subject.model, batches, kinds, arguments.severities, seed=arguments.seed)
+    print(summary(result, plan, f"{len(images)} test images of {images.name}"))
+    if corrupted is not None:
+        print(f"\n{corruption_summary(corrupted)}")
+    checks = [check.to_dict() for check in autoattack.run(arguments, subject.model, images, device, plan)]
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
         "images": len(images),
         **subject.record,
         **result.to_dict(),
+        **({"autoattack": checks} if checks else {}),
     }
-    print(summary(result, plan, f"{len(images)} test images of {images.name}"))
     if corrupted is not None:
         record["corruptions"] = corrupted.to_dict()
-        print(f"\n{corruption_summary(corrupted)}")
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.guard import plain
+from sgr_kernels.attacks.guard import plain, random_streams
 
 Loader = Iterable[Sequence[Tensor]]
 
@@ -31,6 +31,24 @@ def batches(loader: Loader, device: torch.device | None) -> Iterator[tuple[Tenso
             yield plain(images).to(device), plain(labels).to(device)
     if not found:
         raise ValueError("loader: expected at least one image, got none")
+
+
+def first_images(loader: Loader, count: int | None, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """The first images and labels, at most ``count``, or all; the global random streams are left as they were.
+
+    Raises:
+        TypeError, ValueError: as ``batches``.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    found = 0
+    with random_streams():
+        for images, labels in batches(loader, device):
+            taken = len(images) if count is None else min(len(images), count - found)
+            parts.append((images[:taken], labels[:taken]))
+            found += taken
+            if found == count:
+                break
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
 def _kind(batch: object) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sgr_kernels.attacks.guard import Model, plain, preserve
+from sgr_kernels.attacks.guard import Model, ask, plain, preserve
 from sgr_kernels.attacks.inputs import add_perturbation, child_generator, private_generator, working_dtype
 from sgr_kernels.attacks.levels import Bounds
 
@@ -121,14 +121,14 @@ def _features(model: Model) -> Iterator[Model]:
     """A function from images to features (B, d): what enters the last linear layer, or else the logits."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)] if isinstance(model, nn.Module) else []
     if not layers:
-        yield lambda images: model(images).flatten(1)
+        yield lambda images: ask(model, images).flatten(1)
         return
     entering: list[Tensor] = []
     handle = layers[-1].register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
 
     def features(images: Tensor) -> Tensor:
         entering.clear()
-        logits = model(images)
+        logits = ask(model, images)
         return (entering[-1] if entering else logits).flatten(1)
 
     try:

@@ -1,14 +1,8 @@
 """Is a measured robustness real? Smoothness defences are often over-sold: checks for the usual ways to fool oneself.
 
-Strong attacks of other projects complement this report. They take a model of ours as it is, because it maps pixels in
-[0, 1] to logits; put it in evaluation mode first. With images (B, C, H, W) and labels (B,) on the model's device:
-
-AutoAttack::
-
-    from autoattack import AutoAttack
-
-    adversary = AutoAttack(model, norm="Linf", eps=8 / 255, device=images.device)
-    adversarial = adversary.run_standard_evaluation(images, labels, bs=128)
+Strong attacks of other projects complement this report: AutoAttack (``sgr_kernels.evaluation.autoattack``), and those
+below. They take a model of ours as it is, because it maps pixels in [0, 1] to logits; put it in evaluation mode first.
+With images (B, C, H, W) and labels (B,) on the model's device:
 
 torchattacks::
 
@@ -38,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.gradient import pgd
-from sgr_kernels.attacks.guard import Model, model_device, preserve, random_streams
+from sgr_kernels.attacks.guard import Model, model_device, preserve
 from sgr_kernels.attacks.inputs import check_count, check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds, check_eps
 from sgr_kernels.attacks.noise import uniform_noise
@@ -53,7 +47,7 @@ from sgr_kernels.attacks.objective import (
 )
 from sgr_kernels.checks import check_number
 from sgr_kernels.evaluation.curves import wilson_interval
-from sgr_kernels.evaluation.loaders import Loader, batches
+from sgr_kernels.evaluation.loaders import Loader, first_images
 from sgr_kernels.evaluation.planted import planted_examples
 
 NOISE_DRAWS = 50
@@ -126,10 +120,10 @@ def sanity_report(
     """Asks whether the accuracy of a model under PGD in L-infinity can be believed.
 
     Checked are: input gradients are there and predict the loss; the forward pass is deterministic; PGD is at least as
-    strong as random noise and as attacks carried over from a surrogate; more iterations gain nothing; nothing
-    survives a ball that holds every image; and adversarial examples planted on purpose are found. All attacks start
-    from the true labels. A report that passes is no proof of robustness; one that fails says that PGD accuracies of
-    this model must not be trusted.
+    strong as random noise and as attacks carried over from a surrogate; neither the logits' scale nor too few
+    iterations hide anything; nothing survives a ball that holds every image; and adversarial examples planted on
+    purpose are found. All attacks start from the true labels. A report that passes is no proof of robustness; one that
+    fails says that PGD accuracies of this model must not be trusted.
 
     Args:
         model: maps images to logits (B, classes); runs in evaluation mode and is left as it was.
@@ -150,7 +144,7 @@ def sanity_report(
     check_count("steps", steps)
     check_count("max_images", max_images)
     generator = private_generator(generator)
-    images, labels = _take(loader, max_images, model_device(model))
+    images, labels = first_images(loader, max_images, model_device(model))
     images = check_images(images, bounds)
     with preserve(model):
         clean = clean_logits(model, images)
@@ -184,6 +178,15 @@ def sanity_report(
             accuracy,
             count,
         ),
+        _scale_free(
+            clean,
+            accuracy,
+            {
+                loss: survivors(functools.partial(attack, loss=loss))
+                for loss in ("scaled", "dlr")
+                if classes > 2 or loss == "scaled"
+            },
+        ),
         _converged(accuracy, survivors(functools.partial(pgd, steps=5 * steps, bounds=bounds)), steps, count),
         Check("nothing survives the full range", None, None, "no bounds given")
         if bounds is None
@@ -191,18 +194,6 @@ def sanity_report(
         _planted(model, images[:PLANTED_IMAGES], attack, eps, bounds, generator),
     ]
     return SanityReport(eps, count, float((clean.argmax(1) == labels).double().mean()), accuracy, checks)
-
-
-def _take(loader: Loader, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    parts: list[tuple[Tensor, Tensor]] = []
-    found = 0
-    with random_streams():
-        for images, labels in batches(loader, device):
-            parts.append((images[: count - found], labels[: count - found]))
-            found += len(parts[-1][0])
-            if found >= count:
-                break
-    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
 def _gradients(model: Model, images: Tensor, labels: Tensor, eps: float) -> list[Check]:
@@ -242,6 +233,21 @@ def _no_better(name: str, rival: str, rival_accuracy: float, accuracy: float, co
     """A single image may go either way."""
     detail = f"accuracy {accuracy:.1%} under PGD, {rival_accuracy:.1%} under {rival}"
     return Check(name, round((accuracy - rival_accuracy) * count) <= 1, rival_accuracy, detail)
+
+
+def _scale_free(clean: Tensor, accuracy: float, others: dict[str, float]) -> Check:
+    """Losses that do not see the logits' scale; a sound cross-entropy may do a little worse than they."""
+    best = min(others, key=lambda loss: others[loss])
+    highest = clean.topk(min(3, clean.shape[1]), dim=1).values
+    spread = float((highest[:, 0] - highest[:, -1]).median())
+    detail = f"accuracy {accuracy:.1%} under PGD on the cross-entropy, {others[best]:.1%} with loss={best!r}"
+    passed = round((accuracy - others[best]) * len(clean)) <= max(1, 0.05 * len(clean))
+    if not passed:
+        detail += (
+            f": the cross-entropy misses what is there; the largest logits lie {spread:.1e} apart (usual: 1 to 100). "
+            f"Attack with pgd(..., loss={best!r}) or AutoAttack, or scale the logits first"
+        )
+    return Check("the logits' scale hides nothing", passed, others[best], detail)
 
 
 def _converged(accuracy: float, longer: float, steps: int, count: int) -> Check:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels import attacks
+from sgr_kernels.attacks.guard import ask
 from sgr_kernels.checks import check_floating_point, describe
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.loss import StepStatistics
@@ -43,7 +44,7 @@ class CrossEntropy(nn.Module):
             ValueError: shapes that do not fit, or labels out of range.
         """
         check_floating_point("images", images)
-        outputs = model(images)
+        outputs = ask(model, images)
         loss = self.loss_fn(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
         self._last = StepStatistics(

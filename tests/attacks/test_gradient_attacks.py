@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks import fgm, fgsm, pgd
 from sgr_kernels.attacks.inputs import norms, shrink_to_ball
+from sgr_kernels.attacks.objective import logit_ratio, scaled_loss, targeted_logit_ratio
 from tests.attack_models import Linear, convolutional, images_like, linear
 
 ONE_STEP_AND_PGD = {
@@ -279,3 +280,52 @@ def test_default_generator_is_private_and_fixed():
     assert torch.equal(pgd(model, images, eps=0.1, steps=1), pgd(model, images, eps=0.1, steps=1))
     other = pgd(model, images, eps=0.1, steps=1, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(pgd(model, images, eps=0.1, steps=1), other)
+
+
+def test_ratios_of_logits_by_hand():
+    """Croce and Hein (2020), on sorted logits; where the target is not the answer theirs has the largest for it."""
+    z = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(50) % 6
+    for logits, label, plain, aimed in zip(z, y, logit_ratio(z, y), targeted_logit_ratio(z, y)):
+        first, second, third, fourth = logits.sort(descending=True).values[:4]
+        largest_other = second if logits.argmax() == label else first
+        torch.testing.assert_close(plain, (largest_other - logits[label]) / (first - third))
+        torch.testing.assert_close(aimed, (largest_other - logits[label]) / (first - (third + fourth) / 2))
+    assert torch.equal(logit_ratio(z, y) < 0, z.argmax(1) == y)
+    assert torch.equal(targeted_logit_ratio(z, y) < 0, z.argmax(1) == y)
+
+
+@pytest.mark.parametrize("loss", [logit_ratio, targeted_logit_ratio, scaled_loss])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_losses_without_a_scale(loss, scale):
+    """Neither value nor direction sees it, in float32 too."""
+    z, y = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 5
+    found = []
+    for factor in (1.0, scale):
+        leaf = (factor * z).requires_grad_()
+        values = loss(leaf, y)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        found.append((values.detach(), factor * gradient))
+    torch.testing.assert_close(found[0], found[1])
+    ties = torch.zeros(2, 5, requires_grad=True)
+    assert torch.autograd.grad(loss(ties, y[:2]).sum(), ties)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["scaled", "dlr"])
+def test_targets_are_reached_by_every_loss(loss):
+    model, images = linear(), images_like(10)
+    targets = (model(images).argmax(1) + 1) % 4
+    adversarial = pgd(model, images, targets, eps=0.5, targeted=True, steps=40, loss=loss)
+    assert (model(adversarial).argmax(1) == targets).float().mean() > 0.8
+
+
+def test_losses_name_what_they_take():
+    images = images_like(2)
+    with pytest.raises(ValueError, match="loss: expected one of cross-entropy, scaled, dlr, got 'margin'"):
+        pgd(linear(), images, eps=0.1, loss="margin")
+    with pytest.raises(ValueError, match="loss: 'dlr' away from a class expects at least 3 classes, got 2"):
+        pgd(linear(classes=2), images, eps=0.1, loss="dlr")
+    with pytest.raises(ValueError, match="loss: 'dlr' towards a target expects at least 4 classes, got 3"):
+        pgd(linear(classes=3), images, eps=0.1, loss="dlr", targeted=True)
+    two = pgd(linear(classes=2), images, eps=0.1, steps=3, random_start=False)
+    assert torch.equal(pgd(linear(classes=2), images, eps=0.1, steps=3, random_start=False, loss="scaled"), two)

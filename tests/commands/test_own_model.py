@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sgr_kernels.cli import main
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import load_model
+from tests.autoattack_stand_in import stand_in
 from tests.commands.test_cli import _one_thread, fails, refuses, weights  # noqa: F401 - a fixture
 from tests.own_network import write_network
 
@@ -80,6 +81,35 @@ def test_one_folder_is_read_without_being_told_again(trained, tmp_path, capsys):
     assert results["covariance"]["images"] == results["evaluate"]["images"] == 8
     assert results["diagnose"]["images"] == 8
     assert [row["strength"] for row in results["diagnose"]["rows"]] == [0.1, 1]
+
+
+def test_autoattack_beside_pgd(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", stand_in())
+    command = ["evaluate", str(trained), *FEW["evaluate"], "--out", str(tmp_path / "e.json")]
+    more = ["--autoattack", "--autoattack-images", "5", "--autoattack-attacks", "apgd-ce", "square"]
+    assert main([*command, *more, "--autoattack-eps", "8", "16"]) == 0
+    records = json.loads((tmp_path / "e.json").read_text())["autoattack"]
+    assert [record["robustbench"]["eps"] for record in records] == ["8/255", "16/255"]
+    assert {record["n_ex"] for record in records} == {5}
+    assert {record["version"] for record in records} == {"custom"}
+    assert [part["name"] for part in records[0]["attacks"]] == ["apgd-ce", "square"]
+    assert records[0]["pgd"]["steps"] == 2
+    assert "16/255, 5 images" in capsys.readouterr().out
+    assert main([*command, "--autoattack", "--autoattack-attacks", "fab-t"]) == 0
+    (record,) = json.loads((tmp_path / "e.json").read_text())["autoattack"]
+    assert record["n_ex"] == 8
+    assert record["robustbench"]["eps"] == "8/255"
+
+
+def test_autoattack_that_cannot_run(trained, capsys, monkeypatch):
+    assert main(["evaluate", str(trained), "--autoattack-images", "5"]) == 2
+    assert "--autoattack-images: goes with --autoattack" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyautoattack", stand_in())
+    message = fails(["evaluate", str(trained), "--autoattack"], capsys)
+    assert "--autoattack-attacks: apgd-t expects at least 4 classes, got a model with 3" in message
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    assert main(["evaluate", str(trained), "--autoattack"]) == 2
+    assert "pip install 'sgr_kernels[autoattack]'" in capsys.readouterr().err
 
 
 def test_weights_alone_do_as_well(trained, file, pictures, tmp_path, capsys):

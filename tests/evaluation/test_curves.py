@@ -11,8 +11,10 @@ from scipy.stats import norm as normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.attacks import correlated_noise, fgm, fgsm, pgd, uniform_noise
+from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation import (
     RobustnessCurve,
+    certify,
     diagnose,
     robustness_curve,
     sanity_report,
@@ -20,6 +22,7 @@ from sgr_kernels.evaluation import (
     wilson_interval,
 )
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance
+from sgr_kernels.training.criteria import CrossEntropy
 from sgr_kernels.training.loop import accuracy
 from tests.attack_models import Linear, NormalizingInPlace, convolutional, exponential, linear
 
@@ -319,3 +322,43 @@ def test_other_evaluations_keep_the_images_too(ask, data):
             answers.append(perturbation_covariance(model, [data], ask, eps=0.1).tolist())
         assert torch.equal(images, before)
     assert str(answers[0]) == str(answers[1])
+
+
+@pytest.mark.parametrize("beyond", [2.4e-7, 1e-6])
+def test_rounding_beyond_the_bounds_is_no_error(beyond, data):
+    """Every way to an image's answer takes 1 + 2.4e-7 for 1, and refuses what rounding does not explain."""
+    images, labels = (part[:6].clone() for part in data)
+    images[0, 0, 0, 0], images[1, 0, 1, 1] = 1, 0
+    outside = images.clone()
+    outside[0, 0, 0, 0] += beyond
+    outside[1, 0, 1, 1] -= beyond
+    model, covariance = convolutional().eval(), CovarianceFunction.exponential(1, (8, 8), 2.0)
+
+    def certified(images):
+        found = certify(model, images, labels, covariance=covariance, sigma=0.1, draws=20, selection=5, alpha=0.01)
+        return found.counts.tolist()
+
+    ways = {
+        "pgd": lambda x: robustness_curve(model, [(x, labels)], functools.partial(pgd, steps=2), [0.1]).to_dict(),
+        "noise": lambda x: robustness_curve(model, [(x, labels)], uniform_noise, [0.1]).to_dict(),
+        "sanity": lambda x: str(sanity_report(model, [(x, labels)], eps=0.1, steps=1)),
+        "certify": certified,
+    }
+    for name, way in ways.items():
+        if name != "certify":
+            assert way(outside) == way(images), name
+        else:
+            certified(outside)
+        with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\]"):
+            way(images + 0.01)
+
+
+def test_plain_training_keeps_the_images_too(data):
+    images, labels = data
+    before = images.clone()
+    losses = [
+        CrossEntropy()(NormalizingInPlace(convolutional().eval(), in_place), images, labels)
+        for in_place in (False, True)
+    ]
+    assert torch.equal(images, before)
+    assert losses[0] == losses[1]
