@@ -118,16 +118,18 @@ def summarize(folder: Path, question: dict[str, Any]) -> None:
     verdicts = claims.judge(results)
     page = Page(f"The paper's claims: {about['title']}")
     page.text(_setting(about))
-    page.text(
-        f"Of {len(verdicts)} claims measured: "
-        + (", ".join(f"{count} {verdict}" for verdict, count in _counted(verdicts)) or "none")
-        + f". {claims.RULE} Differences are paired image by image, in points of accuracy; ± is half a 95 % interval."
-    )
-    page.table(
-        ["claim", "found", "verdict", "details"],
-        [[v.claim, v.finding, f"**{v.verdict}**", f"[{v.experiment}]({v.experiment}.md)"] for v in verdicts],
-        left=4,
-    )
+    if verdicts:
+        page.text(
+            f"Of {len(verdicts)} claims measured: "
+            + ", ".join(f"{count} {verdict}" for verdict, count in _counted(verdicts))
+            + f". {claims.RULE} Differences are paired image by image, in points of accuracy; ± is half a 95 % "
+            "interval."
+        )
+        page.table(
+            ["claim", "found", "verdict", "details"],
+            [[v.claim, v.finding, f"**{v.verdict}**", f"[{v.experiment}]({v.experiment}.md)"] for v in verdicts],
+            left=4,
+        )
     page.heading("Pages")
     page.text("\n".join(f"- [{_ALL[name].TITLE}]({name}.md), numbers in `{name}.json`" for name in results))
     page.heading("What this scale leaves out")

@@ -15,6 +15,8 @@ from torch import nn
 from sgr_kernels.cli import main
 from sgr_kernels.evaluation import corrupt, corruption_curves, wilson_interval
 from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES
+from sgr_kernels.training.datasets import DataSet, load
+from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
 from tests.corruption_package import needs_package, stand_in
 
@@ -195,6 +197,28 @@ def test_without_the_package_its_installation_is_named(monkeypatch, capsys):
         corrupt(loader[0][0], "fog", 1)
     assert main(["evaluate", "nowhere", "--corruptions", "fog"]) == 2
     assert "pip install 'sgr_kernels[corruptions]'" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table_and_writes_it(package, tmp_path, capsys):
+    data = DataSet(*(part.first(8) for part in load("mnist-sample")))
+    Trainer(Settings("mnist"), data).run(1, out=tmp_path / "net", progress=False)
+    few = ["--images", "6", "--eps", "8", "--pgd-steps", "1", "--draws", "1", "--decay-lengths", "1"]
+    command = ["evaluate", str(tmp_path / "net"), "--data", "mnist-sample", *few, "--corruptions"]
+    assert main([*command, "fog", "brightness", "--severities", "1", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "brightness" in printed
+    assert "continued by their edges to 32 pixels" in printed
+    record = json.loads((tmp_path / "net" / "evaluation.json").read_text())["corruptions"]
+    assert list(record["kinds"]) == ["fog", "brightness"]
+    assert record["severities"] == [1, 4]
+    assert main([*command, "--severities", "1"]) == 0  # all there are
+    assert "not made: kinds: 'frost' cannot be made" in capsys.readouterr().out
+    record = json.loads((tmp_path / "net" / "evaluation.json").read_text())["corruptions"]
+    assert set(record["kinds"]) == STOOD_IN
+    assert main([*command, "frost"]) == 2
+    assert "'frost' cannot be made by the packages installed here" in capsys.readouterr().err
+    assert main([*command[:-1]]) == 0
+    assert "corruptions" not in json.loads((tmp_path / "net" / "evaluation.json").read_text())
 
 
 def test_a_wrong_name_on_the_command_line(capsys):

@@ -282,3 +282,18 @@ def test_items_of_another_shape_are_named():
     mixed = images_of([(torch.rand(1, 4, 5), 0), (torch.rand(1, 5, 5), 1)])
     with pytest.raises(DataError, match=r"an image has shape \(1, 5, 5\), the first one \(1, 4, 5\)"):
         mixed.read(torch.arange(2))
+
+
+def test_some_images_are_pixels_and_the_same_each_time():
+    values = torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
+    labels = torch.zeros(10, dtype=torch.int64)
+    expected = values.float() / 255
+    pairs = TensorDataset(expected, labels)
+    in_memory = ImageSet(values, labels, "numbers", ("zero",))
+    for images in (in_memory, images_of(pairs), images_of(DataLoader(pairs, batch_size=3))):
+        assert torch.equal(images.some(100), expected)
+        few = images.some(4)
+        assert torch.equal(few, images.some(4))
+        assert few.shape == (4, 1, 2, 2)
+    # Images that can be asked for are spread over all of them.
+    assert torch.equal(in_memory.some(4), expected[[0, 3, 6, 9]])
