@@ -42,6 +42,12 @@ def flat(classes=10):
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, classes))
 
 
+def half():
+    network = flat()
+    network.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+    return network
+
+
 number = 3
 '''
 

@@ -45,18 +45,19 @@ def run(picture: str | None = None, fast: bool = False) -> dict[str, float]:
     estimate = of_signal(size, best).product(of_observation(size, best).solve(observed))
     errors = [float((image - field).square().mean()) for image in (observed, estimate)]
     if picture:
-        figure = Figure((11, 3), layout="constrained")
+        figure = Figure((10, 2.8), layout="constrained")
         *maps, lines = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
         titles = ("a field", f"observed, error {errors[0]:.2f}", f"estimate, error {errors[1]:.2f}")
         for axes, title, image in zip(maps, titles, (field, observed, estimate)):
-            axes.imshow(image[0, 0], cmap=colormaps["viridis"].resampled(12), vmin=-2.5, vmax=2.5)
+            colors = colormaps["viridis"].resampled(10)
+            axes.imshow(image[0, 0], cmap=colors, vmin=-2.5, vmax=2.5, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
         highest = max(value for value, _ in likelihood)
         values, errors_of = [v - highest for v, _ in likelihood], [2 * error for _, error in likelihood]
         lines.errorbar(lengths, values, errors_of, fmt="o-", capsize=3, color="tab:blue")
         lines.axvline(truth, color="0.5", linestyle=":")
         lines.set(title="log-likelihood below the best", xlabel="decay length tried [pixels]; dotted: the true one")
-        figure.savefig(picture, dpi=75)
+        figure.savefig(picture, dpi=72)
     return {"decay_length": best, "truth": truth, "error_before": errors[0], "error_after": errors[1]}
 
 

@@ -36,7 +36,7 @@ class Command(Directive):
 def _item(its: argparse.ArgumentParser, action: argparse.Action) -> nodes.definition_list_item:
     formatter = its._get_formatter()
     call = " ".join(formatter._format_action_invocation(action).split())
-    text = formatter._expand_help(action) if action.help else ""
+    text = formatter._expand_help(action).removesuffix(" (default: None)") if action.help else ""
     term = nodes.term("", "", nodes.literal(call, call))
     return nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text, text)))
 

@@ -10,6 +10,8 @@ import names
 
 PAGE = "docs/api"
 
+_WITHOUT = "   :exclude-members: extra_repr, get_extra_state, set_extra_state, register_counter, warn_if_skipped\n"
+
 RETURNED = (
     "sgr_kernels.penalty.statistics.StepStatistics",
     "sgr_kernels.covariance.base.LogDeterminant",
@@ -40,7 +42,7 @@ def directive(name: str) -> str:
     if not isinstance(thing, type):
         return f".. autofunction:: sgr_kernels.{name}\n"
     kind = "autoexception" if issubclass(thing, Exception) else "autoclass"
-    members = "" if issubclass(thing, Exception) else "   :members:\n   :inherited-members: Module, dict\n"
+    members = "" if issubclass(thing, Exception) else f"   :members:\n   :inherited-members: Module, dict\n{_WITHOUT}"
     return f".. {kind}:: sgr_kernels.{name}\n{members}"
 
 

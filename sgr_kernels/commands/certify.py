@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     images = next(iter(subjects.values())).data.test.first(arguments.images)
     described = {}
     for name, subject in subjects.items():
-        weights = {key: value.cpu().numpy().tobytes().hex() for key, value in subject.model.state_dict().items()}
+        tensors = subject.model.state_dict().items()  # as bytes: NumPy has not all of torch's types
+        weights = {key: t.cpu().flatten().view(torch.uint8).numpy().tobytes().hex() for key, t in tensors}
         described[name] = {**subject.record, "weights": digest(weights)}
     models = {name: subject.model for name, subject in subjects.items()}
     plan = CertificatePlan(

@@ -129,6 +129,27 @@ def test_weights_alone_do_as_well(trained, file, pictures, tmp_path, capsys):
     assert "the covariance of perturbations by sign" in capsys.readouterr().out
 
 
+def test_certificates_of_a_training_are_those_of_its_weights(trained, file, pictures, tmp_path, capsys):
+    few = ["--images", "3", "--decay-lengths", "2", "--sigmas", "0.25", "--draws", "20", "--selection", "5"]
+    model, _ = load_model(trained)
+    save_file(model.network.state_dict(), tmp_path / "weights.safetensors")
+    own = ["--model", f"{file}:small", "--model-args", '{"classes": 3}', "--normalize", "0.1", "0.3"]
+    given = [*own, "--weights", str(tmp_path / "weights.safetensors"), "--data", f"imagefolder:{pictures}"]
+    found = {}
+    for name, network in {"folder": [str(trained)], "named anew": [str(trained), *own], "weights": given}.items():
+        assert main(["certify", *network, *few, "--out", str(tmp_path / name)]) == 0
+        (cell,) = json.loads((tmp_path / name / "certificates.json").read_text())["certificates"]
+        found[name] = cell["counts"], cell["radii"], cell["labels"]
+        assert all(sum(counts) == 20 for counts in cell["counts"])
+    assert found["folder"] == found["named anew"] == found["weights"]
+    assert "certified accuracy" in capsys.readouterr().out
+
+
+def test_weights_of_any_type_are_certified(file, tmp_path):
+    few = ["--images", "1", "--decay-lengths", "2", "--sigmas", "0.25", "--draws", "10", "--selection", "2"]
+    assert main(["certify", "--model", f"{file}:half", *few, "--out", str(tmp_path)]) == 0
+
+
 def test_a_moved_network_is_named_anew_and_keeps_its_arguments(trained, tmp_path):
     command = ["evaluate", str(trained), *FEW["evaluate"], "--out"]
     assert main([*command, str(tmp_path / "as_recorded.json")]) == 0
