@@ -43,12 +43,18 @@ class Beyond:
         certified_images: Test images that are certified.
         certified_draws: Of noise for each.
         certified_sigmas: Scales of the noise, in pixel units; the first is the main one, the others for one seed.
+        autoattack_eps: Strength of AutoAttack, in 1/255.
+        autoattack_images: Test images under it.
+        corrupted_images: Test images under common corruptions.
     """
 
     seeds: int = 3
     certified_images: int = 100
     certified_draws: int = 1_000
     certified_sigmas: tuple[float, ...] = (0.5, 0.25, 1.0)
+    autoattack_eps: float = 32.0
+    autoattack_images: int = 100
+    corrupted_images: int = 200
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ _SMOKE = Scale(
     mean_correction_network=True,
     line_images=20,
     line_points=13,
-    beyond=Beyond(2, 10, 100, (0.5, 1.0)),
+    beyond=Beyond(2, 10, 100, (0.5, 1.0), autoattack_images=4, corrupted_images=10),
 )
 
 _MNIST_CPU = Scale(
@@ -219,7 +225,7 @@ _CIFAR_CPU = replace(
     full_covariance=False,
     leaking_images=1_000,
     line_images=60,
-    beyond=Beyond(1),
+    beyond=Beyond(1, autoattack_eps=4.0),
 )
 
 _MNIST_FULL = replace(
@@ -246,7 +252,7 @@ _MNIST_FULL = replace(
     mean_correction_network=True,
     line_images=500,
     schedule="constant",
-    beyond=Beyond(5, 1_000, 10_000),
+    beyond=Beyond(5, 1_000, 10_000, autoattack_images=1_000, corrupted_images=10_000),
 )
 
 _CIFAR_FULL = replace(
@@ -256,6 +262,7 @@ _CIFAR_FULL = replace(
     single_eps=(4.0, 8.0),
     covariance_eps=4.0,
     full_covariance=False,
+    beyond=replace(_MNIST_FULL.beyond, autoattack_eps=4.0),
 )
 
 SCALES: dict[str, dict[str, Scale]] = {

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from sgr_kernels.attacks import pgd
-from sgr_kernels.evaluation.curves import robustness_curve
+from sgr_kernels.evaluation.autoattack import autoattack, package
+from sgr_kernels.evaluation.corrupt import KINDS, CorruptionUnavailable, corrupt, require_package
+from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.proof import agreement
@@ -21,6 +23,7 @@ from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import stats
 from sgr_kernels.reproduce.certified import certified, mean_radius
+from sgr_kernels.reproduce.corruptions import answers, corrupted
 from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.lrc import under_noise
 from sgr_kernels.training.datasets import DataSet
@@ -43,10 +46,16 @@ METHODS = {
 }
 _KINKED_IMAGES = 128
 _TIMED_STEPS, _TIMED_ROUNDS = 8, 5
+AUTOATTACK = ("apgd-ce", "apgd-t")
+"""The two of the ensemble that break nearly all that it breaks; the others take as long again, and longer."""
+SEVERITIES = (1, 3, 5)
 
 
 def measure(lab: Lab) -> dict[str, Any]:
-    """Both kinds of network, trained by every method, under PGD and correlated noise."""
+    """Both kinds of network, trained by every method, under attacks, noise, corruptions and certificates."""
+    package()  # without it, or the next one, an error before hours of training
+    require_package()
+    kinds, unavailable = _kinds(lab)
     wanted = [
         (lab.settings(method, seed, **options), f"{method}, {kind}")
         for seed in range(lab.scale.beyond.seeds)
@@ -61,6 +70,20 @@ def measure(lab: Lab) -> dict[str, Any]:
         row = lab.cached("smooth", name, [network], partial(attacked, lab, network))
         length, sigma = max(lab.scale.decay_lengths), lab.scale.beyond.certified_sigmas[0]
         row["certified"] = certified(lab, network, length, sigma)
+        row["autoattack"] = lab.cached(
+            "smooth",
+            f"autoattack-{name}",
+            [network],
+            partial(_under_autoattack, lab, network),
+            [lab.scale.beyond.autoattack_images, lab.scale.beyond.autoattack_eps, AUTOATTACK],
+        )
+        row["corruptions"] = lab.cached(
+            "smooth",
+            f"corruptions-{name}",
+            [network],
+            partial(_under_corruptions, lab, network, kinds),
+            [lab.scale.beyond.corrupted_images, kinds, SEVERITIES],
+        )
         found.setdefault(kind, {}).setdefault(method, []).append(row)
     first = [(name, network.settings) for name, network in zip(names, networks, strict=True)]
     first = [(name, settings) for name, settings in first if settings.seed == 0]
@@ -75,6 +98,13 @@ def measure(lab: Lab) -> dict[str, Any]:
         "certified_images": lab.scale.beyond.certified_images,
         "certified_decay_length": max(lab.scale.decay_lengths),
         "certified_sigma": lab.scale.beyond.certified_sigmas[0],
+        "autoattack_images": lab.scale.beyond.autoattack_images,
+        "autoattack_eps": lab.scale.beyond.autoattack_eps,
+        "autoattack": AUTOATTACK,
+        "corrupted_images": lab.scale.beyond.corrupted_images,
+        "corruptions": kinds,
+        "corruptions_unavailable": unavailable,
+        "severities": SEVERITIES,
         "cost": cost,
         "networks": found,
     }
@@ -96,6 +126,39 @@ def attacked(lab: Lab, network: Network) -> dict[str, Any]:
         "noise": {f"{z:g}": under_noise(lab, network, z, [max(scale.noise_eps)]) for z in lengths},
         "gradient_cosine": agreement(Trial(network.model, cross_entropy_per_sample, images, labels)),
     }
+
+
+def _under_autoattack(lab: Lab, network: Network) -> dict[str, Any]:
+    plan = lab.scale.beyond
+    images, labels = lab.pixels(plan.autoattack_images)
+    found = autoattack(
+        network.model, [(images, labels)], plan.autoattack_eps / PIXEL_LEVELS, attacks=AUTOATTACK, batch_size=100
+    )
+    curve = RobustnessCurve([plan.autoattack_eps], found.robust[None], found.clean, "autoattack", "true")
+    return {**stats.record(curve), "broken": {part.name: part.broken for part in found.parts}}
+
+
+def _kinds(lab: Lab) -> tuple[list[str], dict[str, str]]:
+    """The corruptions that the packages installed here can make, and why not the others."""
+    images, _ = lab.pixels(1)
+    found, unavailable = [], {}
+    for kind in KINDS:
+        try:
+            corrupt(images, kind, 1)
+            found.append(kind)
+        except CorruptionUnavailable as error:
+            unavailable[kind] = str(error)
+    return found, unavailable
+
+
+def _under_corruptions(lab: Lab, network: Network, kinds: list[str]) -> dict[str, Any]:
+    images = lab.data.test.first(lab.scale.beyond.corrupted_images)
+    rows = [
+        answers(lab, network.model, corrupted(lab, images, kind, severity)) for kind in kinds for severity in SEVERITIES
+    ]
+    levels = [float(k) for k in range(len(rows))]
+    clean = answers(lab, network.model, images)
+    return stats.record(RobustnessCurve(levels, torch.stack(rows), clean, "corruptions", "true"))
 
 
 def costs(lab: Lab, wanted: list[tuple[tuple[str, str], Settings]]) -> dict[str, dict[str, float]]:
@@ -141,7 +204,12 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps) on the first "
         f"{results['images']:,}, the mean over eps {eps} of 255 and at the "
         f"last of these; under the worst of {results['draws']} draws of noise of {results['noise_eps']:g} standard "
-        f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}. The mean "
+        f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}; under "
+        f"AutoAttack's {' and '.join(results['autoattack'])}, from the true labels, with eps "
+        f"{results['autoattack_eps']:g} of 255 on the first {results['autoattack_images']:,}; under "
+        f"{len(results['corruptions'])} common corruptions, the mean over severities "
+        f"{', '.join(map(str, results['severities']))} of the first {results['corrupted_images']:,}"
+        f"{_left_out(results)}. The mean "
         f"certified radius ([what that is](certified.md)) of the first {results['certified_images']:,} under noise of "
         f"decay length {results['certified_decay_length']:g}, sigma {results['certified_sigma']:g}. ± is half a "
         "95 % interval, from the images and, with several seeds, from the seeds. The cost is the time of a training "
@@ -151,20 +219,25 @@ def show(results: dict[str, Any], folder: Path) -> None:
     )
     for kind, methods in found.items():
         page.heading(kind)
-        header = ["training", "strength", "test", "PGD, mean", "PGD, largest eps", *(f"noise {z}" for z in lengths)]
+        header = ["training", "strength", "test", "PGD, mean", "PGD, largest eps", "AutoAttack"]
+        header += [*(f"noise {z}" for z in lengths), "corruptions"]
         rows = [
             [*_row(METHODS[name], runs, lengths), f"{results['cost'][kind][name]:.1f}"]
             for name, runs in methods.items()
         ]
         page.table([*header, "certified radius", "cosine", "cost"], rows)
     page.heading("What became of the penalties' gain")
-    page.text("Accuracy under PGD, mean over eps, minus that of plain training of the same network, in points:")
+    page.text(
+        "Accuracy minus that of plain training of the same network, in points, image by image: under PGD (mean over "
+        "eps), under AutoAttack, under common corruptions."
+    )
+    under = {"PGD": "pgd", "AutoAttack": "autoattack", "corruptions": "corruptions"}
     gains = [
-        [METHODS[name], *(_gain(found[kind], name) for kind in found)]
+        [METHODS[name], *(_gain(found[kind], name, key) for kind in found for key in under.values())]
         for name in METHODS
         if name != "clean" and all(name in methods for methods in found.values())
     ]
-    page.table(["training", *found], gains)
+    page.table(["training", *(f"{kind}: {attack}" for kind in found for attack in under)], gains)
     plots.save(_figure(found), folder / "smooth.png")
     page.figure("smooth.png", "Accuracy under PGD against its strength. Means over seeds.")
     page.write(folder / "smooth.md")
@@ -180,11 +253,17 @@ def _row(title: str, runs: list[dict[str, Any]], lengths: list[str]) -> list[str
     radius = mean_radius([run["certified"] for run in runs])
     certified_radius = f"{radius.mean:.2f} ± {radius.half:.2f}"
     given = f"{strength:.3g}" if strength else "–"
-    return [title, given, f"{test:.1f}", *under, *noise, certified_radius, f"{cosine:.2f}"]
+    stronger, corrupt_ = (stats.mean([run[key] for run in runs]).percent() for key in ("autoattack", "corruptions"))
+    return [title, given, f"{test:.1f}", *under, stronger, *noise, corrupt_, certified_radius, f"{cosine:.2f}"]
 
 
-def _gain(methods: dict[str, list[dict[str, Any]]], name: str) -> str:
-    ours, plain = ([run["pgd"] for run in methods[key]] for key in (name, "clean"))
+def _left_out(results: dict[str, Any]) -> str:
+    names = ", ".join(results["corruptions_unavailable"])
+    return f" ({names} cannot be made by the packages installed)" if names else ""
+
+
+def _gain(methods: dict[str, list[dict[str, Any]]], name: str, under: str) -> str:
+    ours, plain = ([run[under] for run in methods[key]] for key in (name, "clean"))
     return stats.difference(ours, plain).points()
 
 
