@@ -45,7 +45,7 @@ from sgr_kernels.penalty.choice import METHODS
 from tests.zoo.models import ENTRIES, Entry
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "zoo.jsonl"
-LENGTHS = (1e-8, 1e-9, 1e-10, 1e-7, 1e-6)
+LENGTHS = (1e-8, 1e-9, 1e-10, 1e-11, 1e-12, 1e-7, 1e-6)
 """Of the oracle's steps, relative to the images."""
 PART = "fraction=1/4"
 WAYS: dict[str, dict[str, Any]] = {
