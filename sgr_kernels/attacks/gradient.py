@@ -115,7 +115,8 @@ def pgd(
     """Projected gradient ascent on the cross-entropy or another loss (Madry et al. 2018), keeping the best iterate.
 
     Best is, over all restarts and iterates and the clean image: adversarial before not adversarial, then the largest
-    loss (smallest, for the target, if ``targeted``). Every iterate is judged exactly as it would be returned.
+    loss, or for "scaled" the largest margin (smallest, for the target, if ``targeted``). Every iterate is judged
+    exactly as it would be returned.
 
     Args:
         model: as in ``fgsm``, and so are ``images``, ``labels``, ``targeted`` and ``bounds``.
@@ -217,7 +218,7 @@ class _Task:
 
     def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The attacker's gain (B,) and whether the images are adversarial (B,)."""
-        loss = self.objective(logits, labels)
+        loss = self.objective.ranked(logits, labels)
         return (-loss if self.targeted else loss), (logits.argmax(1) == labels) == self.targeted
 
 
@@ -255,7 +256,7 @@ def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, steps: in
                 gain, broken = task.judge(logits_of(task.model, candidates), labels)
             best.update(index, candidates, gain, broken)
             return
-        logits, _, gradient = ascent(task.model, candidates, labels, task.objective)
+        logits, _, gradient = ascent(task.model, candidates, labels, task.objective.climbed)
         gain, broken = task.judge(logits, labels)
         best.update(index, candidates, gain, broken)
         uphill = _direction(gradient.to(delta.dtype), task.norm)
