@@ -37,6 +37,7 @@ from sgr_kernels.attacks.objective import (
 from sgr_kernels.checks import check_number
 
 Norm = Literal["Linf", "L2"]
+Schedule = Literal["constant", "cosine"]
 
 
 @takes_many_eps(labels="own")
@@ -105,6 +106,7 @@ def pgd(
     loss: LossName = "cross-entropy",
     steps: int = 20,
     step_size: float | None = None,
+    schedule: Schedule = "constant",
     random_start: bool = True,
     restarts: int = 1,
     targeted: bool = False,
@@ -115,7 +117,8 @@ def pgd(
     """Projected gradient ascent on the cross-entropy or another loss (Madry et al. 2018), keeping the best iterate.
 
     Best is, over all restarts and iterates and the clean image: adversarial before not adversarial, then the largest
-    loss (smallest, for the target, if ``targeted``). Every iterate is judged exactly as it would be returned.
+    loss, or for "scaled" the largest margin (smallest, for the target, if ``targeted``). Every iterate is judged
+    exactly as it would be returned.
 
     Args:
         model: as in ``fgsm``, and so are ``images``, ``labels``, ``targeted`` and ``bounds``.
@@ -129,7 +132,9 @@ def pgd(
             classes, 4 if ``targeted``. Where logits lie a thousandth or a thousand apart the plain cross-entropy hides
             what these two find.
         steps: gradient steps in each run.
-        step_size: length of a step in pixel units; None means ``2.5 eps / steps``.
+        step_size: length of a step in pixel units, of the first with "cosine"; None means ``2.5 eps / steps``, twice
+            that with "cosine", so that all steps together are as long.
+        schedule: "constant", or "cosine": steps that shrink along half a cosine towards zero.
         random_start: start uniformly inside the ball instead of at the image.
         restarts: runs from fresh random starts.
         targeted: descend towards ``labels``.
@@ -143,11 +148,13 @@ def pgd(
 
     Raises:
         TypeError: as ``fgsm``.
-        ValueError: as ``fgsm``; also an unknown norm or loss, too few classes for it, fewer than one step or restart,
-            a step size that is not positive and finite, or several restarts without a random start.
+        ValueError: as ``fgsm``; also an unknown norm, loss or schedule, too few classes for the loss, fewer than one
+            step or restart, a step size that is not positive and finite, or several restarts without a random start.
     """
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"schedule: expected 'constant' or 'cosine', got {schedule!r}")
     check_count("steps", steps)
     check_count("restarts", restarts)
     if step_size is not None:
@@ -169,7 +176,7 @@ def pgd(
             best = _Best(task)
             if level > 0 and len(images):
                 for start in starts:
-                    _climb(task, best, start, level, steps, step_size or 2.5 * level / steps)
+                    _climb(task, best, start, level, _lengths(level, steps, step_size, schedule))
             results.append(best.images)
     return one_or_stacked(results, eps)
 
@@ -217,7 +224,7 @@ class _Task:
 
     def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The attacker's gain (B,) and whether the images are adversarial (B,)."""
-        loss = self.objective(logits, labels)
+        loss = self.objective.ranked(logits, labels)
         return (-loss if self.targeted else loss), (logits.argmax(1) == labels) == self.targeted
 
 
@@ -237,31 +244,38 @@ class _Best:
         self.broken[index] = broken | before
 
 
-def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, steps: int, step_size: float) -> None:
-    """One run of projected ascent from ``eps * start`` on the images that still matter."""
+def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, lengths: list[float]) -> None:
+    """One run of projected ascent from ``eps * start``, in steps of these lengths, on the images that still matter."""
     index = torch.arange(len(task.images), device=task.images.device)
     if task.early_stop:
         index = index[~best.broken]
     base = task.images[index].to(working_dtype(task.images))
     delta = torch.zeros_like(base) if start is None else eps * start[index]
-    for step in range(steps + 1):
+    for step in range(len(lengths) + 1):
         if len(index) == 0:
             return
         delta = _project(base, delta, task.norm, eps, task.bounds)
         candidates = add_perturbation(task.images[index], delta, task.bounds)
         labels = task.labels[index]
-        if step == steps:
+        if step == len(lengths):
             with torch.no_grad():
                 gain, broken = task.judge(logits_of(task.model, candidates), labels)
             best.update(index, candidates, gain, broken)
             return
-        logits, _, gradient = ascent(task.model, candidates, labels, task.objective)
+        logits, _, gradient = ascent(task.model, candidates, labels, task.objective.climbed)
         gain, broken = task.judge(logits, labels)
         best.update(index, candidates, gain, broken)
         uphill = _direction(gradient.to(delta.dtype), task.norm)
-        delta = delta + (-step_size if task.targeted else step_size) * uphill
+        delta = delta + (-lengths[step] if task.targeted else lengths[step]) * uphill
         if task.early_stop:
             index, base, delta = index[~broken], base[~broken], delta[~broken]
+
+
+def _lengths(eps: float, steps: int, first: float | None, schedule: Schedule) -> list[float]:
+    """The lengths of a run's steps."""
+    if schedule == "constant":
+        return [first or 2.5 * eps / steps] * steps
+    return [(first or 5 * eps / steps) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
 
 
 def _project(base: Tensor, delta: Tensor, norm: Norm, eps: float, bounds: Bounds) -> Tensor:

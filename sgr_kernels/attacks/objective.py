@@ -19,8 +19,15 @@ from sgr_kernels.checks.caller import warn_caller
 LossName = Literal["cross-entropy", "scaled", "dlr"]
 LOSSES = get_args(LossName)
 SPREAD = 3.0  # of the three largest logits: what a trained network has where it is in doubt
-Objective = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 """Of logits (B, K) and classes (B,); rises with the distance from them, (B,)."""
+
+
+class Objective(NamedTuple):
+    """What an attack climbs, and what it ranks an image's iterates by."""
+
+    climbed: Loss
+    ranked: Loss
 
 
 class Ascent(NamedTuple):
@@ -62,7 +69,7 @@ def logit_ratio(logits: Tensor, labels: Tensor) -> Tensor:
     without a spread count as differences alone.
     """
     highest = logits.topk(3, dim=1).values
-    return _margin(logits, labels) / _or_one(highest[:, 0] - highest[:, 2])
+    return margin(logits, labels) / _or_one(highest[:, 0] - highest[:, 2])
 
 
 def targeted_logit_ratio(logits: Tensor, targets: Tensor) -> Tensor:
@@ -72,27 +79,31 @@ def targeted_logit_ratio(logits: Tensor, targets: Tensor) -> Tensor:
     logit stands where theirs has that of the true class.
     """
     highest = logits.topk(4, dim=1).values
-    return _margin(logits, targets) / _or_one(highest[:, 0] - highest[:, 2:].mean(1))
+    return margin(logits, targets) / _or_one(highest[:, 0] - highest[:, 2:].mean(1))
 
 
 def objective_for(loss: LossName, targeted: bool, classes: int) -> Objective:
-    """The function behind a loss's name.
+    """The functions behind a loss's name.
 
     Raises:
         ValueError: an unknown name, or too few classes for it.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
-    if loss != "dlr":
-        return logit_loss if loss == "cross-entropy" else scaled_loss
+    if loss == "cross-entropy":
+        return Objective(logit_loss, logit_loss)
+    if loss == "scaled":  # each iterate has a scale of its own, so their losses do not compare
+        return Objective(scaled_loss, margin)
     least = 4 if targeted else 3
     if classes < least:
         aim = "towards a target" if targeted else "away from a class"
         raise ValueError(f"loss: 'dlr' {aim} expects at least {least} classes, got {classes}; take 'scaled'")
-    return targeted_logit_ratio if targeted else logit_ratio
+    ratio = targeted_logit_ratio if targeted else logit_ratio
+    return Objective(ratio, ratio)
 
 
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``max_{k != y} z_k - z_y`` for each sample, (B,)."""
     index = labels.unsqueeze(1)
     others = logits.scatter(1, index, float("-inf")).amax(1)
     return others - logits.gather(1, index).squeeze(1)
@@ -181,10 +192,10 @@ def input_gradient(outputs: Tensor, images: Tensor, *, retain_graph: bool = Fals
     return gradient
 
 
-def ascent(model: Model, images: Tensor, labels: Tensor, objective: Objective = logit_loss) -> Ascent:
-    """Logits, the objective and its input gradient at ``images`` for labels known to be in range."""
+def ascent(model: Model, images: Tensor, labels: Tensor, loss: Loss = logit_loss) -> Ascent:
+    """Logits, the loss and its input gradient at ``images`` for labels known to be in range."""
     leaf = differentiable(images)
     logits = logits_of(model, leaf)
-    loss = objective(logits, labels)
-    gradient = input_gradient(loss, leaf)
-    return Ascent(logits.detach(), loss.detach(), gradient)
+    values = loss(logits, labels)
+    gradient = input_gradient(values, leaf)
+    return Ascent(logits.detach(), values.detach(), gradient)

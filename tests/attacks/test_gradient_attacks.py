@@ -329,3 +329,16 @@ def test_losses_name_what_they_take():
         pgd(linear(classes=3), images, eps=0.1, loss="dlr", targeted=True)
     two = pgd(linear(classes=2), images, eps=0.1, steps=3, random_start=False)
     assert torch.equal(pgd(linear(classes=2), images, eps=0.1, steps=3, random_start=False, loss="scaled"), two)
+
+
+def test_shrinking_steps():
+    """Along half a cosine; on a linear model, far from the ball's end, their sum is how far an image gets."""
+    model, normal = two_classes()
+    images, labels = images_like(2), torch.zeros(2, dtype=torch.int64)
+    options = {"eps": 0.2, "steps": 4, "random_start": False, "schedule": "cosine"}
+    adversarial = pgd(model, images, labels, step_size=0.01, **options)
+    gone = 0.01 * sum((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))
+    torch.testing.assert_close(adversarial, images + gone * normal.sign())
+    torch.testing.assert_close(pgd(model, images, labels, **options), images + 0.2 * normal.sign())
+    with pytest.raises(ValueError, match="schedule: expected 'constant' or 'cosine', got 'linear'"):
+        pgd(model, images, eps=0.1, schedule="linear")
