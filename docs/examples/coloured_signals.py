@@ -49,7 +49,7 @@ def train(signals: Tensor, kinds: Tensor, epochs: int, criterion: sgr.SGRLoss | 
 def run(picture: str | None = None, fast: bool = False) -> dict[str, list[float]]:
     """Accuracies of three networks by the noise's strength; draws them where a picture is asked for."""
     generator = torch.Generator().manual_seed(0)
-    data = (*pulses(600 if fast else 3000, generator), 5 if fast else 8)
+    data = (*pulses(1500 if fast else 3000, generator), 6 if fast else 8)
     variance, models = float(data[0].var()), {"plain": train(*data)}
     recorded = sgr.CovarianceFunction.from_images(recorded_noise(300, generator), target_variance=variance)
     for name, covariance in (
@@ -65,7 +65,7 @@ def run(picture: str | None = None, fast: bool = False) -> dict[str, list[float]
         *traces, lines = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
         for axes, x, title in zip(traces, (noisy[0], noisy[3]), ("signals", "with noise of 0.2")):
             for kind, name in enumerate(NAMES):
-                axes.plot(x[truth == kind][1, 0] - kind, color=f"C{kind + 2}", label=name)
+                axes.plot(x[truth == kind][1, 0].numpy() - kind, color=f"C{kind + 2}", label=name)
             axes.set(title=title, xlabel="sample", yticks=[], ylim=(-2.7, 1.1))
         traces[0].legend(frameon=False, ncols=3, loc="upper center", columnspacing=1, handlelength=1)
         for (name, accuracy), color in zip(found.items(), ("0.3", "tab:orange", "tab:blue")):

@@ -50,7 +50,7 @@ def run(picture: str | None = None, fast: bool = False) -> dict[str, float]:
         titles = ("a field", f"observed, error {errors[0]:.2f}", f"estimate, error {errors[1]:.2f}")
         for axes, title, image in zip(maps, titles, (field, observed, estimate)):
             colors = colormaps["viridis"].resampled(10)
-            axes.imshow(image[0, 0], cmap=colors, vmin=-2.5, vmax=2.5, interpolation="nearest")
+            axes.imshow(image[0, 0].numpy(), cmap=colors, vmin=-2.5, vmax=2.5, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
         highest = max(value for value, _ in likelihood)
         values, errors_of = [v - highest for v, _ in likelihood], [2 * error for _, error in likelihood]

@@ -61,7 +61,7 @@ def run(picture: str | None = None, fast: bool = False) -> dict[str, list[float]
         *maps, lines = figure.subplots(1, 4, width_ratios=(1, 1.1, 1, 1.7))
         shown = [frames[0, 0], measured.values[0, 0] / measured.values[0, 0, 0, 0], (test + 3 * noise)[0, 0]]
         for axes, title, image in zip(maps, ("a dark frame", "its covariance", "a digit at gain 3"), shown):
-            axes.imshow(image, cmap="viridis" if axes is maps[1] else "gray")
+            axes.imshow(image.numpy(), cmap="viridis" if axes is maps[1] else "gray")
             axes.set(title=title, xticks=[], yticks=[])
         figure.colorbar(figure.axes[1].images[0], ax=maps[1], fraction=0.05)
         maps[1].set(xlabel="columns apart", ylabel="rows apart")

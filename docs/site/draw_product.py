@@ -19,7 +19,7 @@ SIZE = 14
 def show(axes: Any, image: Tensor, title: str, below: str, colors: str = "RdBu_r", spread: float = 1.0) -> None:
     """An image about zero, with its name above and what it is below."""
     limit = float(image.abs().max()) * spread
-    axes.imshow(image, cmap=colors, vmin=-limit, vmax=limit)
+    axes.imshow(image.numpy(), cmap=colors, vmin=-limit, vmax=limit)
     axes.set(title=title, xticks=[], yticks=[])
     axes.set_xlabel(below, fontsize=8)
 

@@ -96,7 +96,7 @@ def test_code_runs(path: Path, names: dict[str, Any]) -> None:
 def test_blocks_are_code_that_runs_or_say_that_they_are_none(path: Path) -> None:
     text = path.read_text()
     kinds = {block["kind"] for block in FENCE.finditer(text)}
-    assert kinds <= {"python", "", *(f"{{sgr-command}} {name}" for name in COMMANDS)}
+    assert kinds <= {"python", "", "console", "sh", "text", *(f"{{sgr-command}} {name}" for name in COMMANDS)}
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(list(FENCE.finditer(text)))
 
 
