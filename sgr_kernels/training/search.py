@@ -102,7 +102,7 @@ def strength_search(
         raise ValueError(f"method {settings.method!r} has no strength to search for")
     batches = Batches(validation, 100, device=device)
 
-    others = {"perturbation": "sign", "corruption": None, "severity": Settings.severity}
+    others: dict[str, Any] = {"perturbation": "sign", "corruption": None, "severity": Settings.severity}
     plain = replace(settings, method="clean", strength=0.0, **others)
     models = train([plain, *(replace(settings, strength=strength) for strength in ascending)])
     (clean_accuracy, clean_area), *measured = [(accuracy(model, batches), area(model)) for model in models]
