@@ -18,6 +18,7 @@ from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES
 from sgr_kernels.training.datasets import DataSet, load
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
+from tests.attack_models import linear
 from tests.corruption_package import needs_package, stand_in
 
 STOOD_IN = {
@@ -104,7 +105,7 @@ def test_random_numbers_follow_from_seed_kind_and_place_alone(package):
         assert not torch.equal(whole, corrupt(images, kind, 3, seed=6))
         same = corrupt(images[:1].expand(2, -1, -1, -1), kind, 3)
         assert not torch.equal(same[0], same[1])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    model = linear(4, (3, 32, 32), dtype=torch.float32)
     curves = [
         corruption_curves(model, list(zip(images.split(n), labels.split(n))), random_kinds, seed=2).curves
         for n in (7, 3, 1)
