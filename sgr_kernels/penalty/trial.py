@@ -119,7 +119,7 @@ def differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[t
     follows them in proportion, and to the loss where it does not: that of a deep network at its beginning may change
     by a thousand times as much, and that of one without normalization by next to nothing, which rounding hides.
     """
-    passes, images = trial.passes(), trial.images.detach()
+    passes, images, samples = trial.passes(), trial.images.detach(), max(1, len(trial.images))
     direction = direction.to(images.dtype)
     leaf = images.clone().requires_grad_()
     rounding = coarsest_rounding(passes.again(leaf).losses, leaf)
@@ -127,18 +127,16 @@ def differences(trial: Trial, outcome: Outcome, direction: Tensor) -> Iterator[t
     size = max(norm([direction]), 1e-30)
     assert outcome.gradient is not None
     slope = abs(float((outcome.gradient.detach().double() * direction.double()).sum())) / size
-    growth = norm([images]) * slope / max(abs(float(outcome.cross_entropy)) * len(images), 1e-30)
+    growth = norm([images]) * slope / max(abs(float(outcome.cross_entropy)) * samples, 1e-30)
     if growth < 1e-3 and rounding < WIDE:
         lengths += [1e-6, 1e-5, 1e-4, 1e-3]
     for length in lengths:
         step = max(length / max(1.0, growth), 100 * rounding) * norm([images]) / size
-        ahead, behind = (plain_gradients(trial, passes, images + side * step * direction) for side in (1, -1))
+        ahead, behind = (
+            _grad(passes.again(images + side * step * direction).losses.sum() / samples, trial.parameters)
+            for side in (1, -1)
+        )
         yield [(a - b) / (2 * step) for a, b in zip(ahead, behind)], rounding
-
-
-def plain_gradients(trial: Trial, passes: Passes, images: Tensor) -> list[Tensor]:
-    """Of the mean loss of images in the parameters."""
-    return _grad(passes.again(images).losses.sum() / max(1, len(images)), trial.parameters)
 
 
 def _grad(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:

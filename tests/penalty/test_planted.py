@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sgr_kernels import CovarianceFunction, PenaltyGradientError, SGRLoss
-from sgr_kernels.penalty import proof
+from sgr_kernels import CovarianceFunction, SGRLoss
 from sgr_kernels.penalty.choice import METHODS
-from sgr_kernels.penalty.double_backward import DoubleBackward
 from sgr_kernels.penalty.perturbations import ATTACKS, FREE
-from sgr_kernels.penalty.way import Outcome, Task
 
 SIZE, CLASSES, BATCH, STRENGTH = 6, 4, 12, 2.0
 
@@ -104,23 +98,3 @@ def test_labels_do_not_leak_into_the_attacks_that_a_covariance_learns_from(pertu
         SGRLoss(estimate, STRENGTH, perturbation=perturbation)(model, images, given)
         found.append(torch.cat([estimate.values.flatten(), estimate.mean.flatten()]))
     assert torch.equal(*found) == (perturbation in ATTACKS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gradient_that_float32_loses_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right in float64, which the trial compares, and three times as large in the network's own precision."""
-
-    class Losing(DoubleBackward):
-        def __call__(self, task: Task) -> Outcome:
-            outcome = super().__call__(task)
-            return replace(outcome, loss=3 * outcome.loss) if task.images.dtype == torch.float32 else outcome
-
-    monkeypatch.setitem(proof.WAYS, "double-backward", Losing)
-    model, (images, labels) = network().to(dtype), batch()
-    loss = SGRLoss(covariance().to(dtype), 1.0)
-    with (
-        pytest.raises(PenaltyGradientError, match="lost to rounding in float32 on this model; use method='forward")
-        if dtype == torch.float32
-        else nullcontext()
-    ):
-        loss(model, images.to(dtype), labels)

@@ -174,10 +174,14 @@ def gradients(entry: Entry) -> Iterator[Row]:
     """A row a method, and what ``"auto"`` chose."""
     wide, narrow = Problem(entry, torch.float64), Problem(entry, torch.float32)
     oracle, clean = Oracle(wide), {problem: problem.plain() for problem in (wide, narrow)}
-    strength = float(clean[wide].norm() / oracle[0].norm())
     own = float((clean[narrow] - clean[wide]).norm() / clean[wide].norm())
 
+    def balanced() -> float:
+        """The strength that makes the penalty's part as large as the other; so it must not be a kink's."""
+        return float(clean[wide].norm() / oracle[oracle.best].norm())
+
     def penalty(problem: Problem, method: str) -> Tensor:
+        strength = balanced()
         criterion = problem.criterion(strength, method=method, allow_kinks=True)
         return (problem.gradient(lambda: criterion(problem.model, problem.images, problem.labels)) - clean[problem]) / (
             strength
@@ -187,6 +191,7 @@ def gradients(entry: Entry) -> Iterator[Row]:
         row: Row = {"method": method, "parameters": clean[wide].numel(), "plain32": own}
         with Said() as said:
             try:
+                # The first time tells which of the oracle's steps is the best.
                 row["error64"] = oracle.error(penalty(wide, method))
             except sgr.PenaltyGradientError as error:
                 row["reason64"] = " ".join(str(error).split())
@@ -201,7 +206,7 @@ def gradients(entry: Entry) -> Iterator[Row]:
         yield row
     with Said() as said:
         try:
-            criterion = narrow.criterion(strength, method="auto")
+            criterion = narrow.criterion(balanced(), method="auto")
             narrow.gradient(lambda: criterion(narrow.model, narrow.images, narrow.labels))
             yield {
                 "method": "auto",
