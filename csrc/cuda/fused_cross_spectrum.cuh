@@ -15,7 +15,22 @@ struct CrossSpectrumArguments {
   float* partial;         // [gridDim.x][pair][row block][column block][16x16 as store_fragment]
   const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
+
+  // Null, or: sums by groups of `group` blocks, each added by the last one to come, in the order of the blocks.
+  float* sums;          // [group][pair][k][l], times the number of frequencies
+  float* mean_sums;     // [group][channel][y][x]: of the images
+  float* mean_partial;  // [gridDim.x][channel][y][x]
+  unsigned* arrivals;   // [group], zero, and left so
+  int group;
 };
+
+// In float64, of every `step`-th part.
+__device__ inline double sum_in_order(const float* partial, int stride, int begin, int end, int step) {
+  double sum = 0.0;
+#pragma unroll 4
+  for (int part = begin; part < end; part += step) sum += partial[static_cast<int64_t>(part) * stride];
+  return sum;
+}
 
 template <class PRECISION, int CHANNELS, int BLOCKS>
 struct FusedCrossSpectrum {
@@ -32,6 +47,7 @@ struct FusedCrossSpectrum {
   // Four channels have more pairs than registers: two blocks of threads share them out.
   static constexpr int kParts = CHANNELS > 3 ? 2 : 1;
   static constexpr int kPairs = Layout::kPairs / kParts;
+  static constexpr int kMeans = CHANNELS * 4 * BLOCKS * BLOCKS * kTileEntries / kThreads / kParts;  // pixels of a thread
   using Images = ImageTiles<kImages, CHANNELS, BLOCKS, kThreads>;
 
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
@@ -138,6 +154,36 @@ struct FusedCrossSpectrum {
     }  // a thread next writes where it has just read
   }
 
+  // The thread's i-th pixel, of all channels, in the order of a dense image.
+  __device__ int pixel(int i) const { return (i * kParts + part) * kThreads + threadIdx.x; }
+
+  __device__ void add_pixels(float (&mean)[kMeans], int64_t first, const Geometry& geometry) const {
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) {
+      if (first + image >= geometry.batch) return;
+#pragma unroll
+      for (int i = 0; i < kMeans; ++i) mean[i] += staging[image * Images::kRoom + pixel(i)];
+    }
+  }
+
+  // Adds the partial sums of this block's group, if all of them are there.
+  __device__ void sum_group(const CrossSpectrumArguments& arguments) const {
+    const int group = blockIdx.x / arguments.group, begin = group * arguments.group;
+    const int end = min(begin + arguments.group, static_cast<int>(gridDim.x));
+    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data))) return;
+    const Geometry& geometry = arguments.geometry;
+    const int plane = geometry.rows * geometry.columns, pixels = CHANNELS * geometry.height * geometry.width;
+    for (int index = threadIdx.x; index < Layout::kEntries; index += kThreads) {
+      const SpectrumPlace<BLOCKS> place(index % Layout::kSlots, geometry);
+      if (!place.exists()) continue;
+      const float sum = static_cast<float>(sum_in_order(arguments.partial + index, Layout::kEntries, begin, end, 1));
+      arguments.sums[(group * Layout::kPairs + index / Layout::kSlots) * plane + place.position(geometry)] = sum;
+    }
+    for (int index = threadIdx.x; index < pixels; index += kThreads)
+      arguments.mean_sums[group * pixels + index] =
+          static_cast<float>(sum_in_order(arguments.mean_partial + index, pixels, begin, end, 1));
+  }
+
   __device__ void run(const CrossSpectrumArguments& arguments) {
     const Geometry& geometry = arguments.geometry;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kImages;
@@ -154,9 +200,11 @@ struct FusedCrossSpectrum {
     constants.wait();
 
     Fragment sum[kOwned][kPairs] = {};
+    float mean[kMeans] = {};
     unsigned* maximum = maxima;
     while (first < geometry.batch) {
       Images::receive(staging, arguments.perturbation, geometry, first, arrival);
+      if (arguments.sums) add_pixels(mean, first, geometry);
       typename Images::Entries entries;
       Images::load(entries, maximum, staging, geometry, first);
       __syncthreads();
@@ -177,6 +225,12 @@ struct FusedCrossSpectrum {
       if (group == 0)
         store_fragment(sum[index / kPairs][index % kPairs],
                        partial + offset(part * kPairs + index % kPairs, index / kPairs), lane);
+    if (!arguments.sums) return;
+    const int pixels = CHANNELS * geometry.height * geometry.width;
+#pragma unroll
+    for (int i = 0; i < kMeans; ++i)
+      if (pixel(i) < pixels) arguments.mean_partial[static_cast<int64_t>(blockIdx.x) * pixels + pixel(i)] = mean[i];
+    sum_group(arguments);
   }
 };
 
@@ -195,33 +249,23 @@ constexpr int kReductionRows = 8;
 template <int CHANNELS, int BLOCKS>
 __global__ void sum_partial_spectra(const float* partial, int count, Geometry geometry, float* result) {
   using Layout = SpectrumTiles<CHANNELS, BLOCKS, true>;
-  using Axis = FrequencyAxis<BLOCKS>;
   SGR_SHARED_MEMORY(shared);
   double* sums = reinterpret_cast<double*>(shared);
   const int column = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int index = blockIdx.x * kWarp + column;
-  double sum = 0.0;
-#pragma unroll 4
-  for (int part = row; part < count; part += kReductionRows)
-    sum += partial[static_cast<int64_t>(part) * Layout::kEntries + index];
+  double sum = sum_in_order(partial + index, Layout::kEntries, row, count, kReductionRows);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (row > 0) return;
   for (int r = 1; r < kReductionRows; ++r) sum += sums[r * kWarp + column];
 
-  const TileEntry entry(index % kTileEntries);
-  const int tile = index / kTileEntries;
-  const int k = Axis::frequency(tile / Axis::kBlocks % Axis::kBlocks, entry.row(), geometry.rows);
-  const int l = Axis::frequency(tile % Axis::kBlocks, entry.column(), geometry.columns);
-  int c = 0, d = tile / (Axis::kBlocks * Axis::kBlocks);
-  while (d >= CHANNELS - c) d -= CHANNELS - c++;
-  d += c;
-  if (k < 0 || l < 0 || d >= geometry.channels) return;
+  const SpectrumPlace<BLOCKS> place(index % Layout::kSlots, geometry);
+  if (!place.exists()) return;
+  const ChannelPair<CHANNELS> channels(index / Layout::kSlots);
   const int64_t plane = static_cast<int64_t>(geometry.rows) * geometry.columns;
-  const int64_t position = static_cast<int64_t>(k) * geometry.columns + l;
   const float value = static_cast<float>(sum / static_cast<double>(plane));
-  result[(static_cast<int64_t>(c) * geometry.channels + d) * plane + position] = value;
-  result[(static_cast<int64_t>(d) * geometry.channels + c) * plane + position] = value;
+  result[channels.upper() * plane + place.position(geometry)] = value;
+  result[channels.lower() * plane + place.position(geometry)] = value;
 }
 
 }  // namespace sgr::cuda
