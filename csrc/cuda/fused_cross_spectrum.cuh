@@ -47,7 +47,6 @@ struct FusedCrossSpectrum {
   // Four channels have more pairs than registers: two blocks of threads share them out.
   static constexpr int kParts = CHANNELS > 3 ? 2 : 1;
   static constexpr int kPairs = Layout::kPairs / kParts;
-  static constexpr int kMeans = CHANNELS * 4 * BLOCKS * BLOCKS * kTileEntries / kThreads / kParts;  // pixels of a thread
   using Images = ImageTiles<kImages, CHANNELS, BLOCKS, kThreads>;
 
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
@@ -154,15 +153,18 @@ struct FusedCrossSpectrum {
     }  // a thread next writes where it has just read
   }
 
-  // The thread's i-th pixel, of all channels, in the order of a dense image.
-  __device__ int pixel(int i) const { return (i * kParts + part) * kThreads + threadIdx.x; }
-
-  __device__ void add_pixels(float (&mean)[kMeans], int64_t first, const Geometry& geometry) const {
+  // Adds the images in the staging area to the block's sum of them, which has no room in registers.
+  __device__ void add_pixels(const CrossSpectrumArguments& arguments, int64_t first, bool is_first) const {
+    const Geometry& geometry = arguments.geometry;
+    const int pixels = CHANNELS * geometry.height * geometry.width;
+    float* mean = arguments.mean_partial + static_cast<int64_t>(blockIdx.x) * pixels;
+#pragma unroll 4
+    for (int pixel = part * kThreads + threadIdx.x; pixel < pixels; pixel += kParts * kThreads) {
+      float sum = is_first ? 0.0f : mean[pixel];
 #pragma unroll
-    for (int image = 0; image < kImages; ++image) {
-      if (first + image >= geometry.batch) return;
-#pragma unroll
-      for (int i = 0; i < kMeans; ++i) mean[i] += staging[image * Images::kRoom + pixel(i)];
+      for (int image = 0; image < kImages; ++image)
+        if (image == 0 || first + image < geometry.batch) sum += staging[image * Images::kRoom + pixel];
+      mean[pixel] = sum;
     }
   }
 
@@ -200,11 +202,10 @@ struct FusedCrossSpectrum {
     constants.wait();
 
     Fragment sum[kOwned][kPairs] = {};
-    float mean[kMeans] = {};
     unsigned* maximum = maxima;
     while (first < geometry.batch) {
       Images::receive(staging, arguments.perturbation, geometry, first, arrival);
-      if (arguments.sums) add_pixels(mean, first, geometry);
+      if (arguments.sums) add_pixels(arguments, first, first == static_cast<int64_t>(blockIdx.x) * kImages);
       typename Images::Entries entries;
       Images::load(entries, maximum, staging, geometry, first);
       __syncthreads();
@@ -225,12 +226,7 @@ struct FusedCrossSpectrum {
       if (group == 0)
         store_fragment(sum[index / kPairs][index % kPairs],
                        partial + offset(part * kPairs + index % kPairs, index / kPairs), lane);
-    if (!arguments.sums) return;
-    const int pixels = CHANNELS * geometry.height * geometry.width;
-#pragma unroll
-    for (int i = 0; i < kMeans; ++i)
-      if (pixel(i) < pixels) arguments.mean_partial[static_cast<int64_t>(blockIdx.x) * pixels + pixel(i)] = mean[i];
-    sum_group(arguments);
+    if (arguments.sums) sum_group(arguments);
   }
 };
 
