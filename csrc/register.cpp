@@ -28,8 +28,17 @@ constexpr char kSchemas[] =
     "quadratic_form(Tensor gradient, Tensor spectrum, bool with_product, str precision) -> (Tensor, Tensor)\n"
     "cross_spectrum(Tensor a, Tensor b, int rows, int columns, bool signed, str precision) -> Tensor";
 
+// The operators of the CUDA kernels alone.
+constexpr char kCudaSchemas[] =
+    "update(Tensor perturbation, Tensor(a!) values, Tensor(b!) mean, Tensor(c!) scale, Tensor(d!) table, "
+    "Tensor(e!) spectrum, Tensor(f!) updates, Tensor(g!) skipped, Tensor(h!) arrivals, Tensor(i!) arranged, "
+    "str binning, float decay, float target_variance, bool clip, str precision) -> ()\n"
+    "arrange(Tensor spectrum, Tensor(a!) arranged, int height, int width) -> ()\n"
+    "arranged_quadratic_form(Tensor gradient, Tensor spectrum, Tensor arranged, bool with_product, str precision) -> "
+    "(Tensor, Tensor)";
+
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s, s:s, s:s, s:s, s:s}", "schemas", kSchemas, "torch", TORCH_VERSION, "compiler", kCompiler,
+  return Py_BuildValue("{s:s, s:s, s:s, s:s, s:s, s:s}", "schemas", kSchemas, "cuda_schemas", kCudaSchemas, "torch", TORCH_VERSION, "compiler", kCompiler,
                        "cuda_compiler", kCudaCompiler, "cuda_architectures", kCudaArchitectures);
 }
 

@@ -26,7 +26,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from sgr_kernels.backends import torch_spectral, triton_spectral
-from sgr_kernels.backends.schemas import NAMESPACE, SCHEMAS
+from sgr_kernels.backends.schemas import CUDA_SCHEMAS, NAMESPACE, SCHEMAS
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.toeplitz.spectrum import symmetric_part, transpose
 
@@ -162,6 +162,34 @@ class QuadraticForm(Derivatives):
         return q_t, v_t
 
 
+class ArrangedQuadraticForm(QuadraticForm):
+    """The same of a symmetric Sigma whose spectrum also lies as NVIDIA GPUs' kernels read it (`arrange`).
+
+    (gradient, spectrum, arranged, with_product, backend, precision) -> as `QuadraticForm`. Derivatives take the
+    spectrum: the arranged one may have been rewritten since.
+    """
+
+    @staticmethod
+    def forward(
+        gradient: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool, backend: str, precision: str
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the kernel."""
+        return _implementation(
+            backend, "arranged_quadratic_form", gradient, spectrum, arranged, with_product, precision
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the derivatives need."""
+        QuadraticForm.setup_context(ctx, (*inputs[:2], *inputs[3:]), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As of `QuadraticForm`."""
+        grad_gradient, grad_spectrum, *rest = QuadraticForm.backward(ctx, grad_q, grad_v)
+        return grad_gradient, grad_spectrum, None, *rest
+
+
 class CrossSpectrum(Derivatives):
     """``S[c, c', k, l] = sum Z^a_c Z^b_c'``: (a, b, rows, columns, signed, backend, precision) -> a spectrum."""
 
@@ -265,16 +293,29 @@ def _map_slices(operator: Callable[..., Any], info: Any, in_dims: tuple[int | No
     return torch.stack(results)[: info.batch_size], 0
 
 
-_MAPS = {"product": _map_batch, "quadratic_form": _map_batch, "cross_spectrum": _map_slices}
+def _fake_arranged(
+    gradient: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    return _fake_quadratic_form(gradient, spectrum, with_product, precision)
+
+
+_MAPS = {
+    "product": _map_batch,
+    "quadratic_form": _map_batch,
+    "cross_spectrum": _map_slices,
+    "arranged_quadratic_form": _map_batch,
+}
 _FAKES: dict[str, Callable[..., Any]] = {
     "product": _fake_product,
     "quadratic_form": _fake_quadratic_form,
     "cross_spectrum": _fake_cross_spectrum,
+    "arranged_quadratic_form": _fake_arranged,
 }
 _DERIVATIVES: dict[str, Any] = {
     "product": Product,
     "quadratic_form": QuadraticForm,
     "cross_spectrum": CrossSpectrum,
+    "arranged_quadratic_form": ArrangedQuadraticForm,
 }
 
 
@@ -288,7 +329,8 @@ def _define(backend: str, operator: str) -> None:
         with enable_single_level_autograd_function():
             return function.apply(*args[:-1], backend, args[-1])
 
-    _library.define(name + SCHEMAS[operator], tags=(torch.Tag.pt2_compliant_tag,))
+    schema = {**SCHEMAS, **CUDA_SCHEMAS}[operator]
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, autograd_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[operator], lib=_library)
     overload = getattr(torch.ops.sgr_kernels, name).default
@@ -301,6 +343,9 @@ for _backend in SPECTRAL_BACKENDS:
 for _operator in SCHEMAS:
     _library.impl(f"torch_{_operator}", getattr(torch_spectral, _operator), "CompositeExplicitAutograd")
 triton_spectral.register_operators(_library)
+_define("native", "arranged_quadratic_form")
+for _operator in ("update", "arrange"):
+    _library.define(f"native_{_operator}{CUDA_SCHEMAS[_operator]}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def call(operator: str, backend: str, *args: Any) -> Any:
@@ -310,3 +355,9 @@ def call(operator: str, backend: str, *args: Any) -> Any:
     # What a transform saved may outlive it, in its wrapper; the dispatcher takes that off by itself.
     plain = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args[:-1])
     return _DERIVATIVES[operator].apply(*plain, backend, args[-1])
+
+
+def in_place(operator: str, source: Tensor, state: tuple[Tensor, ...], *settings: Any) -> None:
+    """Call an operator of `CUDA_SCHEMAS` that rewrites ``state``."""
+    getattr(torch.ops.sgr_kernels, f"native_{operator}")(source, *state, *settings)
+    torch.autograd.graph.increment_version(state)  # which the dispatcher leaves to autograd's kernels

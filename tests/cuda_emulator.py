@@ -18,9 +18,11 @@ EMULATION = Path(__file__).parent / "emulation"
 KERNELS = ROOT / "csrc" / "cuda"
 FLAGS = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,alignment,bounds,shift"]
 
-OPERATORS = {"product": 0, "quadratic_form": 1, "quadratic_form_only": 2, "cross_spectrum": 3}
+OPERATORS = {"product": 0, "quadratic_form": 1, "quadratic_form_only": 2, "cross_spectrum": 3, "update": 4}
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+BINNINGS = {"rounded": 0, "linear": 1, "even": 2}
 ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+GROUPS = 12  # of blocks whose sums an update adds where they arise
 STAGED_ONLY = 0  # a limit of shared memory that no fused kernel keeps
 HOPPER = 227 << 10
 
@@ -72,6 +74,8 @@ class Emulator:
 
     binary: Path
     directory: Path
+    launches: int = 0
+    """Of the last call."""
 
     def _run(self, fields: list[int], payload: list[bytes], order: str) -> bytes:
         cases, results = self.directory / "cases", self.directory / "results"
@@ -79,7 +83,9 @@ class Emulator:
         command = [str(self.binary), str(cases), str(results), order]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr[:4000]
-        return results.read_bytes()
+        raw = results.read_bytes()
+        self.launches = int(np.frombuffer(raw[-8:], np.int64)[0])
+        return raw[:-8]
 
     def _fields(
         self, operator: str, images: Tensor, frequencies: tuple[int, int], parts: int, precision: str, shared: int
@@ -96,15 +102,17 @@ class Emulator:
         precision: str = "highest",
         shared: int = HOPPER,
         order: str = "ascending",
+        arranged: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute q and v, as far as ``operator`` does."""
+        """Compute q and v, as far as ``operator`` does; ``arranged`` is the spectrum as `update` left it."""
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         parts = 4 if spectrum.dim() == 5 else 1
         fields = self._fields(operator, gradient, spectrum.shape[-2:], parts, precision, shared)
-        fields += [0, *spectrum.stride()[-4:]]
+        fields += [int(arranged is not None), *spectrum.stride()[-4:]]
         lam = spectrum.to(wide)
         assert lam.untyped_storage().nbytes() == lam.numel() * lam.element_size(), "a dense spectrum"
-        raw = self._run(fields, [_storage(gradient), _storage(lam)], order)
+        payload = [_storage(gradient), _storage(lam)] + ([] if arranged is None else [_storage(arranged)])
+        raw = self._run(fields, payload, order)
         q = v = None
         if operator != "product":
             size = gradient.shape[0] * wide.itemsize
@@ -130,3 +138,35 @@ class Emulator:
         payload = [_storage(a)] + ([] if b is None else [_storage(b)])
         shape = (a.shape[1], a.shape[1], *frequencies)
         return _tensor(self._run(fields, payload, order), (4, *shape) if signed else shape, wide)
+
+    @staticmethod
+    def arranged(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
+        """Room for an arranged spectrum of images of a size, with NaN in it."""
+        channels, blocks = len(spectrum), 2 if max(size) <= 32 else 4
+        return spectrum.new_full((channels * (channels + 1) // 2 * blocks * blocks * 256 + 4,), torch.nan)
+
+    def update(
+        self,
+        perturbation: Tensor,
+        state: dict[str, Tensor],
+        binning: str,
+        decay: float,
+        target_variance: float | None,
+        clip: bool,
+        precision: str = "highest",
+        order: str = "ascending",
+    ) -> None:
+        """Let a batch enter a running covariance: its ``state``, by name, is rewritten."""
+        names = ("values", "mean", "scale", "updates", "skipped", "arrivals", "table", "spectrum", "arranged")
+        bins = [*state["values"].shape[2:], 1][:2]
+        fields = self._fields("update", perturbation, (1, 1), 1, precision, HOPPER)
+        fields += [0] * 5
+        own = [BINNINGS[binning], *bins, int(clip), *state["table"].shape[-2:], *state["spectrum"].shape[-2:]]
+        settings = np.array(own, np.int64).tobytes() + np.array([decay, target_variance or 0.0]).tobytes()
+        payload = [_storage(perturbation), settings, *(_storage(state[name]) for name in names[:6])]
+        raw = self._run(fields, payload, order)
+        for name in names:
+            size = state[name].numel() * state[name].element_size()
+            state[name].copy_(_tensor(raw[:size], state[name].shape, state[name].dtype))
+            raw = raw[size:]
+        assert not raw

@@ -31,6 +31,25 @@ struct FrequencyAxis {
   }
 };
 
+// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the second
+// operand.
+template <class FORWARD, class Entry>
+std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
+  std::vector<uint32_t> words(static_cast<size_t>(count) * kTileEntries);
+  for (int index = 0; index < count; ++index)
+    for (int lane = 0; lane < kWarp; ++lane) {
+      double entries[kLaneEntries];
+      for (int e = 0; e < kLaneEntries; ++e)
+        entries[e] = entry(index, lane / 4 + 8 * (e / 2 % 2), 8 * (e / 4) + 2 * (lane % 4) + e % 2);
+      uint32_t of_lane[FORWARD::kWords];
+      FORWARD::constant_words(entries, of_lane);
+      for (int w = 0; w < FORWARD::kWords; ++w)
+        words[static_cast<size_t>(index) * kTileEntries + (w / 4 * kWarp + lane) * 4 +
+              (as_data ? swapped(w) : w) % 4] = of_lane[w];
+    }
+  return words;
+}
+
 // The constant tiles of both axes in shared memory.
 template <class PRECISION, int BLOCKS>
 struct BasisTiles {
@@ -46,25 +65,13 @@ struct BasisTiles {
 
   // The tiles for these numbers of frequencies, as they lie in shared memory; built by the host.
   static std::vector<uint32_t> table(int rows, int columns) {
-    std::vector<uint32_t> words(kWords);
-    for (int index = 0; index < kTiles; ++index) {
-      const Angles angles(2 * (index / (kTiles / 2) == 0 ? rows : columns));
-      const bool sines = index / (BLOCKS * BLOCKS) % 2;
-      const int top = kTile * (index / BLOCKS % BLOCKS), left = kTile * (index % BLOCKS);
-      for (int lane = 0; lane < kWarp; ++lane) {
-        double entries[kLaneEntries];
-        for (int e = 0; e < kLaneEntries; ++e) {
-          const int64_t row = top + lane / 4 + 8 * (e / 2 % 2), column = left + 8 * (e / 4) + 2 * (lane % 4) + e % 2;
-          const int64_t m = (2 * row + 1) * (2 * column + 1);
-          entries[e] = sines ? angles.sine(m) : angles.cosine(m);
-        }
-        uint32_t of_lane[Forward::kWords];
-        Forward::constant_words(entries, of_lane);
-        for (int w = 0; w < Forward::kWords; ++w)
-          words[index * kTileEntries + (w / 4 * kWarp + lane) * 4 + w % 4] = of_lane[w];
-      }
-    }
-    return words;
+    const Angles angles[2] = {Angles(2 * rows), Angles(2 * columns)};  // of the two axes
+    return constant_tiles<Forward>(kTiles, false, [&](int index, int row, int column) {
+      const int64_t top = kTile * (index / BLOCKS % BLOCKS), left = kTile * (index % BLOCKS);
+      const int64_t m = (2 * (top + row) + 1) * (2 * (left + column) + 1);
+      const Angles& axis = angles[index / (kTiles / 2)];
+      return index / (BLOCKS * BLOCKS) % 2 ? axis.sine(m) : axis.cosine(m);
+    });
   }
 
   // Rows are the frequencies of `block`, columns the pixels of tile `pixels`: for the forward transform.

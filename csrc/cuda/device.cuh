@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#define SGR_NOINLINE __noinline__
 #define SGR_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 
 namespace sgr::cuda {
@@ -168,6 +169,17 @@ __device__ inline T warp_sum(T value) {
 __device__ inline void raise_maximum(unsigned* maximum, float magnitude) {
   const unsigned bits = __reduce_max_sync(kAllLanes, __float_as_uint(magnitude));
   if (threadIdx.x % kWarp == 0) raise(maximum, bits);
+}
+
+// Whether this block is the last of `count` that come here; it then sees what the others wrote before. The counter, in
+// device memory, is zero before and after; `shared` is in shared memory.
+__device__ inline bool last_to_arrive(unsigned* counter, unsigned count, unsigned* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *shared = atomicInc(counter, count - 1) + 1 == count;
+  __syncthreads();
+  __threadfence();
+  return *shared != 0;
 }
 
 __device__ inline float power_of_two(int exponent) {  // -126 <= exponent <= 127

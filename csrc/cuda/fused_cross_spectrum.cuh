@@ -15,7 +15,22 @@ struct CrossSpectrumArguments {
   float* partial;         // [gridDim.x][pair][row block][column block][16x16 as store_fragment]
   const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
+
+  // Null, or: sums by groups of `group` blocks, each added by the last one to come, in the order of the blocks.
+  float* sums;          // [group][pair][k][l], times the number of frequencies
+  float* mean_sums;     // [group][channel][y][x]: of the images
+  float* mean_partial;  // [gridDim.x][channel][y][x]
+  unsigned* arrivals;   // [group], zero, and left so
+  int group;
 };
+
+// In float64, of every `step`-th part.
+__device__ inline double sum_in_order(const float* partial, int stride, int begin, int end, int step) {
+  double sum = 0.0;
+#pragma unroll 4
+  for (int part = begin; part < end; part += step) sum += partial[static_cast<int64_t>(part) * stride];
+  return sum;
+}
 
 template <class PRECISION, int CHANNELS, int BLOCKS>
 struct FusedCrossSpectrum {
@@ -138,6 +153,39 @@ struct FusedCrossSpectrum {
     }  // a thread next writes where it has just read
   }
 
+  // Adds the images in the staging area to the block's sum of them, which has no room in registers.
+  __device__ void add_pixels(const CrossSpectrumArguments& arguments, int64_t first, bool is_first) const {
+    const Geometry& geometry = arguments.geometry;
+    const int pixels = CHANNELS * geometry.height * geometry.width;
+    float* mean = arguments.mean_partial + static_cast<int64_t>(blockIdx.x) * pixels;
+#pragma unroll 4
+    for (int pixel = part * kThreads + threadIdx.x; pixel < pixels; pixel += kParts * kThreads) {
+      float sum = is_first ? 0.0f : mean[pixel];
+#pragma unroll
+      for (int image = 0; image < kImages; ++image)
+        if (image == 0 || first + image < geometry.batch) sum += staging[image * Images::kRoom + pixel];
+      mean[pixel] = sum;
+    }
+  }
+
+  // Adds the partial sums of this block's group, if all of them are there.
+  __device__ void sum_group(const CrossSpectrumArguments& arguments) const {
+    const int group = blockIdx.x / arguments.group, begin = group * arguments.group;
+    const int end = min(begin + arguments.group, static_cast<int>(gridDim.x));
+    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data))) return;
+    const Geometry& geometry = arguments.geometry;
+    const int plane = geometry.rows * geometry.columns, pixels = CHANNELS * geometry.height * geometry.width;
+    for (int index = threadIdx.x; index < Layout::kEntries; index += kThreads) {
+      const SpectrumPlace<BLOCKS> place(index % Layout::kSlots, geometry);
+      if (!place.exists()) continue;
+      const float sum = static_cast<float>(sum_in_order(arguments.partial + index, Layout::kEntries, begin, end, 1));
+      arguments.sums[(group * Layout::kPairs + index / Layout::kSlots) * plane + place.position(geometry)] = sum;
+    }
+    for (int index = threadIdx.x; index < pixels; index += kThreads)
+      arguments.mean_sums[group * pixels + index] =
+          static_cast<float>(sum_in_order(arguments.mean_partial + index, pixels, begin, end, 1));
+  }
+
   __device__ void run(const CrossSpectrumArguments& arguments) {
     const Geometry& geometry = arguments.geometry;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kImages;
@@ -157,6 +205,7 @@ struct FusedCrossSpectrum {
     unsigned* maximum = maxima;
     while (first < geometry.batch) {
       Images::receive(staging, arguments.perturbation, geometry, first, arrival);
+      if (arguments.sums) add_pixels(arguments, first, first == static_cast<int64_t>(blockIdx.x) * kImages);
       typename Images::Entries entries;
       Images::load(entries, maximum, staging, geometry, first);
       __syncthreads();
@@ -177,6 +226,7 @@ struct FusedCrossSpectrum {
       if (group == 0)
         store_fragment(sum[index / kPairs][index % kPairs],
                        partial + offset(part * kPairs + index % kPairs, index / kPairs), lane);
+    if (arguments.sums) sum_group(arguments);
   }
 };
 
@@ -195,33 +245,23 @@ constexpr int kReductionRows = 8;
 template <int CHANNELS, int BLOCKS>
 __global__ void sum_partial_spectra(const float* partial, int count, Geometry geometry, float* result) {
   using Layout = SpectrumTiles<CHANNELS, BLOCKS, true>;
-  using Axis = FrequencyAxis<BLOCKS>;
   SGR_SHARED_MEMORY(shared);
   double* sums = reinterpret_cast<double*>(shared);
   const int column = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int index = blockIdx.x * kWarp + column;
-  double sum = 0.0;
-#pragma unroll 4
-  for (int part = row; part < count; part += kReductionRows)
-    sum += partial[static_cast<int64_t>(part) * Layout::kEntries + index];
+  double sum = sum_in_order(partial + index, Layout::kEntries, row, count, kReductionRows);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (row > 0) return;
   for (int r = 1; r < kReductionRows; ++r) sum += sums[r * kWarp + column];
 
-  const TileEntry entry(index % kTileEntries);
-  const int tile = index / kTileEntries;
-  const int k = Axis::frequency(tile / Axis::kBlocks % Axis::kBlocks, entry.row(), geometry.rows);
-  const int l = Axis::frequency(tile % Axis::kBlocks, entry.column(), geometry.columns);
-  int c = 0, d = tile / (Axis::kBlocks * Axis::kBlocks);
-  while (d >= CHANNELS - c) d -= CHANNELS - c++;
-  d += c;
-  if (k < 0 || l < 0 || d >= geometry.channels) return;
+  const SpectrumPlace<BLOCKS> place(index % Layout::kSlots, geometry);
+  if (!place.exists()) return;
+  const ChannelPair<CHANNELS> channels(index / Layout::kSlots);
   const int64_t plane = static_cast<int64_t>(geometry.rows) * geometry.columns;
-  const int64_t position = static_cast<int64_t>(k) * geometry.columns + l;
   const float value = static_cast<float>(sum / static_cast<double>(plane));
-  result[(static_cast<int64_t>(c) * geometry.channels + d) * plane + position] = value;
-  result[(static_cast<int64_t>(d) * geometry.channels + c) * plane + position] = value;
+  result[channels.upper() * plane + place.position(geometry)] = value;
+  result[channels.lower() * plane + place.position(geometry)] = value;
 }
 
 }  // namespace sgr::cuda

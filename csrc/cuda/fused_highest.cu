@@ -2,6 +2,6 @@
 #include "fused_instances.h"
 
 namespace sgr::cuda {
-template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, bool);
-template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
+template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*, GroupSums*);
 }  // namespace sgr::cuda

@@ -6,10 +6,10 @@
 
 namespace sgr::cuda {
 
-extern template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, bool);
-extern template bool fused_product_of<High>(CudaLauncher&, const ProductArguments&, bool);
-extern template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, bool);
-extern template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*);
-extern template bool fused_cross_spectrum_of<High>(CudaLauncher&, const CrossSpectrumArguments&, float*);
+extern template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
+extern template bool fused_product_of<High>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
+extern template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
+extern template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*, GroupSums*);
+extern template bool fused_cross_spectrum_of<High>(CudaLauncher&, const CrossSpectrumArguments&, float*, GroupSums*);
 
 }  // namespace sgr::cuda

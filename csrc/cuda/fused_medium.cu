@@ -2,5 +2,5 @@
 #include "fused_instances.h"
 
 namespace sgr::cuda {
-template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, bool);
+template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
 }  // namespace sgr::cuda

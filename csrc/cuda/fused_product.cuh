@@ -14,9 +14,7 @@ struct ProductArguments {
   ImageView gradient;
   ImageView product;  // data is null where it is not wanted
   float* quadratic;   // likewise
-  SpectrumView<float> spectrum;
-  const float* spectrum_tiles;  // BLOCKS = 2 only: what arrange_spectrum wrote
-  const int* spectrum_exponent;
+  const float* spectrum;  // what SpectrumTiles::arrange wrote
   const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
 };
@@ -47,8 +45,8 @@ struct FusedProduct {
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
   static constexpr int kExchangeTiles = kPlanes * kBlocks * BLOCKS;  // of one parity
   static constexpr int kExchangeWords = kExchange ? kParities * kExchangeTiles * kTileEntries : IMAGES * Images::kRoom;
-  static constexpr int kSpectrumWords = kSpectrumShared ? Spectrum::kEntries : 0;
-  static constexpr int kScalarWords = 4 + 2 * IMAGES + IMAGES * kWarps + 2;
+  static constexpr int kSpectrumWords = kSpectrumShared ? Spectrum::kWords : 0;
+  static constexpr int kScalarWords = 4 + 2 * IMAGES + IMAGES * kWarps;
   static constexpr int kSharedBytes =
       4 * (kImageWords + kExchangeWords + kSpectrumWords + Basis::kWords + kScalarWords);
 
@@ -62,13 +60,11 @@ struct FusedProduct {
   float* image;
   float* staging;
   uint32_t* exchange;
-  float* spectrum;
+  const float* spectrum;
   Basis basis;
   uint64_t* barriers;  // of the arriving images and of the basis
   unsigned* maxima;    // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
   float* partial;      // [IMAGES][kWarps], of q
-  unsigned* spectrum_maximum;
-  int* spectrum_exponent;          // in shared memory: registers are scarce in the chain
   int warp, lane, parity, member;  // of this thread's warp; member counts the warps of a parity
 
   __device__ FusedProduct(unsigned char* shared) {
@@ -80,40 +76,32 @@ struct FusedProduct {
     exchange = reinterpret_cast<uint32_t*>(image + kImageWords);
     staging = reinterpret_cast<float*>(exchange);
     spectrum = reinterpret_cast<float*>(exchange + kExchangeWords);
-    basis.memory = reinterpret_cast<uint32_t*>(spectrum + kSpectrumWords);
+    basis.memory = exchange + kExchangeWords + kSpectrumWords;
     basis.lane = lane;
     barriers = reinterpret_cast<uint64_t*>(basis.memory + Basis::kWords);
     maxima = reinterpret_cast<unsigned*>(barriers + 2);
     partial = reinterpret_cast<float*>(maxima + 2 * IMAGES);
-    spectrum_maximum = reinterpret_cast<unsigned*>(partial + IMAGES * kWarps);
-    spectrum_exponent = reinterpret_cast<int*>(spectrum_maximum + 1);
   }
 
   __device__ int exchange_tile(int plane, int block_index, int pixels) const {
     return (parity * kExchangeTiles + (plane * kBlocks + block_index) * BLOCKS + pixels) * kTileEntries;
   }
 
-  // Brings basis, spectrum and its exponent into shared memory, and sends the first images.
+  // Brings basis and spectrum into shared memory, and sends the first images.
   __device__ void prepare(const ProductArguments& arguments, const Arrival& images) {
     Arrival constants{barriers + 1};
     images.prepare();
     constants.prepare();
     if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
-    if (threadIdx.x == 0) *spectrum_maximum = 0;
     __syncthreads();
-    constants.expect(4 * Basis::kWords);
+    constants.expect(4 * (Basis::kWords + kSpectrumWords));
     constants.copy(basis.memory, arguments.basis, 4 * Basis::kWords);
+    if constexpr (kSpectrumShared)
+      constants.copy(const_cast<float*>(spectrum), arguments.spectrum, 4 * kSpectrumWords);
+    else
+      spectrum = arguments.spectrum;
     Images::send(staging, arguments.gradient, arguments.geometry, first_image(0), images);
-    int exponent = 0;
-    if constexpr (kSpectrumShared) {
-      exponent =
-          Spectrum::template gather<kThreads>(spectrum, spectrum_maximum, arguments.spectrum, arguments.geometry);
-    } else {
-      spectrum = const_cast<float*>(arguments.spectrum_tiles);
-      exponent = *arguments.spectrum_exponent;
-    }
-    if (threadIdx.x == 0) *spectrum_exponent = exponent;
-    constants.wait();  // the rest is read after further barriers
+    constants.wait();
   }
 
   // U tile: rows are column frequencies of `columns`, columns are the rows of pixel tile `pixels`.
@@ -301,7 +289,7 @@ struct FusedProduct {
         Images::send(staging, arguments.gradient, geometry, first_image(turn + 1), arrival);
       }
       if (inverse)
-        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -*spectrum_exponent, arguments.product,
+        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -spectrum_exponent(), arguments.product,
                       geometry, first_image(turn));
     }
   }
@@ -311,6 +299,8 @@ struct FusedProduct {
   __device__ static int64_t first_image(unsigned turn) {
     return (static_cast<int64_t>(turn) * gridDim.x + blockIdx.x) * IMAGES;
   }
+
+  __device__ int spectrum_exponent() const { return __float_as_int(spectrum[Spectrum::kEntries]); }
 
   __device__ static float normalisation(const Geometry& geometry) {
     return 4.0f / (static_cast<float>(geometry.rows) * geometry.columns);
@@ -347,7 +337,7 @@ struct FusedProduct {
     for (int i = 0; i < kWarps; ++i) total += partial[threadIdx.x * kWarps + i];
     const int exponent = scaling_exponent(maxima[turn % 2 * IMAGES + threadIdx.x], kCeiling);
     arguments.quadratic[sample] =
-        PowerOfTwo(-2 * exponent - *spectrum_exponent) * (0.25f * normalisation(arguments.geometry) * total);
+        PowerOfTwo(-2 * exponent - spectrum_exponent()) * (0.25f * normalisation(arguments.geometry) * total);
   }
 };
 

@@ -149,6 +149,16 @@ inline Geometry geometry_of(const Shape& shape) {
           narrow_size(shape.columns, "column frequencies")};
 }
 
+// Memory for an arranged spectrum, beside the natural one.
+inline float* arranged_of(const Tensor& arranged, const Tensor& spectrum, const Geometry& geometry) {
+  const int64_t words = arranged_words(geometry);
+  STD_TORCH_CHECK(words > 0 && arranged.dim() == 1 && arranged.size(0) == words && arranged.stride(0) == 1 &&
+                      arranged.scalar_type() == ScalarType::Float && arranged.device() == spectrum.device(),
+                  "arranged: expected ", words, " dense float32 numbers on the spectrum's device, got shape ",
+                  shape_of(arranged));
+  return static_cast<float*>(arranged.mutable_data_ptr());
+}
+
 inline Precision parse_precision(const std::string& precision) {
   if (precision == "highest") return Precision::kHighest;
   if (precision == "high") return Precision::kHigh;

@@ -13,7 +13,8 @@
 
 #include "fused_cross_spectrum.cuh"
 #include "fused_product.cuh"
-#include "large_product.cuh"
+#include "large_columns.cuh"
+#include "large_rows.cuh"
 #include "staged_channels.cuh"
 #include "staged_transform.cuh"
 
@@ -24,6 +25,7 @@ enum class Precision { kHighest, kHigh, kMedium };
 constexpr int64_t kPassBytes = 40 << 20;       // of the large images' path
 constexpr int64_t kWorkspaceBytes = 32 << 20;  // of the staged path: what stays in a large GPU's L2 cache
 constexpr int64_t kMaximumPartials = 128;      // of the fused cross spectrum; by shape alone
+constexpr int64_t kMaximumGroups = 12;         // of partials that are summed where they arise
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -40,19 +42,45 @@ const uint32_t* basis_tiles(LAUNCHER& launcher, const Geometry& geometry) {
                                                [&] { return BASIS::table(geometry.rows, geometry.columns); });
 }
 
+template <int CHANNELS, int BLOCKS, bool SYMMETRIC, class LAUNCHER>
+const float* launch_arrange(LAUNCHER& launcher, const SpectrumView<float>& spectrum, const Geometry& geometry,
+                            float* tiles) {
+  constexpr int kThreads = 512, kSlots = SpectrumTiles<CHANNELS, BLOCKS, SYMMETRIC>::kSlots;
+  launcher.launch(arrange_spectrum<CHANNELS, BLOCKS, SYMMETRIC>, kSlots / kThreads, 1, kThreads, 16, spectrum, geometry,
+                  tiles);
+  return tiles;
+}
+
+// Words of the arranged spectrum of a symmetric matrix; 0 where the fused kernels do not serve.
+inline int64_t arranged_words(const Geometry& geometry) {
+  const int64_t tiles = 2 * fused_blocks(geometry), pairs = geometry.channels * (geometry.channels + 1) / 2;
+  return tiles == 0 ? 0 : pairs * tiles * tiles * kTileEntries + 4;
+}
+
+template <int CHANNELS, class LAUNCHER>
+void arrange_channels(LAUNCHER& launcher, const SpectrumView<float>& spectrum, const Geometry& geometry, float* tiles) {
+  if (fused_blocks(geometry) == 1)
+    launch_arrange<CHANNELS, 1, true>(launcher, spectrum, geometry, tiles);
+  else
+    launch_arrange<CHANNELS, 2, true>(launcher, spectrum, geometry, tiles);
+}
+
+// Writes arranged_words(geometry) > 0 words, for compute_product's calls to share.
+template <class LAUNCHER>
+void compute_arranged(LAUNCHER& launcher, const SpectrumView<float>& spectrum, const Geometry& geometry, float* tiles) {
+  constexpr void (*kArrange[])(LAUNCHER&, const SpectrumView<float>&, const Geometry&, float*) = {
+      arrange_channels<1, LAUNCHER>, arrange_channels<2, LAUNCHER>, arrange_channels<3, LAUNCHER>,
+      arrange_channels<4, LAUNCHER>};
+  kArrange[geometry.channels - 1](launcher, spectrum, geometry, tiles);
+}
+
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
-bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments) {
+bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments, const SpectrumView<float>& spectrum) {
   using Fused = FusedProduct<PRECISION, CHANNELS, IMAGES, BLOCKS, SYMMETRIC>;
   if (Fused::kSharedBytes > launcher.shared_limit) return false;
-  if constexpr (!Fused::kSpectrumShared) {
-    using Tiles = typename Fused::Spectrum;
-    float* tiles = launcher.template workspace<float>(Tiles::kEntries);
-    int* exponent = launcher.template workspace<int>(1);
-    launcher.launch(arrange_spectrum<CHANNELS, BLOCKS, SYMMETRIC>, Tiles::kSlots / 512, 1, 512, 16, arguments.spectrum,
-                    arguments.geometry, tiles, exponent);
-    arguments.spectrum_tiles = tiles;
-    arguments.spectrum_exponent = exponent;
-  }
+  if (!arguments.spectrum)
+    arguments.spectrum = launch_arrange<CHANNELS, BLOCKS, SYMMETRIC>(
+        launcher, spectrum, arguments.geometry, launcher.template workspace<float>(Fused::Spectrum::kWords));
   arguments.basis = basis_tiles<typename Fused::Basis>(launcher, arguments.geometry);
   const int64_t resident = launcher.resident_blocks(fused_product<Fused>, Fused::kThreads, Fused::kSharedBytes);
   const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, IMAGES), resident);
@@ -66,7 +94,7 @@ struct FusedProductRow {
   int channels;
   bool symmetric;
   int blocks, images;
-  bool (*launch)(LAUNCHER&, ProductArguments);
+  bool (*launch)(LAUNCHER&, ProductArguments, const SpectrumView<float>&);
 };
 
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
@@ -78,7 +106,8 @@ constexpr FusedProductRow<LAUNCHER> fused_product_row() {
 // Launches the first row that serves. Several images per block share the constants' way through registers; they are
 // worth it once every multiprocessor has a block. A single channel is its own symmetric part.
 template <class P, class LAUNCHER>
-bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, bool symmetric) {
+bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, const SpectrumView<float>& spectrum,
+                      bool symmetric) {
   using L = LAUNCHER;
   static constexpr FusedProductRow<L> kRows[] = {
       fused_product_row<P, 1, true, 1, 3, L>(),  fused_product_row<P, 1, true, 1, 1, L>(),
@@ -95,19 +124,40 @@ bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, boo
     if (row.channels == geometry.channels && row.blocks == fused_blocks(geometry) &&
         row.symmetric == (symmetric || row.channels == 1) &&
         (row.images == 1 || geometry.batch >= row.images * static_cast<int64_t>(launcher.multiprocessors)))
-      return row.launch(launcher, arguments);
+      return row.launch(launcher, arguments, spectrum);
   return false;
 }
 
+// An accumulation that ends with sums by groups of blocks and those of the images, for `update_covariance`.
+struct GroupSums {
+  unsigned* arrivals;  // given: kMaximumGroups zeros
+  int groups;
+  const float *sums, *mean_sums;
+};
+
 template <class PRECISION, int CHANNELS, int BLOCKS, class LAUNCHER>
-bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments arguments, float* result) {
+bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments arguments, float* result,
+                                 GroupSums* groups) {
   using Fused = FusedCrossSpectrum<PRECISION, CHANNELS, BLOCKS>;
   using Layout = typename Fused::Layout;
   if (Fused::kSharedBytes > launcher.shared_limit) return false;
   const int64_t blocks = std::min(ceil_divide(arguments.geometry.batch, Fused::kImages), kMaximumPartials);
   arguments.partial = launcher.template workspace<float>(blocks * Layout::kEntries);
   arguments.basis = basis_tiles<typename Fused::Basis>(launcher, arguments.geometry);
+  if (groups) {
+    const Geometry& geometry = arguments.geometry;
+    const int64_t pixels = int64_t{CHANNELS} * geometry.height * geometry.width;
+    arguments.group = static_cast<int>(ceil_divide(blocks, kMaximumGroups));
+    while (arguments.group * arguments.group < blocks) ++arguments.group;
+    groups->groups = static_cast<int>(ceil_divide(blocks, arguments.group));
+    arguments.arrivals = groups->arrivals;
+    arguments.mean_partial = launcher.template workspace<float>(blocks * pixels);
+    groups->sums = arguments.sums = launcher.template workspace<float>(
+        int64_t{groups->groups} * Layout::kPairs * geometry.rows * geometry.columns);
+    groups->mean_sums = arguments.mean_sums = launcher.template workspace<float>(groups->groups * pixels);
+  }
   launcher.launch(fused_cross_spectrum<Fused>, blocks, Fused::kParts, Fused::kThreads, Fused::kSharedBytes, arguments);
+  if (groups) return true;
   launcher.launch(sum_partial_spectra<CHANNELS, BLOCKS>, Layout::kEntries / kWarp, 1, kWarp * kReductionRows,
                   static_cast<int>(sizeof(double)) * kWarp * kReductionRows,
                   static_cast<const float*>(arguments.partial), static_cast<int>(blocks), arguments.geometry, result);
@@ -115,15 +165,16 @@ bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments argu
 }
 
 template <class PRECISION, class LAUNCHER>
-bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& arguments, float* result) {
+bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& arguments, float* result,
+                             GroupSums* groups) {
   using L = LAUNCHER;
-  static constexpr bool (*kLaunch[2][4])(L&, CrossSpectrumArguments, float*) = {
+  static constexpr bool (*kLaunch[2][4])(L&, CrossSpectrumArguments, float*, GroupSums*) = {
       {launch_fused_cross_spectrum<PRECISION, 1, 1, L>, launch_fused_cross_spectrum<PRECISION, 2, 1, L>,
        launch_fused_cross_spectrum<PRECISION, 3, 1, L>, launch_fused_cross_spectrum<PRECISION, 4, 1, L>},
       {launch_fused_cross_spectrum<PRECISION, 1, 2, L>, launch_fused_cross_spectrum<PRECISION, 2, 2, L>,
        launch_fused_cross_spectrum<PRECISION, 3, 2, L>, launch_fused_cross_spectrum<PRECISION, 4, 2, L>}};
   const int blocks = fused_blocks(arguments.geometry);
-  return blocks > 0 && kLaunch[blocks - 1][arguments.geometry.channels - 1](launcher, arguments, result);
+  return blocks > 0 && kLaunch[blocks - 1][arguments.geometry.channels - 1](launcher, arguments, result, groups);
 }
 
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, class LAUNCHER>
@@ -310,31 +361,20 @@ void with_product_of(Precision precision, Action action) {
     action(WarpProduct<TensorFloat>{});
 }
 
-// Whether entries are found with 32-bit numbers, as the fused kernels do; 4 channels and 64 frequencies at most.
-template <class T>
-bool has_short_strides(const SpectrumView<T>& spectrum) {
-  return std::all_of(spectrum.stride, spectrum.stride + 4, [](int64_t stride) { return stride < int64_t{1} << 24; });
-}
-
 // The operators, on checked arguments; the results of an empty batch are the caller's business.
-// v = Sigma g where product.data is not null, q where quadratic is not null; `symmetric` as in quadratic_form.
+// v = Sigma g where product.data is not null, q where quadratic is not null; `symmetric` as in quadratic_form;
+// `arranged` is null or what compute_arranged wrote, of a symmetric matrix.
 template <class T, class LAUNCHER>
 void compute_product(LAUNCHER& launcher, const ImageView& gradient, const SpectrumView<T>& spectrum,
-                     const ImageView& product, T* quadratic, bool symmetric, Precision precision,
-                     const Geometry& geometry) {
+                     const float* arranged, const ImageView& product, T* quadratic, bool symmetric,
+                     Precision precision, const Geometry& geometry) {
   if constexpr (std::is_same_v<T, float>) {
-    if (spectrum.parts == 1 && has_short_strides(spectrum)) {
-      const ProductArguments arguments{examined(gradient, geometry),
-                                       examined(product, geometry),
-                                       quadratic,
-                                       spectrum,
-                                       nullptr,
-                                       nullptr,
-                                       nullptr,
-                                       geometry};
-      constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, bool) = {
+    if (spectrum.parts == 1) {
+      const ProductArguments arguments{examined(gradient, geometry), examined(product, geometry), quadratic, arranged,
+                                       nullptr, geometry};
+      constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, const SpectrumView<float>&, bool) = {
           fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
-      if (kFused[static_cast<int>(precision)](launcher, arguments, symmetric)) return;
+      if (kFused[static_cast<int>(precision)](launcher, arguments, spectrum, symmetric || arranged)) return;
       const LargeArguments large{examined(gradient, geometry), product, spectrum, geometry};
       constexpr bool (*kLarge[])(LAUNCHER&, const LargeArguments&, float*, bool) = {
           large_product_of<Highest, LAUNCHER>, large_product_of<High, LAUNCHER>, large_product_of<Medium, LAUNCHER>};
@@ -346,16 +386,23 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
   });
 }
 
+// bf16 would bias an estimate by 1e-3 of its diagonal, more than sampling noise: "medium" means tf32 here.
+template <class LAUNCHER>
+bool fused_accumulation(LAUNCHER& launcher, const ImageView& images, Precision precision, float* result,
+                        GroupSums* groups, const Geometry& geometry) {
+  CrossSpectrumArguments arguments{};
+  arguments.perturbation = examined(images, geometry);
+  arguments.geometry = geometry;
+  return precision == Precision::kHighest ? fused_cross_spectrum_of<Highest>(launcher, arguments, result, groups)
+                                          : fused_cross_spectrum_of<High>(launcher, arguments, result, groups);
+}
+
 template <class T, class LAUNCHER>
 void compute_cross_spectrum(LAUNCHER& launcher, const ImageView& a, const ImageView& b, bool same, int parts,
                             Precision precision, T* result, const Geometry& geometry) {
   if constexpr (std::is_same_v<T, float>) {
     if (same && parts == 1) {
-      const CrossSpectrumArguments arguments{examined(a, geometry), nullptr, nullptr, geometry};
-      // bf16 would bias an estimate by 1e-3 of its diagonal, more than sampling noise: "medium" means tf32 here.
-      if (precision == Precision::kHighest ? fused_cross_spectrum_of<Highest>(launcher, arguments, result)
-                                           : fused_cross_spectrum_of<High>(launcher, arguments, result))
-        return;
+      if (fused_accumulation(launcher, a, precision, result, nullptr, geometry)) return;
     }
   }
   with_product_of<T>(precision, [&](auto arithmetic) {

@@ -16,7 +16,36 @@ struct TileEntry {
   __device__ int column() const { return lane_column(lane, n, j); }
 };
 
-// Tiles [pair][row block][column block] of floats, zero in padded slots and channels. SYMMETRIC: the symmetric part in
+// A pair of channels c <= d by its position among all: row by row.
+template <int CHANNELS>
+struct ChannelPair {
+  int c = 0, d;
+
+  __device__ explicit ChannelPair(int pair) : d(pair) {
+    while (d >= CHANNELS - c) d -= CHANNELS - c++;
+    d += c;
+  }
+  __device__ int upper() const { return c * CHANNELS + d; }  // in a matrix of all
+  __device__ int lower() const { return d * CHANNELS + c; }
+};
+
+// Which frequencies a slot of a pair's tiles is.
+template <int BLOCKS>
+struct SpectrumPlace {
+  using Axis = FrequencyAxis<BLOCKS>;
+  int k, l;
+
+  __device__ SpectrumPlace(int slot, const Geometry& geometry) {
+    const TileEntry entry(slot % kTileEntries);
+    const int block = slot / kTileEntries;
+    k = Axis::frequency(block / Axis::kBlocks, entry.row(), geometry.rows);
+    l = Axis::frequency(block % Axis::kBlocks, entry.column(), geometry.columns);
+  }
+  __device__ bool exists() const { return k >= 0 && l >= 0; }
+  __device__ int position(const Geometry& geometry) const { return k * geometry.columns + l; }
+};
+
+// Tiles [pair][row block][column block] of floats, zero in padded slots, and their exponent, four times. SYMMETRIC: the symmetric part in
 // the channels, of which the pairs c <= c' are kept.
 template <int CHANNELS, int BLOCKS, bool SYMMETRIC>
 struct SpectrumTiles {
@@ -24,6 +53,7 @@ struct SpectrumTiles {
   static constexpr int kPairs = SYMMETRIC ? CHANNELS * (CHANNELS + 1) / 2 : CHANNELS * CHANNELS;
   static constexpr int kSlots = Axis::kBlocks * Axis::kBlocks * kTileEntries;  // of one pair
   static constexpr int kEntries = kPairs * kSlots;
+  static constexpr int kWords = kEntries + 4;
 
   __device__ static int offset(int pair, int row_block, int column_block) {
     return ((pair * Axis::kBlocks + row_block) * Axis::kBlocks + column_block) * kTileEntries;
@@ -34,74 +64,35 @@ struct SpectrumTiles {
     return SYMMETRIC ? c * CHANNELS - c * (c - 1) / 2 + d - c : c * CHANNELS + d;
   }
 
-  // Entry of pair (c, d) in slot `slot` of the pair's tiles.
-  __device__ static float entry(const SpectrumView<float>& spectrum, const Geometry& geometry, int c, int d, int slot) {
-    const TileEntry place(slot % kTileEntries);
-    const int block = slot / kTileEntries;
-    const int k = Axis::frequency(block / Axis::kBlocks, place.row(), geometry.rows);
-    const int l = Axis::frequency(block % Axis::kBlocks, place.column(), geometry.columns);
-    if (k < 0 || l < 0) return 0.0f;
-    return SYMMETRIC && c != d ? spectrum.symmetric_at(0, c, d, k, l) : spectrum.at(0, c, d, k, l);
-  }
-
-  // Calls visit(index, value) for the entries that fall to `thread` of `threads`.
-  template <class Visit>
-  __device__ static void visit_entries(int thread, int threads, const SpectrumView<float>& spectrum,
-                                       const Geometry& geometry, Visit visit) {
-#pragma unroll 2
-    for (int slot = thread; slot < kSlots; slot += threads)
+  // Writes the tiles of `block` of `blocks`, times 2^exponent, and the exponent behind all tiles; `maximum` is in shared
+  // memory. Each block finds the maximum of the whole spectrum for itself, which saves a launch.
+  __device__ static void arrange(const SpectrumView<float>& spectrum, const Geometry& geometry, unsigned* maximum,
+                                 int block, int blocks, float* tiles) {
+    const auto entry = [&](int slot, int c, int d) {
+      const SpectrumPlace<BLOCKS> place(slot, geometry);
+      if (!place.exists()) return 0.0f;
+      return SYMMETRIC && c != d ? spectrum.symmetric_at(0, c, d, place.k, place.l)
+                                 : spectrum.at(0, c, d, place.k, place.l);
+    };
+    if (threadIdx.x == 0) *maximum = 0;
+    __syncthreads();
+    float largest = 0.0f;
+    for (int slot = threadIdx.x; slot < kSlots; slot += blockDim.x)
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-        for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d)
-          visit(pair(c, d) * kSlots + slot, entry(spectrum, geometry, c, d, slot));
-  }
-
-  // All tiles into shared memory, scaled, by all THREADS threads of a block; the exponent of the scale is returned.
-  // *maximum is in shared memory and zero; a __syncthreads() must follow.
-  template <int THREADS>
-  __device__ static int gather(float* tiles, unsigned* maximum, const SpectrumView<float>& spectrum,
-                               const Geometry& geometry) {
-    constexpr int kTurns = kSlots / 2 / THREADS;  // of a pair of columns
-    static_assert(kTurns * 2 * THREADS == kSlots);
-    const int stride[4] = {static_cast<int>(spectrum.stride[0]), static_cast<int>(spectrum.stride[1]),
-                           static_cast<int>(spectrum.stride[2]), static_cast<int>(spectrum.stride[3])};
-    float value[kTurns][kPairs][2];
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      const unsigned slot = 2 * (i * THREADS + threadIdx.x), block = slot / kTileEntries;
-      const TileEntry place(slot % kTileEntries);
-      const int k = Axis::frequency(block / Axis::kBlocks, place.row(), geometry.rows);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int l = Axis::frequency(block % Axis::kBlocks, place.column() + j, geometry.columns);
-        // Padding is some entry times zero: loads without conditions go out together.
-        const bool exists = k >= 0 && l >= 0;
-        const int offset = exists ? k * stride[2] + l * stride[3] : 0;
-        const float whole = exists ? 1.0f : 0.0f, half = exists ? 0.5f : 0.0f;
-        const auto load = [&](int c, int d) { return spectrum.data[offset + (c * stride[0] + d * stride[1])]; };
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-#pragma unroll
-          for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
-            float& here = value[i][pair(c, d)][j];
-            here = SYMMETRIC && c != d ? half * load(c, d) + half * load(d, c) : whole * load(c, d);
-            largest = fmaxf(largest, fabsf(here));
-          }
-      }
-    }
+        for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) largest = fmaxf(largest, fabsf(entry(slot, c, d)));
     raise_maximum(maximum, largest);
     __syncthreads();
     const int e = exponent(*maximum, geometry);
     const float scale = power_of_two(e);
+    for (int slot = block * blockDim.x + threadIdx.x; slot < kSlots; slot += blocks * blockDim.x)
 #pragma unroll
-    for (int i = 0; i < kTurns; ++i)
+      for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p)
-        *reinterpret_cast<float2*>(tiles + p * kSlots + 2 * (i * THREADS + threadIdx.x)) =
-            make_float2(value[i][p][0] * scale, value[i][p][1] * scale);
-    return e;
+        for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d)
+          tiles[pair(c, d) * kSlots + slot] = entry(slot, c, d) * scale;
+    if (block == 0 && threadIdx.x < 4) tiles[kEntries + threadIdx.x] = __int_as_float(e);
   }
 
   // The exponent that keeps the norm of the mixed transforms at or below that of the (scaled) image.
@@ -112,24 +103,11 @@ struct SpectrumTiles {
   }
 };
 
-// Writes all tiles, times 2^exponent, and the exponent. Each block finds the maximum of the whole spectrum for itself,
-// which saves a launch.
 template <int CHANNELS, int BLOCKS, bool SYMMETRIC>
-__global__ void arrange_spectrum(SpectrumView<float> spectrum, Geometry geometry, float* tiles, int* exponent) {
-  using Tiles = SpectrumTiles<CHANNELS, BLOCKS, SYMMETRIC>;
+__global__ void arrange_spectrum(SpectrumView<float> spectrum, Geometry geometry, float* tiles) {
   SGR_SHARED_MEMORY(shared);
-  unsigned* maximum = reinterpret_cast<unsigned*>(shared);
-  if (threadIdx.x == 0) *maximum = 0;
-  __syncthreads();
-  float largest = 0.0f;
-  Tiles::visit_entries(threadIdx.x, blockDim.x, spectrum, geometry,
-                       [&](int, float value) { largest = fmaxf(largest, fabsf(value)); });
-  raise_maximum(maximum, largest);
-  __syncthreads();
-  const int e = Tiles::exponent(*maximum, geometry);
-  Tiles::visit_entries(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x, spectrum, geometry,
-                       [&](int index, float value) { tiles[index] = value * power_of_two(e); });
-  if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = e;
+  SpectrumTiles<CHANNELS, BLOCKS, SYMMETRIC>::arrange(spectrum, geometry, reinterpret_cast<unsigned*>(shared),
+                                                      blockIdx.x, gridDim.x, tiles);
 }
 
 }  // namespace sgr::cuda

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import torch
 
-from sgr_kernels.backends.schemas import SCHEMAS
+from sgr_kernels.backends.schemas import CUDA_SCHEMAS, SCHEMAS
 from sgr_kernels.checks.caller import warn_caller
 
 _NOT_BUILT = (
@@ -62,9 +62,15 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     except Exception as error:  # whatever it is, the package goes on
         return None, _report(f"failed to load under torch {torch.__version__} ({error})")
     # The dispatcher would hand an older binary the arguments of another schema, unchecked.
-    if module.build_info().get("schemas") != "\n".join(operator + schema for operator, schema in SCHEMAS.items()):
+    info = module.build_info()
+    agreed = info.get("schemas") == _text(SCHEMAS)
+    if not agreed or (info.get("cuda_architectures") and info.get("cuda_schemas") != _text(CUDA_SCHEMAS)):
         return None, _report("were built from another version of sgr_kernels")
     return module, None
+
+
+def _text(schemas: dict[str, str]) -> str:
+    return "\n".join(operator + schema for operator, schema in schemas.items())
 
 
 def _report(problem: str) -> str:

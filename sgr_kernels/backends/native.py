@@ -64,12 +64,47 @@ def _can_run(request: Request) -> str | None:
     return _obstacle(request.device) if request.device.type == "cuda" else None
 
 
+# Of images on GPUs. By counts (benchmarks/results/cuda-static.json, `test_choice`): the kernels' instructions grow with
+# the cube of a side, the passes over memory of a Fourier transform with its square.
+_FFT_FROM, _FFT_FROM_IN_PASSES = 1024, 512
+_FUSED_CHANNELS = 3
+
+
+def fft_expected_faster(request: Request) -> bool:
+    """Whether PyTorch's chain of rfft2 is expected to beat the CUDA kernels; none of it is measured yet.
+
+    Images above 64 pixels of up to three channels are served in two passes over memory as long as a column of 16
+    frequencies fits shared memory; the others in a pass for each step, which costs about three times as much.
+    """
+    if request.device.type != "cuda" or request.operator == "cross_spectrum" or request.form != "even":
+        return False
+    tiles = -(-((request.size[0] + 1) // 2) // 16)  # of half an image's rows
+    fused = (
+        request.dtype != torch.float64
+        and request.channels <= _FUSED_CHANNELS
+        and (4 * request.channels * tiles + 8 * request.channels + 1) << 10 <= _shared_memory(request.device)
+    )
+    return min(request.size) >= (_FFT_FROM if fused else _FFT_FROM_IN_PASSES)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have; those of an H100 where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _slow(request: Request) -> bool:
     """Whether PyTorch's FFT is faster than the CPU kernels, which split an axis in two levels at most.
 
     Measured: for signals from 4,096 samples on, or of some hundreds that do not split well (a prime 509), and for
     images with a side of thousands that does not (2,039 is about the same, 4,093 several times slower).
     """
+    if request.device.type == "cuda":
+        return fft_expected_faster(request)
     if request.device.type != "cpu" or max(request.size) < 509:
         return False
     operations = max(map(_operations, request.size))

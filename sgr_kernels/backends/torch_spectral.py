@@ -3,7 +3,8 @@
 For every axis ``basis`` holds cosines and sines side by side, so that one product yields all parities:
 ``Z = A_h^T X A_w`` is (2Fh, 2Fw), its four quadrants the parities. Channels mix frequency by frequency, and
 ``V = A_h Y A_w^T`` comes back. (Splitting the parities before the products halves the arithmetic but costs two passes
-over memory; on CPUs that is no gain up to 64 x 64.) Long axes go through FFT instead, to the same quadrants.
+over memory; on CPUs that is no gain up to 64 x 64.) Long axes go through FFT instead, to the same quadrants; on GPUs
+products of large images go through one FFT of the whole image (`circulant`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from sgr_kernels.backends.circulant import Circulant
 from sgr_kernels.toeplitz import fourier
 from sgr_kernels.toeplitz.cosines import by_fft
 from sgr_kernels.toeplitz.spectrum import basis, symmetric_part
@@ -27,6 +29,9 @@ _CHUNK_BYTES = 4 << 20
 # Frequencies of an axis from which FFT is faster than matrix products, with the passes over memory it costs (measured).
 _FFT_FROM = 192
 _PIECE = 1 << 16  # elements
+# Shorter side of images that GPUs take through one FFT: by arithmetic, not measured. The matrix products of a channel
+# image are 48 N^3 operations without tensor cores; the FFT moves some 100 times its bytes.
+_CIRCULANT_FROM = 320
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -176,9 +181,39 @@ def _mix(spectrum: Tensor, quadrants: Tensor, buffer: Tensor) -> Tensor:
     return total
 
 
+def by_circulant(device: torch.device, size: tuple[int, int], form: str) -> bool:
+    """Whether products of such images go through `circulant`."""
+    return device.type == "cuda" and form == "even" and min(size) >= _CIRCULANT_FROM
+
+
+def _through_circulant(
+    gradient: Tensor, spectrum: Tensor, with_form: bool, with_product: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Q and v of the matrix as it is, empty where not asked for; None where matrix products serve."""
+    size = (gradient.shape[2], gradient.shape[3])
+    if not by_circulant(gradient.device, size, "even" if spectrum.dim() == 4 else "signed"):
+        return None
+    dtype = compute_dtype(gradient.dtype)
+    circulant = Circulant(spectrum, size, dtype)
+    q = torch.empty(gradient.shape[0] if with_form else 0, dtype=dtype, device=gradient.device)
+    shape = gradient.shape if with_product else (0,)
+    v = torch.empty(shape, dtype=gradient.dtype, device=gradient.device)
+    chunk = circulant.chunk(gradient.shape[1])
+    for start in range(0, gradient.shape[0], chunk):
+        forms, products = circulant.apply(gradient[start : start + chunk].to(dtype), with_form, with_product)
+        if forms is not None:
+            q[start : start + chunk] = forms
+        if products is not None:
+            v[start : start + chunk] = products
+    return q, v
+
+
 @_without_autocast
 def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
     """``v = Sigma g``."""
+    found = _through_circulant(gradient, spectrum, with_form=False, with_product=True)
+    if found is not None:
+        return found[1]
     transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
     spectrum = spectrum.to(transform.dtype)
     result = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
@@ -190,6 +225,9 @@ def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
 @_without_autocast
 def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, precision: str) -> tuple[Tensor, Tensor]:
     """``q_b = g_b^T Sigma g_b`` and, if asked for, ``v = Sigma g``; both of the symmetric part of Sigma."""
+    found = _through_circulant(gradient, symmetric_part(spectrum), with_form=True, with_product=with_product)
+    if found is not None:
+        return found
     transform = _Transform(gradient, (spectrum.shape[-2], spectrum.shape[-1]))
     spectrum = symmetric_part(spectrum).to(transform.dtype)
     q = torch.empty(gradient.shape[0], dtype=transform.dtype, device=gradient.device)

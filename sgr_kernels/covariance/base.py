@@ -204,6 +204,8 @@ class Estimate(Counting, Covariance):
         shared = self.process_group is not None and distributed.is_available() and distributed.is_initialized()
         if perturbation.shape[0] == 0 and not shared:
             return
+        if not shared and self._update_on_device(perturbation.detach()):
+            return
         moment, mean, samples, skipped = self._batch_statistics(perturbation.detach())
         if shared:
             moment, mean, samples, skipped = self._reduced(moment, mean, samples, skipped)
@@ -213,6 +215,10 @@ class Estimate(Counting, Covariance):
         self.updates += samples > 0
         self.skipped += skipped
         self._refresh()
+
+    def _update_on_device(self, perturbation: Tensor) -> bool:
+        """All of an update by one operator, where there is one; False where there is none."""
+        return False
 
     def _batch_statistics(self, perturbation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Second moment and mean of a batch, the number of samples in them, and of batches left out."""

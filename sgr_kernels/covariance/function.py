@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgr_kernels import checks
 from sgr_kernels.backends.torch_spectral import compute_dtype
-from sgr_kernels.covariance import construction, readings
+from sgr_kernels.covariance import construction, on_device, readings
 from sgr_kernels.covariance.base import Estimate, LogDeterminant
 from sgr_kernels.covariance.layout import Layout, at_zero, layout_of_values, perturbation_shape
 from sgr_kernels.covariance.structured import StructuredMatrix
@@ -69,6 +69,7 @@ class CovarianceFunction(Estimate):
         super().__init__(torch.zeros(layout.values_shape), layout.shape, decay, target_variance, process_group)
         self.layout, self.psd = layout, psd
         table = layout.table(whole=psd == "clip")  # the projection fills the whole range
+        self._counters_on_device = on_device.counters(self.values.device)
         self.matrix = StructuredMatrix(self.values.new_zeros(table.values_shape), layout.image_size, table.form)
 
     @property
@@ -229,6 +230,25 @@ class CovarianceFunction(Estimate):
         with torch.no_grad():
             self._refresh()
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self._counters_on_device.device != self.values.device:  # now, for a CUDA graph that records has no zeros yet
+            self._counters_on_device = on_device.counters(self.values.device)
+        return self
+
+    def _update_on_device(self, perturbation: Tensor) -> bool:
+        images = checks.as_images(perturbation)
+        if not on_device.serves_update(images, self.values, self.layout):
+            return False
+        if self._counters_on_device.device != images.device:
+            self._counters_on_device = on_device.counters(images.device)
+        mean, (table, spectrum, arranged) = self.mean.view(images.shape[1:]), self.matrix.state()
+        state = (self.values, mean, self.scale, table, spectrum, self.updates, self.skipped, self._counters_on_device)
+        settings = (self.decay, self.target_variance, self.psd == "clip")
+        on_device.update(images, (*state, arranged), self.layout, *settings)
+        self.matrix.rewritten()
+        return True
 
     def _second_moment(self, perturbation: Tensor) -> Tensor:
         return construction.second_moment(perturbation, self.layout)

@@ -9,6 +9,7 @@ from sgr_kernels.backends import choose, reference
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.covariance.dense import dense_root, draw_dense
 from sgr_kernels.covariance.derived import Derived
+from sgr_kernels.covariance.on_device import Arranged
 from sgr_kernels.functional import operators
 from sgr_kernels.functional.solve import System, apply
 from sgr_kernels.toeplitz import embedding
@@ -41,12 +42,25 @@ class StructuredMatrix(nn.Module):
         spectrum = table.new_zeros(*parts, *table.shape[:2], *frequencies)
         self.register_buffer("spectrum", spectrum, persistent=False)
         self._root, self._system = Derived(), Derived()
+        self._arranged = Arranged()
 
     def assign(self, table: Tensor) -> None:
         """Become the matrix of another table of the same shape, in any precision."""
         self.table.copy_(table)
         frequencies = (self.spectrum.shape[-2], self.spectrum.shape[-1])
         self.spectrum.copy_(spectrum_from_table(table, frequencies, self.form, self.spectrum.dtype))
+        if self._arranged.beside(self.spectrum):
+            self._arranged.arrange(self.spectrum, self.image_size)
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Table, spectrum, and the arranged spectrum or nothing (0,): for what rewrites all of them in place."""
+        there = self._arranged.beside(self.spectrum)
+        return self.table, self.spectrum, self._arranged.tiles if there else self.spectrum.new_empty(0)
+
+    def rewritten(self) -> None:
+        """All of the `state` has been."""
+        if self._arranged.beside(self.spectrum):
+            self._arranged.accept(self.spectrum)
 
     def _spectrum_for(self, images: Tensor, constant: bool) -> Tensor:
         # A copy, because autograd may keep it while the next assignment rewrites the buffer.
@@ -57,6 +71,10 @@ class StructuredMatrix(nn.Module):
         backend = choose("auto", operators.request("product", images, self.form))
         if backend == "reference":
             return reference.product(images, self.table, self.form)
+        if backend == "native" and not (torch.is_grad_enabled() and images.requires_grad):
+            arranged = self._arranged.of(self.spectrum, images, self.form)
+            if arranged is not None:
+                return operators.quadratic_form_of_arranged(images, self.spectrum, arranged, True)[1]
         return operators.product_from_spectrum(images, self._spectrum_for(images, constant), backend)
 
     def quadratic_form(self, images: Tensor, constant: bool = False) -> Tensor:
@@ -64,7 +82,12 @@ class StructuredMatrix(nn.Module):
         backend = choose("auto", operators.request("quadratic_form", images, self.form))
         if backend == "reference":
             return reference.quadratic_form(images, self.table, self.form).to(compute_dtype(images.dtype))
-        return operators.quadratic_form_from_spectrum(images, self._spectrum_for(images, constant), backend)
+        spectrum = self._spectrum_for(images, constant)
+        arranged = self._arranged.of(self.spectrum, images, self.form) if backend == "native" else None
+        if arranged is None:
+            return operators.quadratic_form_from_spectrum(images, spectrum, backend)
+        with_product = torch.is_grad_enabled() and images.requires_grad
+        return operators.quadratic_form_of_arranged(images, spectrum, arranged, with_product)[0]
 
     def dense(self) -> Tensor:
         """The matrix, formed, (C*H*W, C*H*W)."""

@@ -37,7 +37,8 @@ def request(operator: str, images: Tensor, form: str) -> Request:
     return Request(operator, images.device, images.dtype, batch, channels, size, form)
 
 
-def _precision(device: torch.device) -> str:
+def precision(device: torch.device) -> str:
+    """The precision of the kernels' products: the user's choice for matrix products, in torch's words."""
     return "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
 
 
@@ -114,15 +115,23 @@ def _plain(tensor: Tensor) -> bool:
 
 def product_from_spectrum(images: Tensor, spectrum: Tensor, backend: str) -> Tensor:
     """``v = Sigma g`` for images (B, C, H, W) and a spectrum in the compute dtype; a spectral backend by name."""
-    return call("product", backend, images, spectrum, _precision(images.device))
+    return call("product", backend, images, spectrum, precision(images.device))
 
 
 def quadratic_form_from_spectrum(images: Tensor, spectrum: Tensor, backend: str) -> Tensor:
     """``q_b = g_b^T Sigma g_b`` for images (B, C, H, W) and a spectrum in the compute dtype."""
     # Half of the backward is already there if the product is computed with the value.
     with_product = torch.is_grad_enabled() and images.requires_grad
-    q, _ = call("quadratic_form", backend, images, spectrum, with_product, _precision(images.device))
+    q, _ = call("quadratic_form", backend, images, spectrum, with_product, precision(images.device))
     return q
+
+
+def quadratic_form_of_arranged(
+    images: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool
+) -> tuple[Tensor, Tensor]:
+    """Q and, if asked for, v by the native kernels, of a symmetric spectrum that also lies as they read it."""
+    settings = (with_product, precision(images.device))
+    return call("arranged_quadratic_form", "native", images, spectrum, arranged, *settings)
 
 
 def covariance_product(
@@ -206,7 +215,7 @@ def correlate(a: Tensor, b: Tensor, shape: Size, form: str, backend: str = "auto
     signed = form == "signed"
     displacements = ((shape[0] + 1) // 2, (shape[1] + 1) // 2) if signed else shape
     rows, columns = frequency_counts((a.shape[2], a.shape[3]), displacements)
-    spectrum = call("cross_spectrum", name, a, b, rows, columns, signed, _precision(a.device))
+    spectrum = call("cross_spectrum", name, a, b, rows, columns, signed, precision(a.device))
     table = table_from_cross_spectrum(spectrum, shape, form)
     height, width = a.shape[2:]
     corner = min(_CORNER, height - 1, width - 1)

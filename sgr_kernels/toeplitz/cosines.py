@@ -18,8 +18,9 @@ from torch.nn.functional import pad
 from sgr_kernels.toeplitz.constants import constant, tracing, wide_dtype
 
 # Measured on a CPU: from here on Fourier transforms of lengths with small factors are faster than float64's matrices,
-# and of any length. On GPUs, unmeasured, and in what a compiler traces only matrices that would be huge are avoided.
-_FFT_FROM, _FFT_ALWAYS_FROM, _HUGE = 96, 768, 2048
+# and of any length. On GPUs, unmeasured: from where some ten passes over memory cost less than float64's operations. In
+# what a compiler traces only matrices that would be huge are avoided.
+_FFT_FROM, _FFT_ALWAYS_FROM, _FFT_ON_GPUS_FROM, _HUGE = 96, 768, 512, 2048
 _LARGE_PLANE = 1 << 14
 
 
@@ -35,8 +36,10 @@ def by_fft(length: int, device: torch.device, start: int | None = None) -> bool:
     """Whether transforms of a length go through FFT, on CPUs from ``start`` on if the length has small factors."""
     if device.type not in ("cpu", "cuda"):
         return False
-    if tracing() or device.type == "cuda":
+    if tracing():
         return length >= _HUGE
+    if device.type == "cuda":
+        return length >= _FFT_ON_GPUS_FROM
     start = _FFT_FROM if start is None else start
     return length >= _FFT_ALWAYS_FROM or (length >= start and _largest_factor(length) <= 13)
 

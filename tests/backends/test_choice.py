@@ -11,8 +11,10 @@ import torch
 
 import sgr_kernels as sgr
 from benchmarks.crossovers import OPERATORS, dense_up_to, medians
+from benchmarks.cuda_static import MEMORY_BYTES, RESULT
 from sgr_kernels import backends
-from sgr_kernels.backends import crossovers, registry
+from sgr_kernels.backends import crossovers, native, registry
+from sgr_kernels.backends.circulant import smooth_length
 
 
 def request_for(dimension: int, operator: str = "quadratic_form") -> backends.Request:
@@ -84,6 +86,54 @@ def test_long_axes_that_do_not_split_well_go_through_fft(size, chosen):
     request = dataclasses.replace(request_for(4), size=size)
     assert backends.choose("auto", request) == chosen
     assert backends.choose("native", request) == "native"
+
+
+def cuda_request(channels: int, side: int, dtype: torch.dtype = torch.float32, form: str = "even") -> backends.Request:
+    return backends.Request("quadratic_form", torch.device("cuda"), dtype, 8, channels, (side, side), form)
+
+
+@pytest.mark.parametrize(
+    ("request_", "chosen"),
+    [
+        (cuda_request(3, 512), "native"),  # in two passes over memory
+        (cuda_request(1, 1000), "native"),
+        (cuda_request(1, 1024), "torch"),
+        (cuda_request(3, 600), "torch"),  # columns of three channels that fit no shared memory: a pass for each step
+        (cuda_request(4, 480), "native"),
+        (cuda_request(4, 512), "torch"),
+        (cuda_request(3, 512, torch.float64), "torch"),
+        (cuda_request(4, 1024, form="signed"), "native"),
+        (dataclasses.replace(cuda_request(1, 1024), operator="cross_spectrum"), "native"),
+    ],
+    ids=str,
+)
+def test_large_images_on_gpus_go_through_fft(request_, chosen, monkeypatch):
+    """Where counts expect it to be faster: on a machine whose kernels run, whatever they are."""
+    for name in ("native", "triton"):
+        able = dataclasses.replace(registry._registered[name], can_run=lambda request: None)
+        monkeypatch.setitem(registry._registered, name, able)
+    monkeypatch.setattr(native, "_shared_memory", lambda device: 227 << 10)
+    assert backends.choose("auto", request_) == chosen
+    assert backends.choose("native", request_) == "native"
+
+
+def test_the_committed_counts_expect_so():
+    """Instructions at three fifths of an H100's issue rate, against the bytes of rfft2's chain at its bandwidth."""
+    counts = json.loads(RESULT.read_text())["sm_90"]["v+q (8,3,512,512)"]
+
+    def native_time(side: int) -> float:
+        return counts["floors in us"]["issue"] / 0.6 / 8 * (side / 512) ** 3
+
+    def fft_time(side: int) -> float:
+        period = smooth_length(2 * side - 1)
+        pixels, padded = 4 * 3 * side**2, 4 * 3 * period**2  # bytes; a half of complex numbers has the padded image's
+        # Padding; two transforms each way; multiply-adds, whose sums are read and written; z y and its sum; the crop.
+        moved = (pixels + padded) + 8 * padded + (2 + 3 * 2) * padded + 4 * padded + 3 * pixels
+        return 1e6 * moved / MEMORY_BYTES["H100"]
+
+    assert native_time(512) < fft_time(512)
+    assert native_time(native._FFT_FROM) > 0.9 * fft_time(native._FFT_FROM)
+    assert native_time(2048) > 1.5 * fft_time(2048)
 
 
 def test_a_device_that_was_not_measured_forms_no_matrix():

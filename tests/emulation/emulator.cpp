@@ -6,7 +6,10 @@
 //
 // A case is kFields int64 followed by the storages of a, of b (cross_spectrum
 // of two tensors) and of the spectrum. Results follow each other without
-// headers: q, then v (contiguous), or S.
+// headers: q, then v (contiguous), or S. kHasB of products: an arranged spectrum
+// follows. An update has kUpdateFields int64 more,
+// then decay, target variance, and the state, which is the result. The number of
+// launches comes last.
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "schedule.cuh"
+#include "update_schedule.cuh"
 
 namespace {
 
@@ -23,7 +26,7 @@ using namespace sgr::cuda;
 
 enum Field {
   kOperator,  // 0 product, 1 quadratic_form, 2 quadratic_form without product, 3
-              // cross_spectrum
+              // cross_spectrum, 4 update
   kPrecision,
   kElement,
   kBatch,
@@ -42,6 +45,8 @@ enum Field {
   kFields = kSpectrumStride + 4
 };
 
+enum UpdateField { kBinning, kBins, kClip = kBins + 2, kTableSize, kSpectrumSize = kTableSize + 2, kUpdateFields = kSpectrumSize + 2 };
+
 // An allocation of exact size, so that AddressSanitizer guards its ends; filled
 // with NaN.
 struct Buffer {
@@ -58,6 +63,8 @@ void read(std::FILE* file, void* data, int64_t bytes) {
     std::exit(2);
   }
 }
+
+int64_t launches = 0;
 
 struct EmulatedLauncher {
   int shared_limit;
@@ -83,9 +90,48 @@ struct EmulatedLauncher {
   template <class Kernel, class... Arguments>
   void launch(Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
               const Arguments&... arguments) {
+    ++launches;
     emulation::device().launch(kernel, blocks_x, blocks_y, threads, shared_bytes, arguments...);
   }
 };
+
+void run_update(EmulatedLauncher& launcher, const ImageView& perturbation, Precision precision,
+                const Geometry& geometry, std::FILE* cases, std::FILE* results) {
+  int64_t field[kUpdateFields];
+  double settings[2];
+  read(cases, field, sizeof(field));
+  read(cases, settings, sizeof(settings));
+  Estimate estimate{};
+  estimate.binning = static_cast<Binning>(field[kBinning]);
+  estimate.decay = settings[0];
+  estimate.target_variance = settings[1];
+  estimate.clip = field[kClip] != 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    estimate.bins[axis] = static_cast<int>(field[kBins + axis]);
+    estimate.table_size[axis] = static_cast<int>(field[kTableSize + axis]);
+    estimate.spectrum_size[axis] = static_cast<int>(field[kSpectrumSize + axis]);
+  }
+  const int64_t pairs = int64_t{geometry.channels} * geometry.channels;
+  const auto area = [](const int (&size)[2]) { return int64_t{size[0]} * size[1]; };
+  const Buffer values(4 * pairs * area(estimate.bins));
+  const Buffer mean(4 * int64_t{geometry.channels} * geometry.height * geometry.width), scale(4);
+  const Buffer updates(8), skipped(8), arrivals(4 * kMaximumGroups), arranged(4 * arranged_words(geometry));
+  const Buffer table(4 * pairs * area(estimate.table_size)), spectrum(4 * pairs * area(estimate.spectrum_size));
+  for (const Buffer* state : {&values, &mean, &scale, &updates, &skipped, &arrivals})
+    read(cases, state->data.get(), state->size);
+  estimate.values = static_cast<float*>(values.data.get());
+  estimate.mean = static_cast<float*>(mean.data.get());
+  estimate.scale = static_cast<float*>(scale.data.get());
+  estimate.table = static_cast<float*>(table.data.get());
+  estimate.spectrum = static_cast<float*>(spectrum.data.get());
+  estimate.updates = static_cast<int64_t*>(updates.data.get());
+  estimate.skipped = static_cast<int64_t*>(skipped.data.get());
+  estimate.arrivals = static_cast<unsigned*>(arrivals.data.get());
+  estimate.arranged = static_cast<float*>(arranged.data.get());
+  if (!compute_update(launcher, perturbation, estimate, precision, geometry)) std::exit(2);
+  for (const Buffer* state : {&values, &mean, &scale, &updates, &skipped, &arrivals, &table, &spectrum, &arranged})
+    std::fwrite(state->data.get(), 1, state->size, results);
+}
 
 template <class T>
 void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
@@ -112,6 +158,7 @@ void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
     return view;
   };
   const Buffer a = read_images();
+  if (field[kOperator] == 4) return run_update(launcher, view_of(a), precision, geometry, cases, results);
   const int64_t spectrum_size = parts * field[kChannels] * field[kChannels] * field[kRows] * field[kColumns];
   Buffer spectrum(spectrum_size * sizeof(T));
 
@@ -127,14 +174,16 @@ void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
   read(cases, spectrum.data.get(), spectrum.size);
   SpectrumView<T> lambda{static_cast<const T*>(spectrum.data.get()), parts, spectrum_size / parts, {}};
   std::memcpy(lambda.stride, field + kSpectrumStride, sizeof(lambda.stride));
+  const Buffer arranged(field[kHasB] ? 4 * arranged_words(geometry) : 0);
+  read(cases, arranged.data.get(), arranged.size);
   const int64_t plane = field[kHeight] * field[kWidth];
   const Buffer product(field[kBatch] * field[kChannels] * plane * bytes);
   const Buffer quadratic(field[kBatch] * sizeof(T));
   const bool wants_product = field[kOperator] != 2, wants_quadratic = field[kOperator] != 0;
   const ImageView target{
       wants_product ? product.data.get() : nullptr, element, {field[kChannels] * plane, plane, field[kWidth], 1}};
-  compute_product(launcher, view_of(a), lambda, target,
-                  wants_quadratic ? static_cast<T*>(quadratic.data.get()) : nullptr, wants_quadratic, precision,
+  compute_product(launcher, view_of(a), lambda, field[kHasB] ? static_cast<const float*>(arranged.data.get()) : nullptr,
+                  target, wants_quadratic ? static_cast<T*>(quadratic.data.get()) : nullptr, wants_quadratic, precision,
                   geometry);
   if (wants_quadratic) std::fwrite(quadratic.data.get(), 1, quadratic.size, results);
   if (wants_product) std::fwrite(product.data.get(), 1, product.size, results);
@@ -149,11 +198,14 @@ int main(int argc, char** argv) {
   std::FILE* results = std::fopen(argv[2], "wb");
   if (!cases || !results) return 2;
   int64_t field[kFields];
-  while (std::fread(field, sizeof(int64_t), kFields, cases) == kFields)
+  while (std::fread(field, sizeof(int64_t), kFields, cases) == kFields) {
+    launches = 0;
     if (static_cast<Element>(field[kElement]) == Element::kFloat64)
       run_case<double>(field, cases, results);
     else
       run_case<float>(field, cases, results);
+    std::fwrite(&launches, sizeof(launches), 1, results);
+  }
   std::fclose(cases);
   return std::fclose(results) == 0 ? 0 : 2;
 }

@@ -6,7 +6,7 @@
 //
 //   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE SHARED [KERNEL BLOCKS]...
 //
-// OPERATOR as in emulator.cpp; SHARED: bytes of shared memory that a block may have; KERNEL BLOCKS: how many blocks of
+// OPERATOR as in emulator.cpp, or 5: quadratic_form of an arranged spectrum; SHARED: bytes of shared memory that a block may have; KERNEL BLOCKS: how many blocks of
 // a kernel, by its symbol, a multiprocessor holds. A line per launch: kernel, symbol, grid, threads, shared bytes,
 // arguments in hex, bytes.
 #include <cxxabi.h>
@@ -19,7 +19,7 @@
 #include <map>
 #include <string>
 
-#include "schedule.cuh"
+#include "update_schedule.cuh"
 
 #define SGR_PLAIN __attribute__((no_sanitize("thread")))
 
@@ -168,11 +168,30 @@ int main(int argc, char** argv) {
     compute_cross_spectrum(launcher, gradient, gradient, true, 1, Precision::kHighest, spectrum, geometry);
     return 0;
   }
+  if (operation == 4) {
+    const int side = geometry.height, bins = static_cast<int>(std::hypot(side - 1, side - 1) + 0.5) + 1;
+    Estimate estimate{Binning::kRounded, {bins, 1}, 0.1, 1.0, true};
+    estimate.values = floats(launcher.execute, channels * channels * bins);
+    estimate.mean = floats(launcher.execute, channels * plane);
+    estimate.scale = floats(launcher.execute, 1);
+    estimate.table = floats(launcher.execute, channels * channels * plane);
+    estimate.spectrum = spectrum;
+    estimate.arranged = floats(launcher.execute, arranged_words(geometry));
+    estimate.updates = launcher.workspace<int64_t>(1);
+    estimate.skipped = launcher.workspace<int64_t>(1);
+    estimate.arrivals = launcher.workspace<unsigned>(kMaximumGroups);
+    for (int axis = 0; axis < 2; ++axis) estimate.table_size[axis] = estimate.spectrum_size[axis] = side;
+    compute_update(launcher, gradient, estimate, Precision::kHighest, geometry);
+    return 0;
+  }
   const SpectrumView<float> lambda{spectrum, 1, 0, {channels * plane, plane, geometry.width, 1}};
   const bool wants_product = operation != 2, wants_quadratic = operation != 0;
   const ImageView product =
       images(wants_product ? floats(launcher.execute, geometry.batch * channels * plane) : nullptr);
-  compute_product(launcher, gradient, lambda, product,
+  const float* arranged = operation == 5 && arranged_words(geometry) > 0
+                              ? floats(launcher.execute, arranged_words(geometry))
+                              : nullptr;
+  compute_product(launcher, gradient, lambda, arranged, product,
                   wants_quadratic ? floats(launcher.execute, geometry.batch) : nullptr, wants_quadratic,
                   Precision::kHighest, geometry);
   return 0;

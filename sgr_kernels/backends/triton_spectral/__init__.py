@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sgr_kernels.backends import torch_spectral
+from sgr_kernels.backends.native import fft_expected_faster
 from sgr_kernels.backends.registry import Backend, Request
 
 logger = logging.getLogger("sgr_kernels")
@@ -87,7 +88,11 @@ def _can_run(request: Request) -> str | None:
     return reason
 
 
-BACKEND = Backend("triton", _can_run, by_name_only=lambda request: request.device.type == "cpu")
+def _by_name_only(request: Request) -> bool:
+    return request.device.type == "cpu" or fft_expected_faster(request)
+
+
+BACKEND = Backend("triton", _can_run, by_name_only=_by_name_only)
 
 
 @functools.cache
