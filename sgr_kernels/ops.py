@@ -170,7 +170,7 @@ class ArrangedQuadraticForm(QuadraticForm):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[override]
         gradient: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool, backend: str, precision: str
     ) -> tuple[Tensor, Tensor]:
         """Apply the kernel."""

@@ -91,7 +91,7 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a block of threads may have; those of an H100 where there is no GPU to ask."""
     if not torch.cuda.is_available():
         return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 _shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
