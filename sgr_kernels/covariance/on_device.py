@@ -47,7 +47,7 @@ def _serves(images: Tensor, state: Tensor, form: str) -> bool:
 
 
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def counters(device: torch.device) -> Tensor:
