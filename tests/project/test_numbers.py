@@ -105,7 +105,8 @@ def costs() -> list[str]:
     whole, quarter = (f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})" for row in (whole, quarter))
     return [
         f"`sgr` {whole}, a quarter by importance {quarter}",
-        f"double backward takes {middle} plain steps in the median ({low} to {high} for nine in ten models, {most} at most)",
+        f"double backward takes {middle} plain steps in the median ({low} to {high} for nine in ten models, {most} at "
+        "most)",
         "forward mode {} ({} to {})".format(*zoo("forward-mode")),
         "finite differences {} ({} to {})".format(*zoo("finite-difference")),
         f"takes {first[0]} plain ones in the median, {first[3]} at most, once",
