@@ -78,13 +78,15 @@ def fft_expected_faster(request: Request) -> bool:
     """
     if request.device.type != "cuda" or request.operator == "cross_spectrum" or request.form != "even":
         return False
+    if min(request.size) < _FFT_FROM_IN_PASSES:
+        return False
     tiles = -(-((request.size[0] + 1) // 2) // 16)  # of half an image's rows
     fused = (
         request.dtype != torch.float64
         and request.channels <= _FUSED_CHANNELS
         and (4 * request.channels * tiles + 8 * request.channels + 1) << 10 <= _shared_memory(request.device)
     )
-    return min(request.size) >= (_FFT_FROM if fused else _FFT_FROM_IN_PASSES)
+    return not fused or min(request.size) >= _FFT_FROM
 
 
 def _shared_memory(device: torch.device) -> int:
