@@ -38,8 +38,8 @@ def measure(lab: Lab) -> dict[str, Any]:
     networks = lab.trained(
         [
             (lab.settings(method, seed, SEARCHED_UNDER.get(method)), method)
-            for method in METHODS
             for seed in range(plan.seeds)
+            for method in METHODS
         ]
     )
     certificates: list[dict[str, Any]] = []
