@@ -67,11 +67,11 @@ class CrossCheck:
         if self.difference > TELLING:
             won = {name: number for name, number in self.won_by().items() if number}
             turned = int((self.kept & ~self.autoattack.clean).sum())
-            found = [f"{name} broke {number} images that PGD did not: {_CAUSES[name]}." for name, number in won.items()]
+            found = [f"{name} broke {number} that PGD did not: {_CAUSES[name]}." for name, number in won.items()]
             if turned:
                 found.append(
-                    f"{turned} misclassified images count as correct under PGD: it starts from the model's own answer "
-                    "and led away from it."
+                    f"Misclassified images that count as correct under PGD: {turned}; it starts from the model's own "
+                    "answer and led away from it."
                 )
             return found
         missed = int((self.autoattack.robust & ~self.kept).sum())

@@ -284,9 +284,9 @@ def test_beside_pgd(scripted):
     assert check.both == check.autoattack.accuracy == 3 / 8
     assert check.won_by() == {"apgd-ce": 2, "apgd-t": 0, "fab-t": 1, "square": 1}
     assert [cause.partition(":")[0] for cause in check.causes()] == [
-        "apgd-ce broke 2 images that PGD did not",
-        "fab-t broke 1 images that PGD did not",
-        "square broke 1 images that PGD did not",
+        "apgd-ce broke 2 that PGD did not",
+        "fab-t broke 1 that PGD did not",
+        "square broke 1 that PGD did not",
     ]
     assert json.loads(json.dumps(check.to_dict()))["pgd"]["won_by"]["square"] == 1
     assert "+50.0 points" in str(check)
@@ -305,7 +305,8 @@ def test_pgd_that_finds_more_is_said(scripted):
     Scripted.script["apgd-ce"] = list(range(8))
     check = against_pgd(bright, [data], autoattack(bright, [data], 0.1))
     assert check.causes() == [
-        "1 misclassified images count as correct under PGD: it starts from the model's own answer and led away from it."
+        "Misclassified images that count as correct under PGD: 1; it starts from the model's own answer and led away "
+        "from it."
     ]
 
 
