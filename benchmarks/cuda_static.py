@@ -40,10 +40,7 @@ CASES = [
     ("v+q", (256, 3, 64, 64)),
     ("v+q", (64, 3, 224, 224)),
     ("v+q", (8, 3, 512, 512)),
-    ("v+q given", (1024, 3, 32, 32)),
     ("accumulation", (1024, 3, 32, 32)),
-    ("update", (128, 3, 32, 32)),
-    ("update", (256, 3, 64, 64)),
 ]
 SAMPLED_BLOCKS = 3
 TURN = 12  # images that a block takes in whole turns: it has one to four at a time
