@@ -8,17 +8,7 @@ import json
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
-from sgr_kernels.commands import autoattack, common, networks
-from sgr_kernels.evaluation.corrupt import (
-    KINDS,
-    SEVERITIES,
-    SMALLEST,
-    check_kinds,
-    check_severities,
-    require_package,
-)
-from sgr_kernels.evaluation.corruptions import CorruptionCurves, corruption_curves
-from sgr_kernels.evaluation.curves import RobustnessCurve
+from sgr_kernels.commands import autoattack, common, corruptions, networks
 from sgr_kernels.evaluation.suite import DECAY_LENGTHS, Evaluation, Plan, eps_grid, evaluate, parts
 from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
@@ -43,14 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
     add("--draws", type=common.whole, default=Plan.draws, help="draws of noise for each image; the worst counts")
-    add(
-        "--corruptions",
-        choices=KINDS,
-        nargs="*",
-        metavar="KIND",
-        help=f"under common corruptions as well; none named: {', '.join(KINDS)}",
-    )
-    add("--severities", type=int, choices=SEVERITIES, nargs="+", default=SEVERITIES, help="of the corruptions")
+    corruptions.add_options(parser)
     add("--seed", type=common.seed, default=Plan.seed, help="of random starts, noise and corruptions")
     autoattack.add_options(parser)
     common.add_batch_size(parser)
@@ -60,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print a table, write JSON."""
-    kinds = corruption_kinds(arguments)
+    kinds = corruptions.kinds(arguments)
     autoattack.check_options(arguments)
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
@@ -86,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         corrupted = None
         if kinds != []:
             show("corruptions")
-            corrupted = corruption_curves(subject.model, batches, kinds, arguments.severities, seed=arguments.seed)
+            corrupted = corruptions.measure(arguments, subject.model, batches, kinds)
     print(summary(result, plan, f"{len(images)} test images of {images.name}"))
     if corrupted is not None:
-        print(f"\n{corruption_summary(corrupted)}")
+        print(f"\n{corruptions.summary(corrupted)}")
     checks = [check.to_dict() for check in autoattack.run(arguments, subject.model, images, device, plan)]
     record = {
         "sgr_kernels": __version__,
@@ -104,43 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0
-
-
-def corruption_kinds(arguments: argparse.Namespace) -> list[str] | None:
-    """Kinds of corruption asked for; None: all there are. Checked before anything is measured.
-
-    Raises:
-        ModuleNotFoundError: without the package that makes them.
-        ValueError: one of them twice.
-    """
-    if arguments.corruptions is None:
-        return []
-    require_package()
-    check_severities(arguments.severities)
-    return check_kinds(arguments.corruptions) if arguments.corruptions else None
-
-
-def corruption_summary(result: CorruptionCurves) -> str:
-    """The table of corruptions for the terminal."""
-    first = next(iter(result.curves.values()))
-    table = text_table(
-        ["severity", *(f"{severity:g}" for severity in first.eps), "mean", "95 %"],
-        [
-            [kind, *(f"{100 * share:.1f}" for share in curve.accuracy), f"{100 * curve.area:.1f}", _width(curve)]
-            for kind, curve in result.curves.items()
-        ],
-    )
-    lines = [f"common corruptions (imagecorruptions; severities as for photographs of 224 pixels)\n{table}"]
-    lines.append(f"mean over {len(result.curves)} kinds and their severities: {percent(result.mean_accuracy)}")
-    if result.padded:
-        lines.append(f"the images are continued by their edges to {SMALLEST} pixels, corrupted, and cropped back")
-    lines += [f"not made: {reason}" for reason in result.unavailable.values()]
-    return "\n".join(lines)
-
-
-def _width(curve: RobustnessCurve) -> str:
-    """The widest interval of a curve, as ± points."""
-    return f"± {max(50 * (high - low) for low, high in curve.interval()):.1f}"
 
 
 def summary(result: Evaluation, plan: Plan, images: str) -> str:
