@@ -1,6 +1,6 @@
 """Evaluation: accuracy against strength, AutoAttack, and checks that an evaluation can be trusted."""
 
-from sgr_kernels.evaluation.autoattack import AutoAttackResult, autoattack
+from sgr_kernels.evaluation.autoattack import AutoAttackPart, AutoAttackResult, autoattack
 from sgr_kernels.evaluation.certify import Certification, certify
 from sgr_kernels.evaluation.corrupt import corrupt
 from sgr_kernels.evaluation.corruptions import CorruptionCurves, corruption_curves
@@ -9,6 +9,7 @@ from sgr_kernels.evaluation.diagnose import Diagnosis, diagnose
 from sgr_kernels.evaluation.sanity import SanityReport, sanity_report
 
 __all__ = [
+    "AutoAttackPart",
     "AutoAttackResult",
     "Certification",
     "CorruptionCurves",

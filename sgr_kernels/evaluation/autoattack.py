@@ -39,7 +39,7 @@ _CLASSES = {"apgd-t": 4, "apgd-dlr": 3}
 
 
 @dataclass(frozen=True)
-class Part:
+class AutoAttackPart:
     """One attack of the ensemble.
 
     Attributes:
@@ -82,7 +82,7 @@ class AutoAttackResult:
     clean: Tensor
     robust: Tensor
     broken_by: Tensor
-    parts: list[Part]
+    parts: list[AutoAttackPart]
     warnings: list[str]
     largest_change: float
     batch_size: int
@@ -284,7 +284,7 @@ class _Run:
         self.images, self.labels, self.clean = images, labels, clean
         self.robust, self.adversarial = clean.clone(), images.clone()
         self.broken_by = torch.full_like(labels, -1)
-        self.parts: list[Part] = []
+        self.parts: list[AutoAttackPart] = []
         self.accuracies = {"clean": float(clean.double().mean())}
 
     def attack(self, name: str) -> None:
@@ -306,7 +306,7 @@ class _Run:
             self.broken_by[broken] = len(self.parts)
         seconds = time.perf_counter() - start
         kept = int(self.robust.sum())
-        self.parts.append(Part(name, given, given - kept, seconds, _grouped(said)))
+        self.parts.append(AutoAttackPart(name, given, given - kept, seconds, _grouped(said)))
         self.accuracies[name] = kept / len(self.images)
 
     def last_check(self) -> list[str]:
