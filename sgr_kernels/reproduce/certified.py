@@ -129,8 +129,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
         "`exp(-r / decay length)`, of variance 1 in pixel units. The mean radius counts zero where the answer is wrong "
         "or missing; ± is half a 95 % interval, from the images and, with several seeds, from the seeds. SGR's "
         f"exponential covariance and the noise that training on correlated noise uses have decay length "
-        f"{results['sgr_decay_length']:g}; strengths as on [the page on that noise](lrc.md): the gradient norm's and "
-        "SGR's (exponential) searched for under correlated noise, that of signs under PGD."
+        f"{results['sgr_decay_length']:g}; the strengths of the gradient norm and of that covariance were searched for "
+        "under such noise, that of signs under PGD ([how](search.md))."
     )
     page.text(
         "Certified accuracy in %: the share of images answered rightly, certainly up to that radius. Over gradient "
