@@ -1,6 +1,6 @@
 """What the site adds to pages that also read as plain Markdown: its contents, and the programs that pages lead to.
 
-The contents are those that the front page lists, and below the pages of the paper those that they lead to.
+The contents are those that the front page lists, and below the pages of results those that they lead to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def toctree(pages: list[str], caption: str | None = None) -> str:
 def _append(app: Any, page: str, source: list[str]) -> None:
     if page == app.config.root_doc:
         source[0] += "".join(toctree(pages, name) for name, pages in groups(source[0]).items())
-    elif page.startswith("benchmarks/results/paper/") and page.endswith("/README"):
+    elif page.startswith(("benchmarks/results/paper/", "benchmarks/results/beyond/")) and page.endswith("/README"):
         source[0] += toctree([link for link in links(source[0]) if not link.startswith("..")])
     folder = posixpath.dirname(page)
     source[0] = re.sub(

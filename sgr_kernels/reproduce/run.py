@@ -116,8 +116,9 @@ def summarize(folder: Path, question: dict[str, Any]) -> None:
     results = {name: found for name, found in load(folder).items() if not _difference(question, found)}
     about = next(iter(results.values()))
     verdicts = claims.judge(results)
-    page = Page(f"The paper's claims: {about['title']}")
-    page.text(_setting(about))
+    papers = any(name in EXPERIMENTS for name in results)
+    page = Page(("The paper's claims: " if papers else "Beyond the paper: ") + about["title"])
+    page.text(_setting(about, papers))
     if verdicts:
         page.text(
             f"Of {len(verdicts)} claims measured: "
@@ -132,8 +133,9 @@ def summarize(folder: Path, question: dict[str, Any]) -> None:
         )
     page.heading("Pages")
     page.text("\n".join(f"- [{_ALL[name].TITLE}]({name}.md), numbers in `{name}.json`" for name in results))
-    page.heading("What this scale leaves out")
-    page.text("\n".join(f"- {line}" for line in missing(about, results)))
+    if papers:
+        page.heading("What this scale leaves out")
+        page.text("\n".join(f"- {line}" for line in missing(about, results)))
     page.write(folder / "README.md")
 
 
@@ -195,10 +197,12 @@ def _epochs(scale: dict[str, Any]) -> str:
     return f"{scale['epochs']} epoch{'' if scale['epochs'] == 1 else 's'}"
 
 
-def _setting(about: dict[str, Any]) -> str:
+def _setting(about: dict[str, Any], papers: bool) -> str:
     scale = about["scale"]
     several = scale["seeds"] > 1 and scale["repeated"]
     repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, one of the others" if several else "one seed"
+    if not papers:
+        repeated = f"{scale['beyond']['seeds']} seed{'' if scale['beyond']['seeds'] == 1 else 's'}"
     rate = "falling along a cosine to 0" if scale.get("schedule") == "cosine" else "constant"
     return (
         f"{about['title']}: Carlini-Wagner networks, {_epochs(scale)} on {about['train_images']:,} images, "
