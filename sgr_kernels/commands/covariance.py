@@ -19,7 +19,7 @@ from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import SAMPLE, load
 
-_DATA = "data"
+_DATA, _TRAINED = "data", "trained"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--source",
         nargs="+",
-        choices=(_DATA, *SOURCES),
-        help="the centred images, or perturbations of the network; none: data, and pgd with a network",
+        choices=(_DATA, _TRAINED, *SOURCES),
+        help="the centred images, what a network was trained with, or perturbations of it; none: data, and with a "
+        "network trained, if it has a covariance function, and pgd",
     )
     add("--split", choices=("train", "test"), default="test", help="images to use")
     add("--images", type=common.whole, metavar="N", help="only the first N of them")
@@ -45,15 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Estimate, print decay lengths, write picture and numbers."""
     has_network = networks.named(arguments)
-    sources = arguments.source or ([_DATA, "pgd"] if has_network else [_DATA])
-    if not has_network and sources != [_DATA]:
-        raise ValueError(f"--source {' '.join(sources)} needs a CHECKPOINT or a --model, whose network is perturbed")
+    if not has_network and set(arguments.source or [_DATA]) != {_DATA}:
+        raise ValueError(
+            f"--source {' '.join(arguments.source)} needs a CHECKPOINT or a --model, whose network is perturbed"
+        )
     if Path(arguments.out).suffix != ".png":
         raise ValueError(f"--out must end in .png, got {arguments.out}")
     path = common.writable(arguments.out)
     common.writable(path.with_suffix(".json"))
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device) if has_network else None
+    own = None if subject is None else networks.trained_covariance(subject)
+    if not isinstance(own, CovarianceFunction):
+        own = None
+    sources = arguments.source or [_DATA, *([_TRAINED] if own is not None else []), *(["pgd"] if has_network else [])]
+    if _TRAINED in sources and own is None:
+        raise ValueError("source: the network was trained without a covariance function; name another source")
     data = load(arguments.data or SAMPLE, image_size=arguments.image_size) if subject is None else subject.data
     images = (data.train if arguments.split == "train" else data.test).first(arguments.images)
     batches = Batches(images, common.batch_size(arguments.batch_size, device), device=device)
@@ -62,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     def estimate(source: str) -> Tensor:
         if subject is None or source == _DATA:
             return image_covariance(batches)
+        if source == _TRAINED:
+            assert own is not None
+            return own.values
         eps = arguments.eps / PIXEL_LEVELS
         return perturbation_covariance(subject.model, batches, source, eps=eps, seed=arguments.seed)
 
@@ -86,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _title(source: str, eps: float) -> str:
     return {
         _DATA: "the images",
+        _TRAINED: "what the network was trained with",
         "gradient": "loss gradients",
         "sign": "signs of loss gradients",
         "fgsm": f"FGSM perturbations, eps {eps:g}/255",

@@ -10,14 +10,13 @@ from torch import Tensor
 from sgr_kernels._version import __version__
 from sgr_kernels.attacks.inputs import seeded
 from sgr_kernels.commands import common, networks
-from sgr_kernels.covariance import Covariance, CovarianceFunction
+from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.diagnose import STRENGTHS, SampledCovariance, diagnose
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.training.batches import Batches
-from sgr_kernels.training.checkpoint import load_module, write_atomically
-from sgr_kernels.training.methods import EXPONENTIAL, build_criterion
-from sgr_kernels.training.state import settings_of
+from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.training.methods import EXPONENTIAL
 
 _TRAINED = "trained"
 
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
     path = common.writable(arguments.out or subject.beside("diagnosis.json"))
-    own = _of_training(subject)
+    own = networks.trained_covariance(subject)
     source = arguments.source or (EXPONENTIAL if own is None else _TRAINED)
     if source == _TRAINED and own is None:
         raise ValueError("source: the network was trained without a covariance; name another source")
@@ -90,16 +89,3 @@ def _named(
     eps = arguments.eps / PIXEL_LEVELS
     values = perturbation_covariance(subject.model, batches, source, eps=eps, seed=arguments.seed)
     return values, f"the covariance of perturbations by {source}"
-
-
-def _of_training(subject: networks.Trained) -> Covariance | None:
-    """The covariance of a checkpoint's penalty, as its training left it; None where it had none."""
-    if subject.state is None:
-        return None
-    criterion = build_criterion(settings_of(subject.state), subject.data.train)
-    if not isinstance(getattr(criterion, "covariance", None), Covariance):
-        return None
-    load_module(criterion, subject.state["criterion"], "criterion")
-    covariance = criterion.covariance
-    assert isinstance(covariance, Covariance)
-    return covariance

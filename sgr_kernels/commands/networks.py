@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgr_kernels.covariance import Covariance
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
 from sgr_kernels.training.loop import model_of
+from sgr_kernels.training.methods import build_criterion
 from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, load_weights, located, remember
 from sgr_kernels.training.state import settings_of
@@ -176,3 +178,16 @@ def _untrained(arguments: argparse.Namespace, device: torch.device) -> Trained:
         "weights": arguments.weights,
     }
     return Trained(model, data, None, record, lambda name: beside / name)
+
+
+def trained_covariance(subject: Trained) -> Covariance | None:
+    """The covariance of a checkpoint's penalty, as its training left it; None where it had none."""
+    if subject.state is None:
+        return None
+    criterion = build_criterion(settings_of(subject.state), subject.data.train)
+    if not isinstance(getattr(criterion, "covariance", None), Covariance):
+        return None
+    checkpoint.load_module(criterion, subject.state["criterion"], "criterion")
+    covariance = criterion.covariance
+    assert isinstance(covariance, Covariance)
+    return covariance

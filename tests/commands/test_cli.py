@@ -365,6 +365,19 @@ def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, ca
     assert functions["fgsm"]["values"][0][0][0] == pytest.approx((8 / 255) ** 2, rel=0.6)
 
 
+def test_covariance_that_a_network_was_trained_with(trained, digits, tmp_path):
+    picture, folder = tmp_path / "c.png", tmp_path / "signs"
+    options = ["--data", digits, "--epochs", "1", "--strength", "1", "--out", str(folder)]
+    assert main(["train", "--method", "sgr_sign", *options]) == 0
+    assert main(["covariance", str(folder), "--data", digits, "--images", "10", "--out", str(picture)]) == 0
+    functions = json.loads(picture.with_suffix(".json").read_text())["functions"]
+    assert list(functions) == ["data", "trained", "pgd"]
+    learned = functions["trained"]["values"][0][0]
+    assert learned[0] == pytest.approx(1.0)  # squares of signs
+    state = load_model(folder)[1]["criterion"]
+    assert learned == pytest.approx(state["covariance.values"][0, 0].tolist())
+
+
 def test_demo_writes_its_report(tmp_path):
     options = Options(epochs=1, images=20, draws=2, train_images=160, plan=Plan((0, 8), 2, (1.0, 16.0), (0.5, 1.5)))
     lines = []
