@@ -272,9 +272,9 @@ class SGRLoss(Recorded):
         self.drawn += 1
         if count == 1 and task.passes.coupled:
             _say_once(
-                f"fraction: one sample is left of a batch of {len(task.images)} (the last of an epoch is often smaller): "
-                "its penalty's gradient takes BatchNorm's derivatives from this sample alone and is rough, not wrong; a "
-                "larger fraction or batch, or drop_last in the loader, avoids it"
+                f"fraction: one sample is left of a batch of {len(task.images)}, often the last of an epoch: its "
+                "penalty's gradient takes BatchNorm's derivatives from this sample alone and is rough, not wrong; "
+                "a larger fraction or batch, or drop_last in the loader, avoids it"
             )
         return outcome
 
