@@ -201,12 +201,15 @@ class SGRLoss(Recorded):
 
         Raises:
             TypeError: If the images are not floating point.
-            ValueError: If the loss is not one number per sample, or does not depend on the images; if something failed
+            ValueError: If the images have not the covariance's shape; if the loss is not one number per sample, or does
+                not depend on the images; if something failed
                 and the model, the images and the labels are on different devices.
             PenaltyGradientError: If the model does not support the method.
             RuntimeError: If too many penalties in a row were not finite.
         """
         checks.check_floating_point("images", images)
+        if isinstance(self.covariance, Covariance):
+            self.covariance.check_shape("images", images)
         self._stop_if_hopeless()
         differentiable = torch.is_grad_enabled()
         if differentiable:

@@ -19,9 +19,13 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 
 class Command(Directive):
-    """What the command does, how it is called, and a list of its options with their defaults."""
+    """What the command does, how it is called, and a list of its options with their defaults.
+
+    Its content is what shows where the page is read as plain Markdown.
+    """
 
     required_arguments = 1
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Docutils' interface."""

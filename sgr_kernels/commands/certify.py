@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=common.positive, default=_DEFAULT.alpha, help="probability that a certificate is wrong")
     add("--seed", type=common.seed, default=_DEFAULT.seed, help="of the noise")
     add("--batch-size", type=common.whole, help="noisy images at once; none: 200 on a CPU, 1000 elsewhere")
-    add("--out", metavar="DIR", default="certificates", help=f"folder for {FILE} and {PICTURE}")
+    add(
+        "--out",
+        metavar="DIR",
+        help=f"folder for {FILE} and {PICTURE}; none: beside the checkpoint or the weights of one network, "
+        "./certificates of several",
+    )
     add("--resume", action="store_true", help="go on with what --out holds, image by image")
     common.add_device(parser)
 
@@ -80,11 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed,
     )
     question = {"images": len(images), "data": images.digest(), "plan": asdict(plan), "networks": described}
-    out = Path(arguments.out)
-    path, picture = common.writable(out / FILE), common.writable(out / PICTURE)
+    path, picture = (common.writable(_place(arguments.out, subjects, name)) for name in (FILE, PICTURE))
     rows = _read(path, question, arguments.resume)
     head = {"sgr_kernels": __version__, "data_name": images.name, "question": question}
     keys = plan.keys(list(models))
+    passes = len(keys) * len(images) * (plan.draws + plan.selection)
+    print(f"{len(images)} images under {len(keys)} kinds of noise, {passes:,} noisy images in all", flush=True)
     with (
         common.interrupt_between_steps() as interrupted,
         tqdm(
@@ -175,6 +181,13 @@ def figure(result: Certificates, plan: CertificatePlan, images: str) -> Any:
             )
     title = f"Certified accuracy on {images}; dotted: the most that {plan.draws} draws can certify"
     return line_figure(panels, title, columns=len(plan.sigmas))
+
+
+def _place(out: str | None, subjects: Mapping[str, networks.Trained], name: str) -> Path:
+    if out is not None:
+        return Path(out) / name
+    (first, *others) = subjects.values()
+    return Path("certificates") / name if others else first.beside(name)
 
 
 def _subjects(arguments: argparse.Namespace, device: torch.device) -> dict[str, networks.Trained]:

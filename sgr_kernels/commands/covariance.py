@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eps", type=common.positive, default=8.0, help="strength of fgsm and pgd, in grey levels (1/255)")
     add("--seed", type=common.seed, default=0, help="of PGD's random starts")
     common.add_batch_size(parser)
-    add("--out", metavar="FILE", default="covariance.png", help="picture; the numbers go beside it as .json")
+    add(
+        "--out",
+        metavar="FILE",
+        help="picture; the numbers go beside it as .json; none: covariance.png beside the checkpoint or the weights, "
+        "here without a network",
+    )
     common.add_device(parser)
 
 
@@ -50,12 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--source {' '.join(arguments.source)} needs a CHECKPOINT or a --model, whose network is perturbed"
         )
-    if Path(arguments.out).suffix != ".png":
+    if arguments.out is not None and Path(arguments.out).suffix != ".png":
         raise ValueError(f"--out must end in .png, got {arguments.out}")
-    path = common.writable(arguments.out)
-    common.writable(path.with_suffix(".json"))
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device) if has_network else None
+    beside = Path if subject is None else subject.beside
+    path = common.writable(arguments.out or beside("covariance.png"))
+    common.writable(path.with_suffix(".json"))
     own = None if subject is None else networks.trained_covariance(subject)
     if not isinstance(own, CovarianceFunction):
         own = None

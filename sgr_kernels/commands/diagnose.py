@@ -6,6 +6,7 @@ import argparse
 import json
 
 from torch import Tensor
+from tqdm import tqdm
 
 from sgr_kernels._version import __version__
 from sgr_kernels.attacks.inputs import seeded
@@ -62,9 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
         values, what = _named(subject, source, batches, arguments)
         size, variance = images.shape[1:], subject.data.train.pixel_variance()
         covariance = CovarianceFunction.from_values(values, size, target_variance=variance).to(device)
+    tried = len(images) * len(arguments.strengths) * arguments.draws
+    print(f"{len(images)} images at {len(arguments.strengths)} strengths, {tried:,} noisy images in all", flush=True)
     found = diagnose(
         subject.model,
-        batches,
+        tqdm(batches, disable=None, unit="batch", leave=False),
         covariance,
         strengths=arguments.strengths,
         draws=arguments.draws,

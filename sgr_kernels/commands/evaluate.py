@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -73,20 +75,25 @@ def run(arguments: argparse.Namespace) -> int:
     print(summary(result, plan, f"{len(images)} test images of {images.name}"))
     if corrupted is not None:
         print(f"\n{corruptions.summary(corrupted)}")
-    checks = [check.to_dict() for check in autoattack.run(arguments, subject.model, images, device, plan)]
     record = {
         "sgr_kernels": __version__,
         "data": images.name,
         "images": len(images),
         **subject.record,
         **result.to_dict(),
-        **({"autoattack": checks} if checks else {}),
     }
     if corrupted is not None:
         record["corruptions"] = corrupted.to_dict()
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    _write(path, record)  # AutoAttack takes longer than all before it: what is known is kept
+    for check in autoattack.run(arguments, subject.model, images, device, plan):
+        record.setdefault("autoattack", []).append(check.to_dict())
+        _write(path, record)
     print(f"\nwritten: {path}")
     return 0
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def summary(result: Evaluation, plan: Plan, images: str) -> str:

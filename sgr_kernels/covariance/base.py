@@ -99,6 +99,13 @@ class Covariance(nn.Module):
         """
         return LogDeterminant(2 * float(self._cholesky().diagonal().log().sum()), 0.0)
 
+    def check_shape(self, name: str, value: Tensor) -> None:
+        """Expect a batch of what the covariance is of; one that knows no shape takes any.
+
+        Raises:
+            ValueError: If it has another shape.
+        """
+
     def _check(self, name: str, value: Tensor) -> None:
         """Expect a batch of what Sigma multiplies."""
         checks.check_floating_point(name, value)
@@ -267,11 +274,14 @@ class Estimate(Counting, Covariance):
                 RuntimeWarning,
             )
 
-    def _check(self, name: str, value: Tensor) -> None:
-        checks.check_floating_point(name, value)
+    def check_shape(self, name: str, value: Tensor) -> None:
         if value.dim() == 0 or tuple(value.shape[1:]) != self.shape:
             expected = ", ".join(map(str, ("B", *self.shape)))
-            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(value.shape)}")
+            raise ValueError(f"{name}: expected shape ({expected}), the covariance's, got {tuple(value.shape)}")
+
+    def _check(self, name: str, value: Tensor) -> None:
+        checks.check_floating_point(name, value)
+        self.check_shape(name, value)
         checks.check_same_device(name, value, "the covariance", self.values)
 
     def check_values(self, values: Tensor) -> None:

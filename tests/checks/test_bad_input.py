@@ -127,12 +127,13 @@ def test_other_covariances():
 def test_gradients_and_perturbations_of_another_size(build):
     covariance = build(3, (8, 8))
     wrong = torch.zeros(2, 3, 9, 8)
+    shapes = "expected shape (B, 3, 8, 8), the covariance's, got (2, 3, 9, 8)"
     for name, use in (
         ("gradient", covariance.product),
         ("gradient", covariance.quadratic_form),
         ("perturbation", covariance.update),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"{name}: expected shape (B, 3, 8, 8), got (2, 3, 9, 8)")):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: {shapes}")):
             use(wrong)
         with pytest.raises(TypeError, match=f"{name}: expected a real floating-point tensor, got .*int64"):
             use(G.long())
@@ -409,5 +410,7 @@ def test_models_and_loss_functions_that_cannot_be_penalized():
     weight = nn.Parameter(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="model: its loss has no path to the images"):
         SGRLoss(IdentityCovariance())(lambda x: weight, G, labels)
-    with pytest.raises(ValueError, match=re.escape("gradient: expected shape (B, 1, 8, 8), got (2, 3, 8, 8)")):
-        SGRLoss(CovarianceFunction.exponential(1, 8, 2.0))(_classifier(), G, labels)
+    wrong = re.escape("images: expected shape (B, 1, 8, 8), the covariance's, got (2, 3, 8, 8)")
+    for covariance in (CovarianceFunction.exponential(1, 8, 2.0), CovarianceFunction(1, 8), FullCovariance(1, 8)):
+        with pytest.raises(ValueError, match=wrong):
+            SGRLoss(covariance)(_classifier(), G, labels)

@@ -366,11 +366,11 @@ def test_covariance_of_images_and_of_perturbations(trained, digits, tmp_path, ca
 
 
 def test_covariance_that_a_network_was_trained_with(trained, digits, tmp_path):
-    picture, folder = tmp_path / "c.png", tmp_path / "signs"
+    folder = tmp_path / "signs"
     options = ["--data", digits, "--epochs", "1", "--strength", "1", "--out", str(folder)]
     assert main(["train", "--method", "sgr_sign", *options]) == 0
-    assert main(["covariance", str(folder), "--data", digits, "--images", "10", "--out", str(picture)]) == 0
-    functions = json.loads(picture.with_suffix(".json").read_text())["functions"]
+    assert main(["covariance", str(folder), "--data", digits, "--images", "10"]) == 0
+    functions = json.loads((folder / "covariance.json").read_text())["functions"]
     assert list(functions) == ["data", "trained", "pgd"]
     learned = functions["trained"]["values"][0][0]
     assert learned[0] == pytest.approx(1.0)  # squares of signs

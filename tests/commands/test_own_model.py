@@ -1,5 +1,6 @@
 """Networks and images of one's own on the command line: one folder that every command reads, and clear refusals."""
 
+import contextlib
 import json
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sgr_kernels.cli import main
+from sgr_kernels.commands import autoattack
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import load_model
 from tests.autoattack_stand_in import stand_in
@@ -101,6 +103,17 @@ def test_autoattack_beside_pgd(trained, tmp_path, capsys, monkeypatch):
     assert record["robustbench"]["eps"] == "8/255"
 
 
+def test_what_is_known_is_kept_when_autoattack_breaks(trained, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoattack, "run", interrupted)
+    command = ["evaluate", str(trained), *FEW["evaluate"], "--out", str(tmp_path / "e.json")]
+    with contextlib.suppress(KeyboardInterrupt):
+        main(command)
+    assert set(json.loads((tmp_path / "e.json").read_text())["attacks"]) == {"fgsm", "pgd"}
+
+
 def test_autoattack_that_cannot_run(trained, capsys, monkeypatch):
     assert main(["evaluate", str(trained), "--autoattack-images", "5"]) == 2
     assert "--autoattack-images: goes with --autoattack" in capsys.readouterr().err
@@ -141,6 +154,8 @@ def test_certificates_of_a_training_are_those_of_its_weights(trained, file, pict
         (cell,) = json.loads((tmp_path / name / "certificates.json").read_text())["certificates"]
         found[name] = cell["counts"], cell["radii"], cell["labels"]
         assert all(sum(counts) == 20 for counts in cell["counts"])
+    assert main(["certify", *given, *few]) == 0
+    assert (tmp_path / "certificates.json").is_file(), "expected beside the weights"
     assert found["folder"] == found["named anew"] == found["weights"]
     assert "certified accuracy" in capsys.readouterr().out
 
