@@ -15,6 +15,7 @@ attacks                   the paper's attacks
 evaluation                accuracy against strength, and checks that an evaluation can be trusted
 diagnose                  whether the quadratic approximation holds for a model, and which strength fits
 models                    the paper's networks
+training                  resumable training by every method, as ``sgr train`` does it
 backends                  the ways to compute the operators, and what is compiled in
 use_backend               choose one of them for the whole process
 __version__               of this package
@@ -37,7 +38,7 @@ from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.wrappers import PenaltyGradientError
 
 if TYPE_CHECKING:
-    from sgr_kernels import attacks, evaluation
+    from sgr_kernels import attacks, evaluation, training
     from sgr_kernels.evaluation import diagnose
     from sgr_kernels.penalty import perturbations
     from sgr_kernels.training import models
@@ -60,6 +61,7 @@ __all__ = [
     "linear_warmup",
     "models",
     "perturbations",
+    "training",
     "use_backend",
 ]
 
@@ -70,6 +72,7 @@ _LATER = {
     "diagnose": ("sgr_kernels.evaluation", "diagnose"),
     "models": ("sgr_kernels.training.models", None),
     "perturbations": ("sgr_kernels.penalty.perturbations", None),
+    "training": ("sgr_kernels.training", None),
 }
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sgr_kernels as sgr
-from sgr_kernels.training.datasets import load
+from sgr_kernels.training import load
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sgr_kernels as sgr
-from sgr_kernels.training.datasets import load
+from sgr_kernels.training import load
 
 
 def dark_frames(count: int, generator: torch.Generator) -> Tensor:

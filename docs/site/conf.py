@@ -37,7 +37,7 @@ napoleon_use_ivar = True
 nitpicky = True
 # What is not ours has no page here.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|Tensor|collections|typing|numpy|optional|callable|str|int|float)(\..*)?")
+    (r"py:.*", r"(torch|nn|Tensor|collections|typing|numpy|os|optional|callable|str|int|float)(\..*)?")
 ]
 
 html_theme = "furo"

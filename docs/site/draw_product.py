@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sgr_kernels as sgr
 from sgr_kernels.toeplitz.spectrum import basis, spectrum_from_table
-from sgr_kernels.training.datasets import load
+from sgr_kernels.training import load
 
 SIZE = 14
 

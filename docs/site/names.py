@@ -12,7 +12,7 @@ from sphinx.transforms import SphinxTransform
 
 import sgr_kernels
 
-MODULES = ("functional", "attacks", "evaluation", "models", "backends")
+MODULES = ("functional", "attacks", "evaluation", "models", "training", "backends")
 
 
 @cache

@@ -67,7 +67,8 @@ class Trainer:
         model: The network that the optimizer changes.
         average: The running average of its weights, with ``settings.ema``; it is the trained network then.
         criterion: The method's loss.
-        epoch, step: Position: whole epochs done, and steps done in the current one.
+        epoch: Whole epochs done.
+        step: Steps done in the current one.
         history: One record per finished epoch.
 
     Raises:
@@ -326,7 +327,7 @@ class Trainer:
 
     @property
     def trained(self) -> nn.Module:
-        """The trained network: the average where one is kept."""
+        """The network that was trained, which is the average where one is kept."""
         return self.model if self.average is None else self.average.module
 
     def _finish_epoch(self) -> None:

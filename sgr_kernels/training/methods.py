@@ -218,7 +218,7 @@ class Settings:
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
-        """The optimizer's options beside learning rate and weight decay; None: not given."""
+        """Options of the optimizer beside learning rate and weight decay, None where not given."""
         return {"betas": self.betas, "momentum": self.momentum, "nesterov": self.nesterov}
 
     def record(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ print(json.dumps({
 }))
 """
 
-MODULES = ("functional", "attacks", "evaluation", "models", "backends", "perturbations")
+MODULES = ("functional", "attacks", "evaluation", "models", "training", "backends", "perturbations")
 
 
 def _import() -> dict:
