@@ -1,4 +1,4 @@
-"""Networks for the step benchmark, by their definitions: residual networks and a small vision transformer."""
+"""Networks for the step benchmark, by their definitions: residual networks and vision transformers."""
 
 from __future__ import annotations
 
@@ -73,12 +73,14 @@ def resnet50(classes: int = 1000) -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """A small vision transformer (Dosovitskiy et al. 2021): 4 x 4 patches, 6 layers, width 192, 3 heads."""
+    """A vision transformer (Dosovitskiy et al. 2021) whose head takes the mean over tokens; a small one if not told."""
 
-    def __init__(self, width: int = 192, depth: int = 6, heads: int = 3, classes: int = 10) -> None:
+    def __init__(
+        self, width: int = 192, depth: int = 6, heads: int = 3, classes: int = 10, *, size: int = 32, patch: int = 4
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 64, width) * 0.02)
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
@@ -88,10 +90,16 @@ class VisionTransformer(nn.Module):
         return self.head(self.encoder(tokens).mean(1))
 
 
+def vit_small() -> nn.Module:
+    """ViT-S/16 for images of 224 x 224: 12 layers, width 384, 6 heads."""
+    return VisionTransformer(384, 12, 6, 1000, size=224, patch=16)
+
+
 NETWORKS = {
     "carlini-wagner-mnist": (lambda: sgr.models.carlini_wagner("mnist"), (1, 28, 28)),
     "carlini-wagner-cifar10": (lambda: sgr.models.carlini_wagner("cifar10"), (3, 32, 32)),
     "resnet18": (resnet18, (3, 32, 32)),
     "vit": (VisionTransformer, (3, 32, 32)),
     "resnet50": (resnet50, (3, 224, 224)),
+    "vit-s": (vit_small, (3, 224, 224)),
 }

@@ -233,9 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(
             name, nargs="+", choices=choices, default=list(choices), metavar="NAME", help=f"of {listed}; none: all"
         )
-    parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit, 8 for resnet50")
+    parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit, 8 for the larger")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for resnet18, resnet50 and vit")
+    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for all but the paper's networks")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory_only:
         print(memory_of_a_step(Training.of(options.networks[0], options.ways[0], options.batch, device)))
         return
-    large = {"resnet18": 16, "vit": 16, "resnet50": 8} if device.type == "cpu" else {}
+    large = {"resnet18": 16, "vit": 16, "resnet50": 8, "vit-s": 8} if device.type == "cpu" else {}
     ways = list(dict.fromkeys(["clean", *options.ways]))
     head = {"machine": machine.describe(device)}
     rows = _rows_before(options.out, head)
