@@ -20,6 +20,7 @@ from sgr_kernels.reproduce import (
     claims,
     corruptions,
     covariance,
+    ensemble,
     leaking,
     lrc,
     search,
@@ -42,7 +43,12 @@ EXPERIMENTS: dict[str, ModuleType] = {
 }
 """The paper's."""
 
-BEYOND: dict[str, ModuleType] = {"smooth": smooth, "certified": certified, "corruptions": corruptions}
+BEYOND: dict[str, ModuleType] = {
+    "smooth": smooth,
+    "certified": certified,
+    "corruptions": corruptions,
+    "ensemble": ensemble,
+}
 """What it has not: run by name, not by ``all``."""
 
 _SEARCH_THEIR_OWN = ("corruptions",)

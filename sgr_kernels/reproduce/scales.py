@@ -46,6 +46,7 @@ class Beyond:
         autoattack_eps: Strength of AutoAttack, in 1/255.
         autoattack_images: Test images under it.
         corrupted_images: Test images under common corruptions.
+        ensemble_images: Test images under the whole ensemble of AutoAttack.
     """
 
     seeds: int = 3
@@ -55,6 +56,7 @@ class Beyond:
     autoattack_eps: float = 32.0
     autoattack_images: int = 100
     corrupted_images: int = 200
+    ensemble_images: int = 300
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ _SMOKE = Scale(
     mean_correction_network=True,
     line_images=20,
     line_points=13,
-    beyond=Beyond(2, 10, 100, (0.5, 1.0), autoattack_images=4, corrupted_images=10),
+    beyond=Beyond(2, 10, 100, (0.5, 1.0), autoattack_images=4, corrupted_images=10, ensemble_images=6),
 )
 
 _MNIST_CPU = Scale(
@@ -252,7 +254,7 @@ _MNIST_FULL = replace(
     mean_correction_network=True,
     line_images=500,
     schedule="constant",
-    beyond=Beyond(5, 1_000, 10_000, autoattack_images=1_000, corrupted_images=10_000),
+    beyond=Beyond(5, 1_000, 10_000, autoattack_images=1_000, corrupted_images=10_000, ensemble_images=10_000),
 )
 
 _CIFAR_FULL = replace(

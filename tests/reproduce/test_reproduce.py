@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sgr_kernels.cli import main
-from sgr_kernels.reproduce import certified, claims, lab, lrc, paper, pictures, smooth, stats, transfer
+from sgr_kernels.reproduce import certified, claims, ensemble, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab, Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
@@ -24,6 +24,7 @@ from sgr_kernels.reproduce.smoothness import softmax_along
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.datasets import load as load_data
 from sgr_kernels.training.search import Search
+from tests.autoattack_stand_in import stand_in
 
 TINY = replace(
     SCALES["mnist"]["smoke"],
@@ -368,6 +369,28 @@ def test_smooth_networks_get_a_page_of_their_own(tmp_path, monkeypatch):
     assert "smooth.md" in (tmp_path / "results" / "README.md").read_text()
     # The strengths of each kind of network are its own.
     assert sum(line.startswith("searching l1") for line in said) == 2
+
+
+def test_the_ensemble_beside_pgd_gets_a_page_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", stand_in())
+    monkeypatch.setattr(ensemble, "METHODS", {name: ensemble.METHODS[name] for name in ("clean", "gn")})
+    monkeypatch.setattr(ensemble, "STRONG", {**ensemble.STRONG, "steps": 4, "restarts": 2})
+    scale = replace(TINY, beyond=Beyond(ensemble_images=12), search=replace(TINY.search, validation_images=10))
+    reproduce(lab_in(tmp_path, scale=scale), ["ensemble"], "MNIST, tiny")
+    found = load(tmp_path / "results")["ensemble"]["networks"]
+    assert [row["method"] for row in found] == ["clean", "gn"]
+    for row in found:
+        check = row["check"]
+        assert check["version"] == "standard"
+        assert check["n_ex"] == row["pgd"]["images"] == row["strong"]["images"] == 12
+        broken = sum(part["broken"] for part in check["attacks"])
+        assert row["autoattack"]["accuracy"] == [pytest.approx(check["clean_accuracy"] - broken / 12)]
+    page = (tmp_path / "results" / "ensemble.md").read_text()
+    assert "| after apgd-ce | after apgd-t | after fab-t | after square | PGD − AutoAttack |" in page
+    for row in found:
+        last = f"{100 * row['autoattack']['accuracy'][0]:.1f} ±"
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {ensemble.METHODS[row['method']]} |")]
+        assert line.split(" | ")[7].startswith(last)
 
 
 def test_certificates_get_a_page_of_their_own(tmp_path, monkeypatch):

@@ -1,0 +1,127 @@
+"""Beyond the paper: the whole AutoAttack ensemble beside this package's PGD, on the paper's networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgr_kernels.attacks import pgd
+from sgr_kernels.evaluation.autoattack import STANDARD, autoattack, package
+from sgr_kernels.evaluation.crosscheck import against_pgd
+from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
+from sgr_kernels.evaluation.suite import PIXEL_LEVELS
+from sgr_kernels.report.page import Page
+from sgr_kernels.reproduce import stats
+from sgr_kernels.reproduce.lab import Lab, Network
+
+TITLE = "Beyond the paper: AutoAttack beside PGD"
+METHODS = {
+    "clean": "plain",
+    "gn": "gradient norm, squared",
+    "sgr_sign": "SGR, covariance of signs",
+    "sgr_exp": "SGR, exponential covariance",
+    "pgd": "PGD adversarial training",
+}
+STRONG: dict[str, Any] = {"loss": "dlr", "steps": 50, "schedule": "cosine", "restarts": 5}
+"""What our PGD has against what AutoAttack shows: a loss that the logits' scale does not touch, steps that shrink,
+and several starts."""
+_BATCH = 100
+
+
+def measure(lab: Lab) -> dict[str, Any]:
+    """A network of each method under the ensemble, PGD as the tables have it, and PGD at its strongest."""
+    package()  # without it an error before hours of training
+    plan = lab.scale.beyond
+    networks = lab.trained([(lab.settings(method), method) for method in METHODS])
+    rows = []
+    for network in lab.bar(networks, "AutoAttack"):
+        found = lab.cached(
+            "ensemble",
+            network.settings.method,
+            [network],
+            partial(_attacked, lab, network),
+            [plan.ensemble_images, plan.autoattack_eps, STANDARD, STRONG],
+        )
+        rows.append(
+            {
+                "method": network.settings.method,
+                "strength": network.settings.strength,
+                "test_accuracy": lab.test_accuracy(network),
+                **found,
+            }
+        )
+    return {**asdict(plan), "pgd_steps": lab.scale.pgd_steps, "strong": STRONG, "networks": rows}
+
+
+def _attacked(lab: Lab, network: Network) -> dict[str, Any]:
+    plan = lab.scale.beyond
+    images, labels = lab.pixels(plan.ensemble_images)
+    eps = plan.autoattack_eps / PIXEL_LEVELS
+    result = autoattack(network.model, [(images, labels)], eps, batch_size=_BATCH)
+    check = against_pgd(network.model, [(images, labels)], result, pgd_steps=lab.scale.pgd_steps)
+    parts = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
+    strong = robustness_curve(
+        network.model,
+        parts,
+        partial(pgd, early_stop=True, **STRONG),
+        [eps],
+        torch.Generator().manual_seed(0),
+        labels="true",
+    )
+    own = RobustnessCurve([plan.autoattack_eps], result.robust[None], result.clean, "autoattack", "true")
+    return {
+        "check": check.to_dict(),
+        "autoattack": stats.record(own),
+        "pgd": stats.record(check.pgd, PIXEL_LEVELS),
+        "strong": stats.record(strong, PIXEL_LEVELS),
+    }
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """The page."""
+    strong, eps = results["strong"], results["autoattack_eps"]
+    page = Page(f"{TITLE}: {results['title']}")
+    page.text(
+        "The standard ensemble (Croce and Hein 2020): APGD on the cross-entropy, targeted APGD, targeted FAB, and "
+        "Square, which uses no gradients. Each attacks what the ones before it left; the columns are what stands then. "
+        f"The paper's networks, one seed, eps {eps:g} of 255, the first {results['ensemble_images']:,} test images; "
+        "accuracy in %, ± half a 95 % interval from the images."
+    )
+    page.text(
+        f"PGD: {results['pgd_steps']} steps on the cross-entropy from the network's own answers, as in the tables of "
+        f"the paper. Strong PGD: from the true labels, {strong['restarts']} starts of {strong['steps']} steps that "
+        "shrink along a cosine, on the difference of logits ratio; all of that is `sgr_kernels.attacks.pgd`."
+    )
+    names = [part["name"] for part in results["networks"][0]["check"]["attacks"]]
+    header = ["training", "clean", "PGD", "strong PGD", *(f"after {name}" for name in names), "PGD − AutoAttack"]
+    page.table([*header, "strong PGD − AutoAttack"], [_row(row) for row in results["networks"]])
+    page.heading("Where they differ")
+    found = [(METHODS[row["method"]], cause) for row in results["networks"] for cause in row["check"]["pgd"]["causes"]]
+    page.text("\n".join(f"- {title}: {cause}" for title, cause in found) or "Nowhere by more than two points.")
+    hidden = [(METHODS[row["method"]], text) for row in results["networks"] for text in row["check"]["warnings"]]
+    page.text(
+        "\n".join(f"- {title}: {text}" for title, text in hidden)
+        or "No sign of hidden gradients: Square, without them, broke no more than the attacks that use them."
+    )
+    page.write(folder / "ensemble.md")
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    check, ensemble = row["check"], [row["autoattack"]]
+    stands = check["clean_accuracy"] * check["n_ex"]
+    after = []
+    for part in check["attacks"]:
+        stands -= part["broken"]
+        after.append(f"{100 * stands / check['n_ex']:.1f}")
+    after[-1] = stats.mean(ensemble).percent()
+    return [
+        METHODS[row["method"]],
+        f"{100 * check['clean_accuracy']:.1f}",
+        *(f"{100 * row[name]['accuracy'][0]:.1f}" for name in ("pgd", "strong")),
+        *after,
+        *(stats.difference([row[name]], ensemble).points() for name in ("pgd", "strong")),
+    ]
