@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: ended early by an interrupt that was honoured between two steps. 2: the input is at fault.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser(argv).parse_args(argv)
+    arguments = argparse.Namespace(traceback=False)
     try:
+        arguments = _parser(argv).parse_args(argv)
         return import_module(f"sgr_kernels.commands.{arguments.command}").run(arguments)
     except KeyboardInterrupt:
         print("sgr: interrupted", file=sys.stderr)

@@ -1,14 +1,15 @@
-"""The demonstration's results and the folder that shows them: one page, four pictures."""
+"""The demonstration's results and the folder that shows them: one page, five pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sgr_kernels.evaluation.certificates import CertificatePlan, Certificates
 from sgr_kernels.evaluation.curves import RobustnessCurve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS, Evaluation, Plan
 from sgr_kernels.report import plots
@@ -46,6 +47,8 @@ class Demonstration:
         test_accuracy: Accuracy without attack on all of them, by network.
         training_seconds: By network.
         evaluations: By network.
+        certificate_plan: The noise of the certificates.
+        certificates: Certified radii of the first of these images.
         noise_covariances: Covariance functions of the noise SGR was told of, and of the digits.
         gradient_covariances: Covariance functions of the loss gradients, one for each network.
         pictures: Example digits.
@@ -59,6 +62,8 @@ class Demonstration:
     test_accuracy: dict[str, float]
     training_seconds: dict[str, float]
     evaluations: dict[str, Evaluation]
+    certificate_plan: CertificatePlan
+    certificates: Certificates
     noise_covariances: list[DisplacementFunction]
     gradient_covariances: list[DisplacementFunction]
     pictures: Pictures
@@ -68,6 +73,11 @@ class Demonstration:
     def attacked_images(self) -> int:
         """Test images attacked."""
         return next(iter(self.evaluations.values())).clean.correct.shape[1]
+
+    @property
+    def certified_images(self) -> int:
+        """Test images certified."""
+        return len(next(iter(self.certificates.found.values())).radii)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
@@ -84,6 +94,7 @@ class Demonstration:
                 }
                 for name, settings in self.methods.items()
             },
+            "certificates": self.certificates.to_dict(),
             "noise_covariance": {function.name: function.to_dict() for function in self.noise_covariances},
             "gradient_covariance": {function.name: function.to_dict() for function in self.gradient_covariances},
         }
@@ -130,6 +141,21 @@ class Demonstration:
             )
         return " ".join(sentences)
 
+    def _certified(self) -> str:
+        """Mean certified radii, and what they mean in grey levels."""
+        plan, found = self.certificate_plan, self.certificates
+        (sigma,) = plan.sigmas
+        sentences = []
+        for length in plan.decay_lengths:
+            radii = {name: found.found[name, length, sigma].mean_radius for name in self.evaluations}
+            levels = PIXEL_LEVELS * found.shift[length]
+            sentences.append(
+                f"Decay length {length:g}: "
+                + ", ".join(f"{name} {radius:.2f}" for name, radius in radii.items())
+                + f"; at a radius of 1 lies a shift of all pixels at once by {levels:.0f} of 255."
+            )
+        return "Mean certified radius, zero where the answer is wrong or missing. " + " ".join(sentences)
+
 
 def write_report(demonstration: Demonstration, folder: Path) -> None:
     """Write report.md and its pictures into an existing folder."""
@@ -173,6 +199,20 @@ def write_report(demonstration: Demonstration, folder: Path) -> None:
         "steps from a random start. These attacks disturb short-range structure, against which the long-range "
         "covariance of this demonstration is not aimed: `sgr train --perturbation sign` estimates it from the "
         "attacks themselves.",
+    )
+    plots.save(_certificate_figure(demonstration), folder / "certified-accuracy.png")
+    page.heading("What no attack can break")
+    page.text(
+        "Ask a network about many noisy copies of an image and take the answer that it gives most often: it provably "
+        "stays the same for every perturbation whose size, in the metric of the noise's covariance, is below a radius. "
+        "With noise that neighbouring pixels share that holds for large perturbations of the same kind, such as a "
+        "change of light. " + demonstration._certified()
+    )
+    page.figure(
+        "certified-accuracy.png",
+        f"Share of the first {demonstration.certified_images} digits that are answered rightly, and provably so up to "
+        f"a radius; {demonstration.certificate_plan.draws} noisy copies of each. Dotted: the largest radius that so "
+        "few copies can prove.",
     )
     page.heading("Why: covariance functions")
     page.figure(
@@ -234,6 +274,19 @@ def _attack_figure(demonstration: Demonstration) -> plots.Figure:
         ]
         panels.append(_accuracy_panel(title, "eps [1/255]", lines, None))
     return line_figure(panels, "Accuracy under white-box gradient attacks")
+
+
+def _certificate_figure(demonstration: Demonstration) -> plots.Figure:
+    (sigma,) = demonstration.certificate_plan.sigmas
+    panels = []
+    for length in demonstration.certificate_plan.decay_lengths:
+        cells = {name: demonstration.certificates.found[name, length, sigma] for name in demonstration.evaluations}
+        end = max(cell.largest_radius for cell in cells.values())
+        radii = list(np.linspace(0, 1.05 * end, 200))
+        lines = [Line(name, radii, list(cell.certified_accuracy(radii))) for name, cell in cells.items()]
+        panel = _accuracy_panel(f"decay length {length:g}", "certified radius", lines, None)
+        panels.append(replace(panel, levels=(), mark=end, markers=False))
+    return line_figure(panels, f"Certified accuracy under correlated noise, sigma {sigma:g} in pixel units")
 
 
 def _line(name: str, x: list[float], points: list[tuple[float, tuple[float, float]]]) -> Line:

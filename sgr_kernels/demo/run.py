@@ -17,6 +17,7 @@ from sgr_kernels._version import __version__
 from sgr_kernels.attacks import pgd
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.demo.report import Demonstration, Pictures, write_report
+from sgr_kernels.evaluation.certificates import CertificatePlan, Certificates, certificates
 from sgr_kernels.evaluation.perturbations import perturbation_covariance
 from sgr_kernels.evaluation.suite import EPS_GRIDS, PIXEL_LEVELS, Evaluation, Plan, evaluate
 from sgr_kernels.report.covariance import DisplacementFunction
@@ -44,6 +45,8 @@ class Options:
         train_images: Training images; None: all 5,000.
         seed: Of everything random.
         plan: The attacks; its ``draws`` and ``seed`` are replaced by those above.
+        certified: Test images certified, the first of those attacked.
+        certificate_plan: The noise of the certificates, of one scale; its ``seed`` is replaced by that above.
     """
 
     epochs: int = 6
@@ -54,6 +57,11 @@ class Options:
     train_images: int | None = None
     seed: int = 0
     plan: Plan = field(default_factory=lambda: Plan(EPS_GRIDS["mnist"], noise_eps=(0.3, 0.5, 0.7)))
+
+    certified: int = 100
+    certificate_plan: CertificatePlan = field(
+        default_factory=lambda: CertificatePlan((1.0, 16.0), (0.5,), draws=300, selection=50)
+    )
 
     def attacks(self) -> Plan:
         """The plan with the options' own draws and seed."""
@@ -94,6 +102,9 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
     for name, model in models.items():
         say(f"attacking {name}: FGSM, PGD and correlated noise on {len(images)} test digits")
         evaluations[name] = evaluate(model, Batches(images, 100, device=device), plan)
+    say(f"certifying the first {min(options.certified, len(images))} of them")
+    plan_certified = replace(options.certificate_plan, seed=options.seed)
+    certified = _certificates(models, images.first(options.certified), plan_certified, device)
     say("measuring covariance functions and drawing")
     demonstration = Demonstration(
         options_text=_options_text(options, data),
@@ -103,6 +114,8 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
         test_accuracy=accuracies,
         training_seconds=seconds,
         evaluations=evaluations,
+        certificate_plan=plan_certified,
+        certificates=certified,
         noise_covariances=_noise_covariances(images, options),
         gradient_covariances=_gradient_covariances(models, images, options, device),
         pictures=_pictures(models, images, options, device),
@@ -140,6 +153,13 @@ def _options_text(options: Options, data: DataSet) -> str:
         f"{options.strength:g} at the digits' own variance; SGR's covariance function is the fixed exponential "
         f"exp(-r / {options.decay_length:g} pixels)."
     )
+
+
+def _certificates(
+    models: dict[str, nn.Module], images: ImageSet, plan: CertificatePlan, device: torch.device | str
+) -> Certificates:
+    pixels, labels = next(iter(Batches(images, len(images), device=device)))
+    return certificates(models, pixels, labels, plan, chunk_size=250)
 
 
 def _noise_covariances(images: ImageSet, options: Options) -> list[DisplacementFunction]:

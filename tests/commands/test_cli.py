@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from sgr_kernels.cli import COMMANDS, main
 from sgr_kernels.commands import train
 from sgr_kernels.demo.run import Options, run
+from sgr_kernels.evaluation.certificates import CertificatePlan
 from sgr_kernels.evaluation.suite import Plan
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import load_model
@@ -378,8 +381,23 @@ def test_covariance_that_a_network_was_trained_with(trained, digits, tmp_path):
     assert learned == pytest.approx(state["covariance.values"][0, 0].tolist())
 
 
+@pytest.mark.parametrize("command", ["train", "certify", "covariance"])
+def test_a_plain_installation_names_the_extra_that_a_command_needs(command):
+    """Modules are imported before a command's options are read: in a process of their own."""
+    program = (
+        "import sys; sys.modules.update(matplotlib=None, safetensors=None); from sgr_kernels.cli import main; "
+        f"sys.exit(main(['{command}', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"sgr: error: \w+ is not installed: pip install 'sgr_kernels\[train\]'\n", done.stderr), (
+        done.stderr
+    )
+
+
 def test_demo_writes_its_report(tmp_path):
     options = Options(epochs=1, images=20, draws=2, train_images=160, plan=Plan((0, 8), 2, (1.0, 16.0), (0.5, 1.5)))
+    options = replace(options, certified=3, certificate_plan=CertificatePlan((2.0, 16.0), (0.25,), 20, 5))
     lines = []
     result = run(tmp_path / "report", options, say=lines.append)
     assert any("training SGR" in line for line in lines)
@@ -389,8 +407,12 @@ def test_demo_writes_its_report(tmp_path):
     pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
     assert {name for name in pictures if f"({name})" in page} == pictures
     assert {"accuracy-against-eps.png", "accuracy-against-decay-length.png", "covariance-functions.png"} <= pictures
+    assert "certified-accuracy.png" in pictures
     numbers = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(numbers["networks"]) == ["clean", "GN", "SGR"]
+    assert [(c["network"], c["decay_length"], c["images"]) for c in numbers["certificates"]["certificates"]] == [
+        (name, length, 3) for length in (2, 16) for name in ("clean", "GN", "SGR")
+    ]
     sgr = numbers["networks"]["SGR"]
     assert sgr["settings"]["perturbation"] == "exponential"
     assert sgr["noise"]["16"]["accuracy"] == result.evaluations["SGR"].noise[16.0].accuracy

@@ -85,6 +85,25 @@ def test_one_folder_is_read_without_being_told_again(trained, tmp_path, capsys):
     assert [row["strength"] for row in results["diagnose"]["rows"]] == [0.1, 1]
 
 
+def test_a_network_of_timm_on_a_folder(pictures, tmp_path):
+    """From training to certificate, by the commands of docs/own-model.md."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    coloured = tmp_path / "coloured"
+    for path in pictures.rglob("*.png"):
+        target = coloured / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").save(target)
+    out, few = str(tmp_path / "timm"), ["--images", "2", "--decay-lengths", "2", "--sigmas", "0.25", "--draws", "20"]
+    command = ["train", "--model", "timm:create_model", "--model-args", '{"model_name": "resnet18", "num_classes": 3}']
+    command += ["--normalize", "0.485,0.456,0.406", "0.229,0.224,0.225", "--data", f"imagefolder:{coloured}"]
+    command += ["--image-size", "32", "--epochs", "1", "--batch-size", "24", "--fraction", "0.25", "--device", "cpu"]
+    assert main([*command, "--out", out]) == 0
+    for name, options in {**FEW, "certify": [*few, "--selection", "5"]}.items():
+        assert main([name, out, *options]) == 0
+    written = {path.name for path in (tmp_path / "timm").iterdir()}
+    assert {"evaluation.json", "covariance.png", "diagnosis.json", "certificates.json"} <= written
+
+
 def test_autoattack_beside_pgd(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", stand_in())
     command = ["evaluate", str(trained), *FEW["evaluate"], "--out", str(tmp_path / "e.json")]
