@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     head = {"sgr_kernels": __version__, "data_name": images.name, "question": question}
     keys = plan.keys(list(models))
     passes = len(keys) * len(images) * (plan.draws + plan.selection)
-    print(f"{len(images)} images under {len(keys)} kinds of noise, {passes:,} noisy images in all", flush=True)
+    sizes = f"images {len(images)}, networks {len(models)}, decay lengths {len(plan.decay_lengths)}"
+    print(f"noisy images to classify: {passes:,} ({sizes}, sigmas {len(plan.sigmas)})", flush=True)
     with (
         common.interrupt_between_steps() as interrupted,
         tqdm(

@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         size, variance = images.shape[1:], subject.data.train.pixel_variance()
         covariance = CovarianceFunction.from_values(values, size, target_variance=variance).to(device)
     tried = len(images) * len(arguments.strengths) * arguments.draws
-    print(f"{len(images)} images at {len(arguments.strengths)} strengths, {tried:,} noisy images in all", flush=True)
+    sizes = f"images {len(images)}, strengths {len(arguments.strengths)}, draws {arguments.draws}"
+    print(f"noisy images to classify: {tried:,} ({sizes})", flush=True)
     found = diagnose(
         subject.model,
         tqdm(batches, disable=None, unit="batch", leave=False),
