@@ -17,11 +17,11 @@ from sgr_kernels.covariance import Covariance
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
-from sgr_kernels.training.loop import model_of
 from sgr_kernels.training.methods import build_criterion
 from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, load_weights, located, remember
 from sgr_kernels.training.state import settings_of
+from sgr_kernels.training.trained import model_of
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -25,9 +25,9 @@ from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.images import ImageSet, pixels
-from sgr_kernels.training.loop import accuracy
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.search import TOLERANCE
+from sgr_kernels.training.trained import accuracy
 
 TITLE = "Beyond the paper: corruptions"
 KINDS = {

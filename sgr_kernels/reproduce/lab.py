@@ -19,10 +19,10 @@ from sgr_kernels.reproduce.trainings import Training, run_all
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.loop import accuracy, load_model
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.records import digest
 from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
+from sgr_kernels.training.trained import accuracy, load_model
 
 T = TypeVar("T")
 

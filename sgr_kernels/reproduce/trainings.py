@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, TrainingError, load_model
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, TrainingError
 from sgr_kernels.training.methods import Settings
+from sgr_kernels.training.trained import load_model
 
 
 @dataclass(frozen=True)

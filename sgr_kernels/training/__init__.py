@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgr_kernels.training.datasets import load
-    from sgr_kernels.training.loop import Trainer, load_model
+    from sgr_kernels.training.loop import Trainer
     from sgr_kernels.training.methods import Settings
+    from sgr_kernels.training.trained import load_model
 
 __all__ = ["Settings", "Trainer", "load", "load_model"]
 
 # `sgr_kernels.models` lies in this room, and does without the extra.
-_HOMES = {"Settings": "methods", "Trainer": "loop", "load": "datasets", "load_model": "loop"}
+_HOMES = {"Settings": "methods", "Trainer": "loop", "load": "datasets", "load_model": "trained"}
 
 
 def __getattr__(name: str) -> Any:

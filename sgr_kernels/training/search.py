@@ -16,8 +16,8 @@ from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation.curves import robustness_curve
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.images import DataSet, Indexed
-from sgr_kernels.training.loop import accuracy
 from sgr_kernels.training.methods import METHODS, Settings
+from sgr_kernels.training.trained import accuracy
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TOLERANCE = 0.01

@@ -15,10 +15,10 @@ from sgr_kernels.evaluation.suite import Plan, evaluate
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_pgd
 from sgr_kernels.training.datasets import load
-from sgr_kernels.training.loop import accuracy
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.models import carlini_wagner
 from sgr_kernels.training.search import strength_search
+from sgr_kernels.training.trained import accuracy
 from tests.attack_models import exponential, images_like, linear
 
 MODEL, IMAGES, LABELS = linear(), images_like(2), torch.tensor([0, 1])

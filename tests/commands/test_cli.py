@@ -19,8 +19,8 @@ from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.certificates import CertificatePlan
 from sgr_kernels.evaluation.suite import Plan
 from sgr_kernels.training.datasets import load
-from sgr_kernels.training.loop import load_model
 from sgr_kernels.training.records import claimed
+from sgr_kernels.training.trained import load_model
 from tests.data_files import write_idx
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sgr_kernels.cli import main
 from sgr_kernels.commands import autoattack
 from sgr_kernels.training.datasets import load
-from sgr_kernels.training.loop import load_model
+from sgr_kernels.training.trained import load_model
 from tests.autoattack_stand_in import stand_in
 from tests.commands.test_cli import _one_thread, fails, refuses, weights  # noqa: F401 - a fixture
 from tests.own_network import write_network

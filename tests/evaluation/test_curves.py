@@ -23,7 +23,7 @@ from sgr_kernels.evaluation import (
 )
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance
 from sgr_kernels.training.criteria import CrossEntropy
-from sgr_kernels.training.loop import accuracy
+from sgr_kernels.training.trained import accuracy
 from tests.attack_models import Linear, NormalizingInPlace, convolutional, exponential, linear
 
 GRID = [0.0, 0.02, 0.1, 0.3]

@@ -15,8 +15,9 @@ import torch
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.checkpoint import CheckpointError
 from sgr_kernels.training.datasets import DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer, TrainingError, accuracy, load_model
+from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer, TrainingError
 from sgr_kernels.training.methods import METHODS, PERTURBATIONS, Settings, weight_decay
+from sgr_kernels.training.trained import accuracy, load_model
 
 SETTINGS = Settings("mnist", method="clean", batch_size=64, seed=5)
 VARIANTS = [

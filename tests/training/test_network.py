@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.images import DataError, DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, load_model
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.models import Normalize
 from sgr_kernels.training.network import NetworkError, Source, classes_of, load_weights, located
+from sgr_kernels.training.trained import load_model
 from tests.own_network import write_network
 from tests.training.test_loop import assert_same, stop_after
 

@@ -11,9 +11,10 @@ from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.checkpoint import CheckpointError
 from sgr_kernels.training.images import DataSet
-from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer, load_model
+from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.optimizers import learning_rate
+from sgr_kernels.training.trained import load_model
 from tests.own_network import write_network
 from tests.training.test_loop import assert_same, stop_after
 

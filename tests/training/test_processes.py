@@ -20,9 +20,10 @@ from torch import Tensor, distributed
 from sgr_kernels.cli import main
 from sgr_kernels.training.batches import Augmentation, Batches
 from sgr_kernels.training.datasets import DataSet, load
-from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer, load_model
+from sgr_kernels.training.loop import CHECKPOINT_FILE, HISTORY_FILE, Trainer
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.processes import Processes
+from sgr_kernels.training.trained import load_model
 from tests.data_files import write_idx
 from tests.own_network import write_network
 
