@@ -107,7 +107,6 @@ struct LargeColumns {
     const int64_t sample = arguments.first + image;
     const float scale = power_of_two(large_image_exponent(arguments, sample));
     const float half_scale = power_of_two(-halved(arguments.geometry.columns));
-    const uint32_t* constants = arguments.row_forward + l_tile * s_tiles * kTileEntries;
 #pragma unroll 1
     for (int task = warp; task < CHANNELS * t_tiles; task += kLargeWarps) {
       const int channel = task % CHANNELS, t = task / CHANNELS;
@@ -119,13 +118,13 @@ struct LargeColumns {
         read_tile<PAIRS>(x, plane, t, s, scale);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          typename Forward::Tile constant;
-          load_tile(constant, constants + (r * l_tiles * s_tiles + s) * kTileEntries, lane);
+          const auto constant = load_large<typename Forward::Constant>(arguments.row_forward, l_tiles, s_tiles, r, l_tile,
+                                                                       s, lane);
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
-            auto product = Forward::start(Fragment{});
+            Fragment product{};
             Forward::multiply(product, constant, Forward::data(x[2 * p + r]));
-            sum[2 * p + r] += Forward::finish(product);
+            sum[2 * p + r] += product;
           }
         }
       }
@@ -142,16 +141,15 @@ struct LargeColumns {
     Fragment z[CHANNELS] = {}, y[CHANNELS] = {};
 #pragma unroll 1
     for (int t = 0; t < t_tiles; ++t) {
-      typename Forward::Tile constant;
-      load_tile(constant, arguments.column_forward + (((parity >> 1) * k_tiles + k) * t_tiles + t) * kTileEntries,
-                lane);
+      const auto constant = load_large<typename Forward::Constant>(arguments.column_forward, k_tiles, t_tiles,
+                                                                   parity >> 1, k, t, lane);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
         typename Forward::Tile u;
         load_tile(u, transformed_tile(parity, c, t), lane);
-        auto product = Forward::start(Fragment{});
+        Fragment product{};
         Forward::multiply(product, u, constant);
-        z[c] += Forward::finish(product);
+        z[c] += product;
       }
     }
     const float* tile = arguments.spectrum_tiles + (l_tile * k_tiles + k) * kTileEntries;
@@ -213,16 +211,10 @@ struct LargeColumns {
         for (int i = 0; i < kLargeTiles / 2; ++i) {
           const int t = first + 2 * i + member;
           if (t >= t_tiles) continue;
-          typename Inverse::Tile constant;
-          load_tile(constant,
-                    arguments.column_inverse + (((parity >> 1) * t_tiles + t) * k_tiles + k + step) * kTileEntries,
-                    lane);
+          const auto constant = load_large<typename Inverse::Constant>(arguments.column_inverse, t_tiles, k_tiles,
+                                                                       parity >> 1, t, k + step, lane);
 #pragma unroll
-          for (int c = 0; c < CHANNELS; ++c) {
-            auto product = Inverse::start(sum[i][c]);
-            Inverse::multiply(product, constant, data[c]);
-            sum[i][c] = Inverse::finish(product);
-          }
+          for (int c = 0; c < CHANNELS; ++c) Inverse::multiply(sum[i][c], constant, data[c]);
         }
       }
     }

@@ -29,12 +29,12 @@ __host__ __device__ inline int halved(int64_t frequencies) {
 
 // cos and sin((t + 1/2) theta_k), split, as tiles [parity][row tile][column tile]. by_frequency: rows are frequencies,
 // columns pixels; as_data: as the second operand.
-template <class FORWARD>
+template <class FORMAT>
 std::vector<uint32_t> large_basis(int pixels, int frequencies, bool by_frequency, bool as_data) {
   const int half = (pixels + 1) / 2;
   const int rows = tiles_of(by_frequency ? frequencies : half), columns = tiles_of(by_frequency ? half : frequencies);
   const Angles angles(2 * frequencies);
-  return constant_tiles<FORWARD>(2 * rows * columns, as_data, [&](int index, int row, int column) {
+  return constant_tiles<FORMAT>(2 * rows * columns, as_data, [&](int index, int row, int column) {
     row += kTile * (index / columns % rows);
     column += kTile * (index % columns);
     const int64_t k = by_frequency ? row : column, t = by_frequency ? column : row;
@@ -42,6 +42,15 @@ std::vector<uint32_t> large_basis(int pixels, int frequencies, bool by_frequency
     if (k >= frequencies || t >= half) return 0.0;
     return index / (rows * columns) ? angles.sine(m) : angles.cosine(m);
   });
+}
+
+template <class CONSTANT>
+__device__ inline CONSTANT load_large(const uint32_t* basis, int rows, int columns, int parity, int row, int column,
+                                      int lane) {
+  CONSTANT constant;
+  load_constant(constant, {basis, basis + 2 * rows * columns * kTileEntries}, (parity * rows + row) * columns + column,
+                lane);
+  return constant;
 }
 
 struct LargeArguments {

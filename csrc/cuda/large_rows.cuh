@@ -40,11 +40,9 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_rows(const __grid_cons
       for (int i = 0; i < kRowTiles; ++i) {
         const int s = static_cast<int>(blockIdx.y) * kRowTiles + i;
         if (s >= s_tiles) continue;
-        typename INVERSE::Tile constant;
-        load_tile(constant, arguments.row_inverse + ((r * s_tiles + s) * l_tiles + l_tile) * kTileEntries, lane);
-        auto product = INVERSE::start(sum[r][i]);
-        INVERSE::multiply(product, constant, data);
-        sum[r][i] = INVERSE::finish(product);
+        const auto constant =
+            load_large<typename INVERSE::Constant>(arguments.row_inverse, s_tiles, l_tiles, r, s, l_tile, lane);
+        INVERSE::multiply(sum[r][i], constant, data);
       }
     }
 

@@ -181,19 +181,21 @@ template <class PRECISION, int CHANNELS, bool SYMMETRIC, class LAUNCHER>
 bool launch_large_product(LAUNCHER& launcher, LargeArguments arguments, float* quadratic) {
   using Columns = LargeColumns<PRECISION, CHANNELS, SYMMETRIC>;
   using Forward = typename PRECISION::Forward;
+  using Inverse = typename PRECISION::Inverse;
   const Geometry& geometry = arguments.geometry;
   const int l_tiles = tiles_of(geometry.columns), k_tiles = tiles_of(geometry.rows);
   const int shared = Columns::shared_bytes(half_tiles(geometry.height));
   if (shared > launcher.shared_limit) return false;
-  const auto basis = [&](int64_t kind, int pixels, int frequencies, bool by_frequency, bool as_data) {
-    return launcher.template constants<uint32_t>({4 * Forward::kKind + kind, pixels, frequencies}, [&] {
-      return large_basis<Forward>(pixels, frequencies, by_frequency, as_data);
+  const auto basis = [&](auto format, int64_t kind, int pixels, int frequencies, bool by_frequency, bool as_data) {
+    using Format = decltype(format);
+    return launcher.template constants<uint32_t>({4 * Format::kKind + kind, pixels, frequencies}, [&] {
+      return large_basis<Format>(pixels, frequencies, by_frequency, as_data);
     });
   };
-  arguments.row_forward = basis(0, geometry.width, geometry.columns, true, false);
-  arguments.column_forward = basis(1, geometry.height, geometry.rows, true, true);
-  arguments.column_inverse = basis(2, geometry.height, geometry.rows, false, false);
-  arguments.row_inverse = basis(2, geometry.width, geometry.columns, false, false);
+  arguments.row_forward = basis(Forward{}, 0, geometry.width, geometry.columns, true, false);
+  arguments.column_forward = basis(Forward{}, 1, geometry.height, geometry.rows, true, true);
+  arguments.column_inverse = basis(Inverse{}, 2, geometry.height, geometry.rows, false, false);
+  arguments.row_inverse = basis(Inverse{}, 2, geometry.width, geometry.columns, false, false);
   const int64_t pairs = SYMMETRIC ? CHANNELS * (CHANNELS + 1) / 2 : CHANNELS * CHANNELS;
   const int64_t magnitudes = kMagnitudeBlocks + geometry.batch * kImageBlocks;
   arguments.magnitudes = launcher.template workspace<unsigned>(magnitudes);
