@@ -11,7 +11,7 @@ import torch
 
 import sgr_kernels as sgr
 from benchmarks.crossovers import OPERATORS, dense_up_to, medians
-from benchmarks.cuda_static import MEMORY_BYTES, RESULT
+from benchmarks.cuda_static import DEVICES, RESULT
 from sgr_kernels import backends
 from sgr_kernels.backends import crossovers, native, registry
 from sgr_kernels.backends.circulant import smooth_length
@@ -129,7 +129,7 @@ def test_the_committed_counts_expect_so():
         pixels, padded = 4 * 3 * side**2, 4 * 3 * period**2  # bytes; a half of complex numbers has the padded image's
         # Padding; two transforms each way; multiply-adds, whose sums are read and written; z y and its sum; the crop.
         moved = (pixels + padded) + 8 * padded + (2 + 3 * 2) * padded + 4 * padded + 3 * pixels
-        return 1e6 * moved / MEMORY_BYTES["H100"]
+        return 1e6 * moved / DEVICES["sm_90"].memory_bytes["H100"]
 
     assert native_time(512) < fft_time(512)
     assert native_time(native._FFT_FROM) > 0.9 * fft_time(native._FFT_FROM)
