@@ -32,8 +32,8 @@ struct FrequencyAxis {
   }
 };
 
-// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the second
-// operand. SplitWide's rounded ones follow the others.
+// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the
+// second operand. SplitWide's rounded ones follow the others.
 template <class FORMAT, class Entry>
 std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
   if constexpr (std::is_same_v<FORMAT, SplitWide>) {

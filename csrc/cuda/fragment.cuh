@@ -160,8 +160,8 @@ struct BrainFloat : Pairs, Products<BrainFloat> {
   }
 };
 
-// x = high + low in two fp16 numbers: 22 bits of what is scaled to its maximum, as all inputs of forward transforms are.
-// Three of the four partial products carry float32 accuracy.
+// x = high + low in two fp16 numbers: 22 bits of what is scaled to its maximum, as all inputs of forward transforms
+// are. Three of the four partial products carry float32 accuracy.
 struct SplitHalf : Pairs, Products<SplitHalf> {
   static constexpr int kWords = 8, kKind = 1, kParts = 3;
   using Tile = Words<kWords>;  // four words of high parts, four of low ones

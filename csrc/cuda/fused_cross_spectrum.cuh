@@ -168,7 +168,8 @@ struct FusedCrossSpectrum {
   __device__ void sum_group(const CrossSpectrumArguments& arguments) const {
     const int group = blockIdx.x / arguments.group, begin = group * arguments.group;
     const int end = min(begin + arguments.group, static_cast<int>(gridDim.x));
-    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data))) return;
+    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data)))
+      return;
     const Geometry& geometry = arguments.geometry;
     const int plane = geometry.rows * geometry.columns, pixels = CHANNELS * geometry.height * geometry.width;
     for (int index = threadIdx.x; index < Layout::kEntries; index += kThreads) {

@@ -12,8 +12,8 @@ namespace sgr::cuda {
 
 struct ProductArguments {
   ImageView gradient;
-  ImageView product;  // data is null where it is not wanted
-  float* quadratic;   // likewise
+  ImageView product;      // data is null where it is not wanted
+  float* quadratic;       // likewise
   const float* spectrum;  // what SpectrumTiles::arrange wrote
   const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
@@ -65,9 +65,9 @@ struct FusedProduct {
   uint32_t* exchange;
   const float* spectrum;
   Basis basis;
-  uint64_t* barriers;  // of the arriving images and of the basis
-  unsigned* maxima;    // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
-  float* partial;      // [IMAGES][kWarps], of q
+  uint64_t* barriers;              // of the arriving images and of the basis
+  unsigned* maxima;                // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
+  float* partial;                  // [IMAGES][kWarps], of q
   int warp, lane, parity, member;  // of this thread's warp; member counts the warps of a parity
 
   __device__ FusedProduct(unsigned char* shared, const ProductArguments& arguments)
@@ -108,11 +108,11 @@ struct FusedProduct {
   }
 
   // U tiles of a plane: rows are the column frequencies of `constant`, columns the rows of each tile of pixels.
-  __device__ void transform_rows(typename Forward::Tile (&u)[BLOCKS], const typename Forward::Constant (&constant)[BLOCKS],
-                                 int plane) const {
+  __device__ void transform_rows(typename Forward::Tile (&u)[BLOCKS],
+                                 const typename Forward::Constant (&constant)[BLOCKS], int plane) const {
     Fragment sum[BLOCKS] = {};
-    const uint32_t* x = reinterpret_cast<const uint32_t*>(image) +
-                        (parity * Images::kTiles + plane * BLOCKS * BLOCKS) * kTileEntries;
+    const uint32_t* x =
+        reinterpret_cast<const uint32_t*>(image) + (parity * Images::kTiles + plane * BLOCKS * BLOCKS) * kTileEntries;
 #pragma unroll
     for (int s = 0; s < BLOCKS; ++s) {
       typename Forward::Tile data[BLOCKS];
@@ -173,8 +173,8 @@ struct FusedProduct {
       for (int t = 0; t < BLOCKS; ++t) constant[owned][t] = basis.forward(0, parity >> 1, member * kOwned + owned, t);
   }
 
-  // From X, or U where it is exchanged, to W (rows: pixels of x, columns: this warp's row frequencies), and the parts of
-  // q.
+  // From X, or U where it is exchanged, to W (rows: pixels of x, columns: this warp's row frequencies), and the parts
+  // of q.
   __device__ void through_spectrum(Fragment (&w)[kOwned][BLOCKS][kPlanes], float (&form)[IMAGES], bool inverse) const {
     typename Forward::Constant constant[kOwned][BLOCKS];
     if constexpr (!kScarce) load_column_constants(constant);
@@ -297,8 +297,8 @@ struct FusedProduct {
         Images::send(staging, arguments.gradient, geometry, first_image(turn + 1), arrival);
       }
       if (inverse)
-        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -spectrum_exponent(), arguments.product,
-                      geometry, first_image(turn));
+        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -spectrum_exponent(),
+                      arguments.product, geometry, first_image(turn));
     }
   }
 

@@ -44,14 +44,22 @@ std::vector<uint32_t> large_basis(int pixels, int frequencies, bool by_frequency
   });
 }
 
-template <class CONSTANT>
-__device__ inline CONSTANT load_large(const uint32_t* basis, int rows, int columns, int parity, int row, int column,
-                                      int lane) {
-  CONSTANT constant;
-  load_constant(constant, {basis, basis + 2 * rows * columns * kTileEntries}, (parity * rows + row) * columns + column,
-                lane);
-  return constant;
-}
+// Tiles of a large_basis of `count` tiles, from the one at `first` on, `step` apart.
+template <class FORMAT>
+struct ConstantLine {
+  ConstantTiles from;
+  int step;
+
+  __device__ ConstantLine(const uint32_t* basis, int count, int first, int step_of_tiles, int lane)
+      : from{kept(basis + first * FORMAT::kWords * kWarp + pair_offset(lane, 0, 0)),
+             kept(basis + count * kTileEntries + first * (kTileEntries / 2) + pair_offset(lane, 0, 0))},
+        step(step_of_tiles) {}
+  __device__ typename FORMAT::Constant at(int index) const {
+    typename FORMAT::Constant constant;
+    load_constant(constant, from, index * step, 0);
+    return constant;
+  }
+};
 
 struct LargeArguments {
   ImageView gradient, product;
@@ -103,16 +111,27 @@ __global__ void largest_magnitudes(LargeArguments arguments) {
   } else {
     const int64_t image = (blockIdx.x - kMagnitudeBlocks) / kImageBlocks;
     const ImageView& view = arguments.gradient;
-    with_elements<float>(view, [&](const auto* data) {
-      const int part = (blockIdx.x - kMagnitudeBlocks) % kImageBlocks, warps = threads / kWarp;
-      for (int line = part * warps + thread / kWarp; line < CHANNELS * geometry.height; line += kImageBlocks * warps) {
-        const auto* pixels = data + image * view.stride[0] + line / geometry.height * view.stride[1] +
-                             line % geometry.height * view.stride[2];
-#pragma unroll 8
-        for (int x = thread % kWarp; x < geometry.width; x += kWarp)
-          largest = fmaxf(largest, fabsf(widen(pixels[x * view.stride[3]])));
+    const int part = (blockIdx.x - kMagnitudeBlocks) % kImageBlocks, warps = threads / kWarp;
+    if (view.dense) {
+      const int vectors = CHANNELS * geometry.height * geometry.width / 4, step = kImageBlocks * threads;
+      const float* first = static_cast<const float*>(view.data) + image * view.stride[0];
+#pragma unroll 4
+      for (int i = part * threads + thread; i < vectors; i += step) {
+        const float4 four = reinterpret_cast<const float4*>(first)[i];
+        largest = fmaxf(fmaxf(largest, fabsf(four.x)), fmaxf(fabsf(four.y), fmaxf(fabsf(four.z), fabsf(four.w))));
       }
-    });
+    } else {
+      with_elements<float>(view, [&](const auto* data) {
+        for (int line = part * warps + thread / kWarp; line < CHANNELS * geometry.height;
+             line += kImageBlocks * warps) {
+          const auto* pixels = data + image * view.stride[0] + line / geometry.height * view.stride[1] +
+                               line % geometry.height * view.stride[2];
+#pragma unroll 8
+          for (int x = thread % kWarp; x < geometry.width; x += kWarp)
+            largest = fmaxf(largest, fabsf(widen(pixels[x * view.stride[3]])));
+        }
+      });
+    }
   }
   raise_maximum(maximum, largest);
   __syncthreads();
