@@ -44,6 +44,8 @@ CASES = [
     ("accumulation", (1024, 3, 32, 32)),
     ("update", (1024, 3, 32, 32)),
 ]
+# Of these, where PyTorch's chain of rfft2 may be faster, instructions alone.
+CROSSOVERS = [("v+q", (8, 1, 640, 640)), ("v+q", (8, 4, 512, 512))]
 SAMPLED_BLOCKS = 3
 TURN = 12  # images that a block takes in whole turns: it has one to four at a time
 
@@ -214,7 +216,9 @@ def walk_warp(launch: Launch, code: Code, architecture: str, block: int, warp: i
     constants[16:20] = launch.grid[1].to_bytes(4, "little")
     place = block % launch.grid[0], block // launch.grid[0]
     walks = [
-        walk(code.instructions, Machine(bytes(constants) + launch.parameters, 32 * warp + lane, place, launch.constants))
+        walk(
+            code.instructions, Machine(bytes(constants) + launch.parameters, 32 * warp + lane, place, launch.constants)
+        )
         for lane in ((0, 16, 31) if launch.constants else (0,))
     ]
     return max(walks, key=lambda found: found.issued)
@@ -313,14 +317,16 @@ def count_bytes(
     return dict(sums[0]) if small else {k: sums[0][k] + (sums[1][k] - sums[0][k]) * (shape[0] - 1) for k in sums[0]}
 
 
-def count(tools: Tools, operation: str, shape: tuple[int, ...], architecture: str) -> dict[str, Any]:
+def count(
+    tools: Tools, operation: str, shape: tuple[int, ...], architecture: str, with_bytes: bool = True
+) -> dict[str, Any]:
     """All counts of a call, and the least times that they allow."""
     launches = tools.launches(operation, shape, architecture)
     codes = tools.compile(launches, architecture)
     resident = {found.symbol: resident_blocks(found, codes[found.symbol], architecture) for found in launches}
     launches = tools.launches(operation, shape, architecture, resident)
     kernels = count_code(shape, launches, codes, architecture)
-    moved = count_bytes(tools, operation, shape, architecture, resident)
+    moved = count_bytes(tools, operation, shape, architecture, resident) if with_bytes else {}
     needed = 4 * shape[0] * shape[1] * shape[2] * shape[3] * (2 if operation.startswith("v+q") else 1)
     device = DEVICES[architecture]
 
@@ -338,7 +344,7 @@ def count(tools: Tools, operation: str, shape: tuple[int, ...], architecture: st
             "issue": busy("instructions", 1),
             "tensor cores": busy("tensor-core instructions", device.tensor_cycles),
             "float64": busy("float64 instructions", DOUBLE_CYCLES[architecture]),
-            "L2": 1e6 * (moved["read"] + moved["written"]) / device.l2_bytes,
+            **({"L2": 1e6 * (moved["read"] + moved["written"]) / device.l2_bytes} if moved else {}),
             "launches": 1e6 * len(launches) * LAUNCH,
             **{f"memory, {name}": 1e6 * needed / rate for name, rate in device.memory_bytes.items()},
         },
@@ -351,12 +357,14 @@ def label(operation: str, shape: tuple[int, ...]) -> str:
     return f"{operation} ({','.join(map(str, shape))})"
 
 
-def report(tools: Tools, architectures: Iterable[str], cases: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+def report(tools: Tools) -> dict[str, Any]:
     """Counts by architecture and case."""
     tools.build_tally()
     return {
-        architecture: {label(*case): count(tools, *case, architecture) for case in cases}
-        for architecture in architectures
+        architecture: {
+            label(*case): count(tools, *case, architecture, with_bytes=case in CASES) for case in CASES + CROSSOVERS
+        }
+        for architecture in PARAMETERS
     }
 
 
@@ -364,7 +372,7 @@ def table(counts: dict[str, Any]) -> str:
     """Markdown: a line per case."""
     lines = ["| case | launches | instructions | MB, all / distinct | least time, us |", "|---|---|---|---|---|"]
     for name, case in counts.items():
-        amount = case["bytes"]
+        amount = Counter(case["bytes"])
         moved = (amount["read"] + amount["written"]) / 1e6, (amount["distinct read"] + amount["distinct written"]) / 1e6
         floors = ", ".join(f"{what} {time:.3g}" for what, time in case["floors in us"].items())
         lines.append(
@@ -391,7 +399,7 @@ def main(arguments: list[str]) -> None:
         tools = Tools(Path(directory))
         if problem := tools.missing():
             raise SystemExit(f"cuda-static: {problem}")
-        counts = rounded(report(tools, PARAMETERS, CASES))
+        counts = rounded(report(tools))
     options.out.write_text(json.dumps(counts, indent=1) + "\n")
     for architecture, cases in counts.items():
         print(f"{architecture}\n{table(cases)}\n")
