@@ -59,24 +59,22 @@ std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
   }
 }
 
-// The constant tiles of both axes. Shared memory has all of them, but of large images those that SplitWide rounds.
+// The constant tiles of both axes, in shared memory but for those that SplitWide rounds, which come through the cache.
 template <class PRECISION, int BLOCKS>
 struct BasisTiles {
   using Forward = typename PRECISION::Forward;
   using Inverse = typename PRECISION::Inverse;
   using Axis = FrequencyAxis<BLOCKS>;
-  static constexpr int kTiles = 2 * 2 * BLOCKS * BLOCKS;  // axis, C or S, tile row, tile column
-  static constexpr int kSplitWords = kTiles * Forward::kWords * kWarp;
-  static constexpr int kRoundedWords = std::is_same_v<Inverse, SplitWide> ? kSplitWords / 2 : 0;
-  static constexpr int kWords = kSplitWords + (BLOCKS == 1 ? kRoundedWords : 0);  // in shared memory
-  static constexpr int kKind = 8 * Inverse::kKind + BLOCKS;  // tells tables of the same sizes apart
+  static constexpr int kTiles = 2 * 2 * BLOCKS * BLOCKS;           // axis, C or S, tile row, tile column
+  static constexpr int kWords = kTiles * Forward::kWords * kWarp;  // in shared memory
+  static constexpr int kKind = 8 * Inverse::kKind + BLOCKS;        // tells tables of the same sizes apart
 
   ConstantTiles tiles;
   int lane;
 
   // `table` in device memory, of which kWords are also in shared memory.
   __device__ BasisTiles(const uint32_t* shared, const uint32_t* table, int lane_of_warp)
-      : tiles{shared, (BLOCKS == 1 ? shared : table) + kSplitWords}, lane(lane_of_warp) {}
+      : tiles{shared, table + kWords}, lane(lane_of_warp) {}
 
   // The tiles for these numbers of frequencies, built by the host.
   static std::vector<uint32_t> table(int rows, int columns) {

@@ -52,7 +52,7 @@ struct FusedCrossSpectrum {
   static constexpr int kImageWords = kParities * Images::kTiles * kTileEntries;
   static constexpr int kReductionWords = kImages > 1 ? Layout::kEntries / kParts : 0;
   static constexpr int kDataWords = kImageWords > kReductionWords ? kImageWords : kReductionWords;
-  static constexpr int kSharedBytes = 4 * (kDataWords + kImages * Images::kRoom + Basis::kSplitWords + 4 + 2 * kImages);
+  static constexpr int kSharedBytes = 4 * (kDataWords + kImages * Images::kRoom + Basis::kWords + 4 + 2 * kImages);
   static constexpr int kCeiling = BLOCKS == 1 ? 8 : 7;
 
   uint32_t* data;
@@ -73,7 +73,7 @@ struct FusedCrossSpectrum {
     part = blockIdx.y;
     data = reinterpret_cast<uint32_t*>(shared);
     staging = reinterpret_cast<float*>(data + kDataWords);
-    barriers = reinterpret_cast<uint64_t*>(staging + kImages * Images::kRoom + Basis::kSplitWords);
+    barriers = reinterpret_cast<uint64_t*>(staging + kImages * Images::kRoom + Basis::kWords);
     maxima = reinterpret_cast<unsigned*>(barriers + 2);
   }
 
@@ -193,8 +193,8 @@ struct FusedCrossSpectrum {
     constants.prepare();
     if (threadIdx.x < 2 * kImages) maxima[threadIdx.x] = 0;
     __syncthreads();
-    constants.expect(4 * Basis::kSplitWords);
-    constants.copy(const_cast<uint32_t*>(basis.tiles.tiles), arguments.basis, 4 * Basis::kSplitWords);
+    constants.expect(4 * Basis::kWords);
+    constants.copy(const_cast<uint32_t*>(basis.tiles.tiles), arguments.basis, 4 * Basis::kWords);
     Images::send(staging, arguments.perturbation, geometry, first, arrival);
     constants.wait();
 
