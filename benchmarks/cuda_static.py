@@ -3,7 +3,8 @@
 From the machine code (registers, spills, instructions that a warp issues) and from executing the schedule on the
 emulated device (launches, bytes of device memory), for the headline shapes; and the least time that each count allows.
 Needs nvcc, cuobjdump (the toolkit's, or Triton's) and g++. Counts are exact up to what is said here: instructions are
-those of four warps of a block, of three blocks where a block has one turn, times all; bytes of images above 64 pixels
+those of four warps of a block, of three blocks where a block has one turn, times all, and of the busiest of a warp's
+first, middle and last thread where loops depend on tables; bytes of images above 64 pixels
 are those of one and two images, extrapolated.
 """
 
@@ -41,18 +42,38 @@ CASES = [
     ("v+q", (64, 3, 224, 224)),
     ("v+q", (8, 3, 512, 512)),
     ("accumulation", (1024, 3, 32, 32)),
+    ("update", (1024, 3, 32, 32)),
 ]
+# Of these, where PyTorch's chain of rfft2 may be faster, instructions alone.
+CROSSOVERS = [("v+q", (8, 1, 640, 640)), ("v+q", (8, 4, 512, 512))]
 SAMPLED_BLOCKS = 3
 TURN = 12  # images that a block takes in whole turns: it has one to four at a time
 
 # Where the parameters of a kernel begin in the constant bank; registers, shared memory and warps of a multiprocessor.
 PARAMETERS = {"sm_80": 0x160, "sm_90": 0x210}
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10}
-MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.755e9
-# Assumed, to be replaced by measurements: cycles of a tensor-core instruction of 2048 (fp16) or 1024 (tf32) products,
-# bytes a second of the L2 cache and of device memory, seconds of a kernel that does nothing.
-TENSOR_CYCLES, L2_BYTES, LAUNCH = 6.5, 5.5e12, 1.2e-6
-MEMORY_BYTES = {"H100": 3.0e12, "H200": 4.3e12}
+SCHEDULERS = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """Assumed of a GPU, to be replaced by measurements."""
+
+    multiprocessors: int
+    clock: float
+    tensor_cycles: float
+    """Of a scheduler, for a tensor-core instruction of 2048 (fp16) or 1024 (tf32) products."""
+    l2_bytes: float
+    """A second, as all that follow."""
+    memory_bytes: dict[str, float]
+
+
+DEVICES = {
+    "sm_80": Device(108, 1.41e9, 8, 4.5e12, {"A100": 1.555e12, "A100 of 80 GB": 2.0e12}),
+    "sm_90": Device(132, 1.755e9, 6.5, 5.5e12, {"H100": 3.0e12, "H200": 4.3e12}),
+}
+DOUBLE_CYCLES = {"sm_80": 4, "sm_90": 2}  # of a scheduler, for a multiply-add of a warp in float64
+LAUNCH = 1.2e-6  # seconds of a kernel that does nothing
 
 
 @dataclass
@@ -66,6 +87,8 @@ class Launch:
     shared: int
     parameters: bytes
     bytes: Counter[str]
+    constants: dict[int, int] = field(default_factory=dict)
+    """Words of tables in device memory, by address."""
 
     @property
     def blocks(self) -> int:
@@ -124,13 +147,18 @@ class Tools:
         command = [str(self.directory / "tally"), str(OPERATIONS[operation]), *map(str, shape), str(int(execute))]
         command.append(str(SHARED_MEMORY[architecture] - 1024))
         text = subprocess.run([*command, *blocks], check=True, capture_output=True, text=True).stdout
-        found = []
+        found: list[Launch] = []
+        constants: dict[int, int] = {}
         for line in text.splitlines():
+            if line.startswith("constants\t"):
+                address, *words = map(int, line.split("\t")[1:])
+                constants |= {address + 4 * i: word & 0xFFFFFFFF for i, word in enumerate(words)}
+                continue
             kernel, symbol, x, y, threads, shared, parameters, *counts = line.split("\t")
             names = ("read", "written", "distinct read", "distinct written")
             by_name = Counter({name: int(count) for name, count in zip(names, counts)})
             sizes = (int(x), int(y)), int(threads), int(shared)
-            found.append(Launch(kernel, symbol, *sizes, bytes.fromhex(parameters), by_name))
+            found.append(Launch(kernel, symbol, *sizes, bytes.fromhex(parameters), by_name, constants))
         return found
 
     def compile(self, launches: list[Launch], architecture: str) -> dict[str, Code]:
@@ -181,13 +209,19 @@ def resident_blocks(launch: Launch, code: Code, architecture: str) -> int:
 
 
 def walk_warp(launch: Launch, code: Code, architecture: str, block: int, warp: int) -> Walk:
-    """What one warp issues."""
+    """What one warp issues: its busiest thread where threads differ."""
     constants = bytearray(PARAMETERS[architecture])
     constants[0:4] = launch.threads.to_bytes(4, "little")
     constants[12:16] = launch.grid[0].to_bytes(4, "little")
     constants[16:20] = launch.grid[1].to_bytes(4, "little")
     place = block % launch.grid[0], block // launch.grid[0]
-    return walk(code.instructions, Machine(bytes(constants) + launch.parameters, 32 * warp, place))
+    walks = [
+        walk(
+            code.instructions, Machine(bytes(constants) + launch.parameters, 32 * warp + lane, place, launch.constants)
+        )
+        for lane in ((0, 16, 31) if launch.constants else (0,))
+    ]
+    return max(walks, key=lambda found: found.issued)
 
 
 def sampled_warps(launch: Launch) -> list[int]:
@@ -206,6 +240,7 @@ def walk_launch(launch: Launch, code: Code, architecture: str) -> dict[str, floa
     return {
         "instructions": scale * sum(w.issued for w in walks),
         "tensor-core instructions": scale * sum(w.tensor for w in walks),
+        "float64 instructions": scale * sum(w.double for w in walks),
         "guessed branches": sum(w.guesses for w in walks),
     }
 
@@ -251,6 +286,7 @@ def count_code(shape: tuple[int, ...], launches: list[Launch], codes: dict[str, 
                 "spilled bytes": code.stack,
                 "shared bytes": launch.shared,
                 "resident blocks": resident_blocks(launch, code, architecture),
+                "blocks": launch.blocks,
                 "warps": launch.threads // 32,
                 "launches": 1,
                 **walked[key],
@@ -258,8 +294,8 @@ def count_code(shape: tuple[int, ...], launches: list[Launch], codes: dict[str, 
         else:
             known = kernels[launch.name]
             known["launches"] += 1
-            for name in ("instructions", "tensor-core instructions", "guessed branches"):
-                known[name] += walked[key][name]
+            for name, amount in walked[key].items():
+                known[name] += amount
     return kernels
 
 
@@ -281,30 +317,36 @@ def count_bytes(
     return dict(sums[0]) if small else {k: sums[0][k] + (sums[1][k] - sums[0][k]) * (shape[0] - 1) for k in sums[0]}
 
 
-def count(tools: Tools, operation: str, shape: tuple[int, ...], architecture: str) -> dict[str, Any]:
+def count(
+    tools: Tools, operation: str, shape: tuple[int, ...], architecture: str, with_bytes: bool = True
+) -> dict[str, Any]:
     """All counts of a call, and the least times that they allow."""
     launches = tools.launches(operation, shape, architecture)
     codes = tools.compile(launches, architecture)
     resident = {found.symbol: resident_blocks(found, codes[found.symbol], architecture) for found in launches}
     launches = tools.launches(operation, shape, architecture, resident)
     kernels = count_code(shape, launches, codes, architecture)
-    instructions, tensor = (
-        sum(kernel[name] for kernel in kernels.values()) for name in ("instructions", "tensor-core instructions")
-    )
-    moved = count_bytes(tools, operation, shape, architecture, resident)
+    moved = count_bytes(tools, operation, shape, architecture, resident) if with_bytes else {}
     needed = 4 * shape[0] * shape[1] * shape[2] * shape[3] * (2 if operation.startswith("v+q") else 1)
-    per_second = MULTIPROCESSORS * SCHEDULERS * CLOCK
+    device = DEVICES[architecture]
+
+    def busy(what: str, cycles: float) -> float:
+        """Microseconds of the schedulers whose multiprocessors have a block."""
+        times = [k.get(what, 0) / min(k["blocks"], device.multiprocessors) for k in kernels.values()]
+        return 1e6 * cycles * sum(times) / (SCHEDULERS * device.clock)
+
     return {
         "launches": len(launches),
-        "instructions": instructions,
-        "tensor-core instructions": tensor,
+        "instructions": sum(kernel["instructions"] for kernel in kernels.values()),
+        "tensor-core instructions": sum(kernel["tensor-core instructions"] for kernel in kernels.values()),
         "bytes": moved,
         "floors in us": {
-            "issue": 1e6 * instructions / per_second,
-            "tensor cores": 1e6 * tensor * TENSOR_CYCLES / per_second,
-            "L2": 1e6 * (moved["read"] + moved["written"]) / L2_BYTES,
+            "issue": busy("instructions", 1),
+            "tensor cores": busy("tensor-core instructions", device.tensor_cycles),
+            "float64": busy("float64 instructions", DOUBLE_CYCLES[architecture]),
+            **({"L2": 1e6 * (moved["read"] + moved["written"]) / device.l2_bytes} if moved else {}),
             "launches": 1e6 * len(launches) * LAUNCH,
-            **{f"memory, {name}": 1e6 * needed / rate for name, rate in MEMORY_BYTES.items()},
+            **{f"memory, {name}": 1e6 * needed / rate for name, rate in device.memory_bytes.items()},
         },
         "kernels": kernels,
     }
@@ -315,12 +357,14 @@ def label(operation: str, shape: tuple[int, ...]) -> str:
     return f"{operation} ({','.join(map(str, shape))})"
 
 
-def report(tools: Tools, architectures: Iterable[str], cases: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+def report(tools: Tools) -> dict[str, Any]:
     """Counts by architecture and case."""
     tools.build_tally()
     return {
-        architecture: {label(*case): count(tools, *case, architecture) for case in cases}
-        for architecture in architectures
+        architecture: {
+            label(*case): count(tools, *case, architecture, with_bytes=case in CASES) for case in CASES + CROSSOVERS
+        }
+        for architecture in PARAMETERS
     }
 
 
@@ -328,7 +372,7 @@ def table(counts: dict[str, Any]) -> str:
     """Markdown: a line per case."""
     lines = ["| case | launches | instructions | MB, all / distinct | least time, us |", "|---|---|---|---|---|"]
     for name, case in counts.items():
-        amount = case["bytes"]
+        amount = Counter(case["bytes"])
         moved = (amount["read"] + amount["written"]) / 1e6, (amount["distinct read"] + amount["distinct written"]) / 1e6
         floors = ", ".join(f"{what} {time:.3g}" for what, time in case["floors in us"].items())
         lines.append(
@@ -355,7 +399,7 @@ def main(arguments: list[str]) -> None:
         tools = Tools(Path(directory))
         if problem := tools.missing():
             raise SystemExit(f"cuda-static: {problem}")
-        counts = rounded(report(tools, PARAMETERS, CASES))
+        counts = rounded(report(tools))
     options.out.write_text(json.dumps(counts, indent=1) + "\n")
     for architecture, cases in counts.items():
         print(f"{architecture}\n{table(cases)}\n")

@@ -1,7 +1,8 @@
 """Walks the machine code of a CUDA kernel as one thread would, and counts what its warp issues.
 
-Integers, predicates and kernel parameters are computed, so that loops take their true number of turns and branches
-on sizes go the true way; floating-point numbers and memory are not. A branch on something unknown is not taken, which
+Integers, predicates, kernel parameters and given constants in memory are computed, so that loops take their true number
+of turns and branches on sizes go the true way; floating-point numbers (but the reciprocals of integer divisions) and
+other memory are not. A branch on something unknown is not taken, which
 is what slow paths expect, and is counted as a guess.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -48,6 +50,11 @@ class Walk:
     guesses: int = 0
 
     @property
+    def double(self) -> int:
+        """Arithmetic in float64."""
+        return sum(count for name, count in self.opcodes.items() if name.startswith(("DFMA", "DMUL", "DADD")))
+
+    @property
     def tensor(self) -> int:
         """Matrix instructions."""
         return sum(count for name, count in self.opcodes.items() if name.startswith("HMMA"))
@@ -82,8 +89,8 @@ def operand(text: str) -> tuple[str, str, str, int]:
         return sign, "number", "", 0
     if match := re.fullmatch(r"(U?R)(\d+)", text):
         return sign, "register", match[1], int(match[2])
-    if match := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text):
-        return sign, "constant", "", int(match[1], 16)
+    if match := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+|RZ)\]", text):
+        return sign, "constant", "", int(match[1].replace("RZ", "0"), 16)
     if re.fullmatch(r"-?0x[0-9a-f]+", text):
         return sign, "number", "", int(text, 16)
     return sign, "unknown", "", 0
@@ -92,8 +99,11 @@ def operand(text: str) -> tuple[str, str, str, int]:
 class Machine:
     """The registers of one thread."""
 
-    def __init__(self, constants: bytes, thread: int, block: tuple[int, int]) -> None:
+    def __init__(
+        self, constants: bytes, thread: int, block: tuple[int, int], device: dict[int, int] | None = None
+    ) -> None:
         self.constants = constants
+        self.device = device or {}  # words of device memory that are known, by address
         self.special = {"SR_TID.X": thread, "SR_CTAID.X": block[0], "SR_CTAID.Y": block[1], "SR_LANEID": thread % 32}
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, bool | None] = {}
@@ -269,6 +279,40 @@ def _integer(machine: Machine, name: str, modifiers: tuple[str, ...], operands: 
     return False
 
 
+def _bits(number: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", number))[0])
+
+
+def _reciprocal(machine: Machine, name: str, modifiers: tuple[str, ...], operands: tuple[str, ...]) -> bool:
+    """The floating-point steps of an integer division; False where the instruction is none of them.
+
+    What follows them corrects a reciprocal that is a little off, so that any rounding does here.
+    """
+    source = machine.read(operands[1]) if len(operands) > 1 else None
+    if name == "I2F" and "RP" in modifiers:
+        machine.write(operands[0], None if source is None else _bits(float(source)))
+    elif name == "MUFU" and modifiers == ("RCP",):
+        number = None if source is None else struct.unpack("<f", struct.pack("<I", source))[0]
+        machine.write(operands[0], _bits(1.0 / number) if number else None)
+    elif name == "F2I" and "NTZ" in modifiers:
+        machine.write(operands[0], None if source is None else int(struct.unpack("<f", struct.pack("<I", source))[0]))
+    else:
+        return False
+    return True
+
+
+def _load(machine: Machine, modifiers: tuple[str, ...], operands: tuple[str, ...]) -> None:
+    """Of one or more words of device memory."""
+    words = 4 if "128" in modifiers else (2 if "64" in modifiers else 1)
+    match = re.search(r"\[(R\w+)\.64(?:\+(-?0x[0-9a-f]+))?\]$", operands[1])
+    start = machine.pair(match[1]) if match else None
+    offset = int(match[2], 16) if match and match[2] else 0
+    _, kind, prefix, number = operand(operands[0])
+    for i in range(words if kind == "register" else 0):
+        address = None if start is None else start + offset + 4 * i
+        machine.registers[f"{prefix}{number + i}"] = None if address is None else machine.device.get(address)
+
+
 def _compare(machine: Machine, modifiers: tuple[str, ...], operands: tuple[str, ...]) -> None:
     first, second, a_text, b_text, other = operands[:5]
     a, b, before = machine.read(a_text), machine.read(b_text), machine.test(other)
@@ -323,6 +367,10 @@ def _execute(machine: Machine, instruction: Instruction) -> None:
             machine.memory[place] = machine.read(operands[1])
         else:
             machine.write(operands[0], machine.memory.get(place))
+    elif name == "LDG":
+        _load(machine, modifiers, operands)
+    elif _reciprocal(machine, name, modifiers, operands):
+        pass
     elif name in ("FCHK", "SYNCS"):  # a division needs no slow path; what is waited for has come
         for text in operands:
             if is_predicate(text) and text not in ("PT", "UPT", "!PT", "!UPT"):

@@ -8,6 +8,7 @@
 // with C[t,k] = cos(pi (2t+1)(2k+1) / (4F)), S likewise: two symmetric matrices are all there is.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "../plan.h"
@@ -31,42 +32,54 @@ struct FrequencyAxis {
   }
 };
 
-// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the second
-// operand.
-template <class FORWARD, class Entry>
+// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the
+// second operand. SplitWide's rounded ones follow the others.
+template <class FORMAT, class Entry>
 std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
-  std::vector<uint32_t> words(static_cast<size_t>(count) * kTileEntries);
-  for (int index = 0; index < count; ++index)
-    for (int lane = 0; lane < kWarp; ++lane) {
-      double entries[kLaneEntries];
-      for (int e = 0; e < kLaneEntries; ++e)
-        entries[e] = entry(index, lane / 4 + 8 * (e / 2 % 2), 8 * (e / 4) + 2 * (lane % 4) + e % 2);
-      uint32_t of_lane[FORWARD::kWords];
-      FORWARD::constant_words(entries, of_lane);
-      for (int w = 0; w < FORWARD::kWords; ++w)
-        words[static_cast<size_t>(index) * kTileEntries + (w / 4 * kWarp + lane) * 4 +
-              (as_data ? swapped(w) : w) % 4] = of_lane[w];
-    }
-  return words;
+  if constexpr (std::is_same_v<FORMAT, SplitWide>) {
+    std::vector<uint32_t> words = constant_tiles<SplitHalf>(count, as_data, entry);
+    const std::vector<uint32_t> rounded = constant_tiles<BrainFloat>(count, as_data, entry);
+    words.insert(words.end(), rounded.begin(), rounded.end());
+    return words;
+  } else {
+    constexpr int kStride = FORMAT::kWords * kWarp;
+    std::vector<uint32_t> words(static_cast<size_t>(count) * kStride);
+    for (int index = 0; index < count; ++index)
+      for (int lane = 0; lane < kWarp; ++lane) {
+        double entries[kLaneEntries];
+        for (int e = 0; e < kLaneEntries; ++e)
+          entries[e] = entry(index, lane / 4 + 8 * (e / 2 % 2), 8 * (e / 4) + 2 * (lane % 4) + e % 2);
+        uint32_t of_lane[FORMAT::kWords];
+        FORMAT::constant_words(entries, of_lane);
+        for (int w = 0; w < FORMAT::kWords; ++w)
+          words[static_cast<size_t>(index) * kStride + (w / 4 * kWarp + lane) * 4 + (as_data ? swapped(w) : w) % 4] =
+              of_lane[w];
+      }
+    return words;
+  }
 }
 
-// The constant tiles of both axes in shared memory.
+// The constant tiles of both axes, in shared memory but for those that SplitWide rounds, which come through the cache.
 template <class PRECISION, int BLOCKS>
 struct BasisTiles {
   using Forward = typename PRECISION::Forward;
   using Inverse = typename PRECISION::Inverse;
   using Axis = FrequencyAxis<BLOCKS>;
-  static constexpr int kTiles = 2 * 2 * BLOCKS * BLOCKS;  // axis, C or S, tile row, tile column
-  static constexpr int kWords = kTiles * kTileEntries;
-  static constexpr int kKind = 8 * Forward::kKind + BLOCKS;  // tells tables of the same sizes apart
+  static constexpr int kTiles = 2 * 2 * BLOCKS * BLOCKS;           // axis, C or S, tile row, tile column
+  static constexpr int kWords = kTiles * Forward::kWords * kWarp;  // in shared memory
+  static constexpr int kKind = 8 * Inverse::kKind + BLOCKS;        // tells tables of the same sizes apart
 
-  uint32_t* memory;
+  ConstantTiles tiles;
   int lane;
 
-  // The tiles for these numbers of frequencies, as they lie in shared memory; built by the host.
+  // `table` in device memory, of which kWords are also in shared memory.
+  __device__ BasisTiles(const uint32_t* shared, const uint32_t* table, int lane_of_warp)
+      : tiles{shared, table + kWords}, lane(lane_of_warp) {}
+
+  // The tiles for these numbers of frequencies, built by the host.
   static std::vector<uint32_t> table(int rows, int columns) {
     const Angles angles[2] = {Angles(2 * rows), Angles(2 * columns)};  // of the two axes
-    return constant_tiles<Forward>(kTiles, false, [&](int index, int row, int column) {
+    return constant_tiles<Inverse>(kTiles, false, [&](int index, int row, int column) {
       const int64_t top = kTile * (index / BLOCKS % BLOCKS), left = kTile * (index % BLOCKS);
       const int64_t m = (2 * (top + row) + 1) * (2 * (left + column) + 1);
       const Angles& axis = angles[index / (kTiles / 2)];
@@ -75,24 +88,24 @@ struct BasisTiles {
   }
 
   // Rows are the frequencies of `block`, columns the pixels of tile `pixels`: for the forward transform.
-  __device__ typename Forward::Tile forward(int axis, int parity, int block, int pixels) const {
-    typename Forward::Tile tile;
-    load_tile(tile, address(axis, parity, block, Axis::tile_index(block), pixels), lane);
+  __device__ typename Forward::Constant forward(int axis, int parity, int block, int pixels) const {
+    typename Forward::Constant tile;
+    load_constant(tile, tiles, index(axis, parity, block, Axis::tile_index(block), pixels), lane);
     if (Axis::is_high(block)) Forward::negate_odd_columns(tile);
     return tile;
   }
   // Rows are the pixels, columns the frequencies: for the inverse transform.
-  __device__ typename Inverse::Tile inverse(int axis, int parity, int block, int pixels) const {
-    typename Inverse::Tile tile;
-    load_tile(tile, address(axis, parity, block, pixels, Axis::tile_index(block)), lane);
+  __device__ typename Inverse::Constant inverse(int axis, int parity, int block, int pixels) const {
+    typename Inverse::Constant tile;
+    load_constant(tile, tiles, index(axis, parity, block, pixels, Axis::tile_index(block)), lane);
     if (Axis::is_high(block)) Inverse::negate_odd_rows(tile, lane);
     return tile;
   }
 
  private:
-  __device__ const uint32_t* address(int axis, int parity, int block, int row, int column) const {
+  __device__ static int index(int axis, int parity, int block, int row, int column) {
     const int sines = parity ^ (Axis::is_high(block) ? 1 : 0);
-    return memory + (((axis * 2 + sines) * BLOCKS + row) * BLOCKS + column) * kTileEntries;
+    return ((axis * 2 + sines) * BLOCKS + row) * BLOCKS + column;
   }
 };
 

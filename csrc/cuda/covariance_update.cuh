@@ -31,16 +31,16 @@ struct Member {
 };
 
 struct UpdateArguments {
-  Geometry geometry;                  // of the batch, and the frequencies of its spectrum
-  int groups;                         // of sums
-  const float *sums, *mean_sums;      // [group][pair][k][l], [group][channel][y][x]
-  int pitch;                          // at or above all sizes, a multiple of 4
-  int bins, cell_columns;             // of the values; columns of `cells`
-  const int* first_member;            // [bins + 1]
-  const Member* members;              // of all bins
-  const double* pair_counts;          // [bins]
-  const Cell* cells;                  // [table row][cell_columns]
-  int reach[2];                       // displacements of the values
+  Geometry geometry;              // of the batch, and the frequencies of its spectrum
+  int groups;                     // of sums
+  const float *sums, *mean_sums;  // [group][pair][k][l], [group][channel][y][x]
+  int pitch;                      // at or above all sizes, a multiple of 4
+  int bins, cell_columns;         // of the values; columns of `cells`
+  const int* first_member;        // [bins + 1]
+  const Member* members;          // of all bins
+  const double* pair_counts;      // [bins]
+  const Cell* cells;              // [table row][cell_columns]
+  int reach[2];                   // displacements of the values
   int table_size[2], spectrum_size[2];
   const double *to_reach[2], *periodic[2], *to_spectrum[2];  // of rows and columns, `transform_matrix`
   double decay, target_variance;                             // target_variance 0: none
@@ -48,7 +48,7 @@ struct UpdateArguments {
   float *values, *mean, *scale, *table, *spectrum, *arranged;  // the estimate's state; arranged may be null
   int64_t *updates, *skipped;
   int arranged_blocks;
-  double* planes[2];    // workspace
+  double* planes[2];           // workspace
   float *moment, *batch_mean;  // workspace: [pair][bin], [channel][y][x]
 };
 
@@ -68,10 +68,10 @@ inline std::vector<double> transform_matrix(Contracted kind, int length, int col
 }
 
 // out[plane][r][j] = sum_m in[plane][m][r] matrix[m][j]. What lies beyond `rows` in an input row goes nowhere.
-SGR_NOINLINE __device__ inline void contract(const double* in, double* out, const double* matrix, int planes, int pitch, int length,
+__device__ inline void contract(const double* in, double* out, const double* matrix, int planes, int pitch, int length,
                                 int rows, int columns) {
-  struct alignas(16) Pair {
-    double value[2];
+  struct alignas(16) Quad {
+    double value[4];
   };
   const int row_tiles = (rows + 3) / 4, tiles = row_tiles * ((columns + 3) / 4);
   for (int task = threadIdx.x; task < planes * tiles; task += kUpdateThreads) {
@@ -81,23 +81,16 @@ SGR_NOINLINE __device__ inline void contract(const double* in, double* out, cons
     double sum[4][4] = {};
 #pragma unroll 4
     for (int m = 0; m < length; ++m, left += pitch, right += pitch) {
-      double a[4], b[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = reinterpret_cast<const Pair*>(left)[i / 2].value[i % 2];
-        b[i] = reinterpret_cast<const Pair*>(right)[i / 2].value[i % 2];
-      }
+      const Quad a = *reinterpret_cast<const Quad*>(left), b = *reinterpret_cast<const Quad*>(right);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] += a[i] * b[j];
+        for (int j = 0; j < 4; ++j) sum[i][j] += a.value[i] * b.value[j];
     }
     double* target = out + (plane * pitch + row) * pitch + column;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; j += 2)
-        *reinterpret_cast<Pair*>(target + i * pitch + j) = {{sum[i][j], sum[i][j + 1]}};
+      *reinterpret_cast<Quad*>(target + i * pitch) = {{sum[i][0], sum[i][1], sum[i][2], sum[i][3]}};
   }
   __syncthreads();
 }
@@ -112,7 +105,7 @@ struct CovarianceUpdate {
   static constexpr int kPairs = CHANNELS * (CHANNELS + 1) / 2;
 
   const UpdateArguments& arguments;
-  int* finite;    // in shared memory: whether the batch is
+  int* finite;  // in shared memory: whether the batch is
   double* shared_scale;
 
   // Calls visit(pair, row, column, place in a plane) for what falls to a thread.
@@ -127,7 +120,7 @@ struct CovarianceUpdate {
 
   // planes[0] through both axes, back in planes[0].
   __device__ void transform(const double* const (&matrix)[2], const int (&from)[2], const int (&to)[2]) const {
-    double* const (&planes)[2] = arguments.planes;
+    double* const(&planes)[2] = arguments.planes;
     contract(planes[0], planes[1], matrix[0], kPairs, arguments.pitch, from[0], from[1], to[0]);
     contract(planes[1], planes[0], matrix[1], kPairs, arguments.pitch, from[1], to[0], to[1]);
   }
@@ -274,7 +267,8 @@ struct CovarianceUpdate {
 };
 
 template <int CHANNELS>
-__global__ void __launch_bounds__(kUpdateThreads, 1) update_covariance(const __grid_constant__ UpdateArguments arguments) {
+__global__ void __launch_bounds__(kUpdateThreads, 1)
+    update_covariance(const __grid_constant__ UpdateArguments arguments) {
   SGR_SHARED_MEMORY(shared);
   double* scale = reinterpret_cast<double*>(shared);
   CovarianceUpdate<CHANNELS>{arguments, reinterpret_cast<int*>(scale + 1), scale}.run();

@@ -49,6 +49,14 @@ __device__ inline unsigned fresh_thread_index() {
   return index;
 }
 
+// A pointer into device memory that stays one: its terms are not taken apart and added up anew with each offset to it.
+template <class T>
+__device__ inline T* kept(T* pointer) {
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // *shared = max(*shared, value), by one thread of a warp.
 __device__ inline void raise(unsigned* shared, unsigned value) {
   asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(value)

@@ -101,18 +101,71 @@ __device__ inline void store_fragment(const Fragment& tile, float* memory, int l
         make_float4(tile.at(n, 0, 0), tile.at(n, 0, 1), tile.at(n, 1, 0), tile.at(n, 1, 1));
 }
 
-// x = high + low in two fp16 numbers: 22 bits. Three of the four partial products carry float32 accuracy. Of data, low
-// parts are kept SCALE times as large: SCALE > 1 keeps small residuals out of fp16's subnormal range; their products
-// are then summed apart. The forward half
-// needs no such care (its inputs are scaled to their maximum); a spectrum spans many powers of ten, and the inverse
-// half does.
-template <int SCALE>
-struct SplitHalf {
-  static constexpr int kWords = 8, kKind = 1;
+// d += a b' as a sum of the format's partial products; several of them take turns, as each waits for the one before.
+template <class FORMAT>
+struct Products {
+  template <int COUNT, class Constant, class Tile>
+  __device__ static void multiply(Fragment* d, const Constant& a, const Tile* b) {
+#pragma unroll
+    for (int part = 0; part < FORMAT::kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) FORMAT::multiply_part(part, d[i], a, b[i]);
+  }
+  template <class Constant, class Tile>
+  __device__ static void multiply(Fragment& d, const Constant& a, const Tile& b) {
+    multiply<1>(&d, a, &b);
+  }
+};
+
+// What the formats of 16-bit numbers have in common.
+struct Pairs {
+  template <int WORDS>
+  __device__ static void negate_odd_columns(Words<WORDS>& tile) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) tile.word[w] ^= 0x80000000u;
+  }
+  template <int WORDS>
+  __device__ static void negate_odd_rows(Words<WORDS>& tile, int lane) {
+    const uint32_t mask = (lane >> 2) & 1 ? 0x80008000u : 0u;
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) tile.word[w] ^= mask;
+  }
+};
+
+// One rounding to bf16.
+struct BrainFloat : Pairs, Products<BrainFloat> {
+  static constexpr int kWords = 4, kKind = 3, kParts = 1;
+  using Tile = Words<kWords>;
+  using Constant = Tile;
+
+  static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[4]) {
+    for (int pair = 0; pair < 4; ++pair)
+      words[pair] = bfloat16_bits(x[2 * pair]) | static_cast<uint32_t>(bfloat16_bits(x[2 * pair + 1])) << 16;
+  }
+  __device__ static Tile data(const Fragment& x) {
+    Tile tile;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w % 2, w / 2, 0), x.at(w % 2, w / 2, 1));
+    return tile;
+  }
+  __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
+    memory[pair_offset(lane, 0, i) + n] = bfloat16_pair(even, odd);
+  }
+  __device__ static void multiply_part(int, Fragment& d, const Tile& a, const Tile& b) {
+    multiply_words(d, a.word, b.word);
+  }
+  __device__ static void multiply_words(Fragment& d, const uint32_t* a, const uint32_t* b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) mma_m16n8k16_bf16(d.half(m), a[0], a[1], a[2], a[3], b[2 * m], b[2 * m + 1]);
+  }
+};
+
+// x = high + low in two fp16 numbers: 22 bits of what is scaled to its maximum, as all inputs of forward transforms
+// are. Three of the four partial products carry float32 accuracy.
+struct SplitHalf : Pairs, Products<SplitHalf> {
+  static constexpr int kWords = 8, kKind = 1, kParts = 3;
   using Tile = Words<kWords>;  // four words of high parts, four of low ones
-  struct Accumulator {
-    Fragment high, low;
-  };
+  using Constant = Tile;
 
   static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[8]) {
     for (int pair = 0; pair < 4; ++pair) {
@@ -125,66 +178,76 @@ struct SplitHalf {
       words[4 + pair] = low[0] | static_cast<uint32_t>(low[1]) << 16;
     }
   }
-  __device__ static Tile data(const Fragment& x) {
+  __device__ static Tile data(const Fragment& x) { return data(x, half_pair); }
+  template <class Low>
+  __device__ static Tile data(const Fragment& x, Low low_pair) {
     Tile tile;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int n = 0; n < 2; ++n) split(x.at(n, i, 0), x.at(n, i, 1), tile.word[2 * i + n], tile.word[4 + 2 * i + n]);
+    for (int w = 0; w < 4; ++w)
+      split(x.at(w % 2, w / 2, 0), x.at(w % 2, w / 2, 1), tile.word[w], tile.word[4 + w], low_pair);
     return tile;
   }
   // A pair of a data tile that lies in memory as store_tile does it.
   __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
-    split(even, odd, memory[pair_offset(lane, 0, i) + n], memory[pair_offset(lane, 1, i) + n]);
+    split(even, odd, memory[pair_offset(lane, 0, i) + n], memory[pair_offset(lane, 1, i) + n], half_pair);
   }
-  __device__ static void negate_odd_columns(Tile& tile) {
+  __device__ static void multiply_part(int part, Fragment& d, const Tile& constant, const Tile& data) {
+    const uint32_t *a = constant.word + (part == 1 ? 4 : 0), *b = data.word + (part == 0 ? 4 : 0);
 #pragma unroll
-    for (int w = 0; w < 8; ++w) tile.word[w] ^= 0x80000000u;
-  }
-  __device__ static void negate_odd_rows(Tile& tile, int lane) {
-    const uint32_t mask = (lane >> 2) & 1 ? 0x80008000u : 0u;
-#pragma unroll
-    for (int w = 0; w < 8; ++w) tile.word[w] ^= mask;
-  }
-
-  __device__ static Accumulator start(const Fragment& value) { return {value, Fragment{}}; }
-  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      float* high = d.high.half(m);
-      float* low = SCALE == 1 ? high : d.low.half(m);
-      const uint32_t high0 = b.word[2 * m], high1 = b.word[2 * m + 1];
-      const uint32_t low0 = b.word[4 + 2 * m], low1 = b.word[5 + 2 * m];
-      mma_m16n8k16_f16(low, a.word[0], a.word[1], a.word[2], a.word[3], low0, low1);
-      mma_m16n8k16_f16(high, a.word[4], a.word[5], a.word[6], a.word[7], high0, high1);
-      mma_m16n8k16_f16(high, a.word[0], a.word[1], a.word[2], a.word[3], high0, high1);
-    }
-  }
-  __device__ static Fragment finish(const Accumulator& d) {
-    Fragment result = d.high;
-    if constexpr (SCALE != 1) {
-#pragma unroll
-      for (int e = 0; e < kLaneEntries; ++e) result.value[e] += d.low.value[e] * (1.0f / SCALE);
-    }
-    return result;
+    for (int m = 0; m < 2; ++m) mma_m16n8k16_f16(d.half(m), a[0], a[1], a[2], a[3], b[2 * m], b[2 * m + 1]);
   }
 
  private:
-  __device__ static void split(float even, float odd, uint32_t& high, uint32_t& low) {
+  template <class Low>
+  __device__ static void split(float even, float odd, uint32_t& high, uint32_t& low, Low low_pair) {
     high = half_pair(even, odd);
     const float2 rounded = half_pair_to_floats(high);
-    low = half_pair((even - rounded.x) * SCALE, (odd - rounded.y) * SCALE);
+    low = low_pair(even - rounded.x, odd - rounded.y);
   }
 };
 
+// x = high + low in fp16 and bf16: 20 bits, and low parts of any size, as a spectrum spans many powers of ten. bf16
+// meets bf16 only: constants come rounded to it besides.
+struct SplitWide : Pairs, Products<SplitWide> {
+  static constexpr int kWords = SplitHalf::kWords, kKind = 4, kParts = 3;
+  using Tile = SplitHalf::Tile;
+  struct Constant {
+    SplitHalf::Tile split;
+    BrainFloat::Tile rounded;
+  };
+
+  __device__ static Tile data(const Fragment& x) { return SplitHalf::data(x, bfloat16_pair); }
+  __device__ static void negate_odd_rows(Constant& constant, int lane) {
+    Pairs::negate_odd_rows(constant.split, lane);
+    Pairs::negate_odd_rows(constant.rounded, lane);
+  }
+  __device__ static void multiply_part(int part, Fragment& d, const Constant& a, const Tile& b) {
+    if (part == 0)
+      BrainFloat::multiply_words(d, a.rounded.word, b.word + 4);
+    else
+      SplitHalf::multiply_part(part, d, a.split, b);
+  }
+};
+
+// Constant tiles as constant_tiles lays them out: `rounded` is SplitWide's alone.
+struct ConstantTiles {
+  const uint32_t *tiles, *rounded;
+};
+template <int WORDS>
+__device__ inline void load_constant(Words<WORDS>& constant, const ConstantTiles& from, int index, int lane) {
+  load_tile(constant, from.tiles + index * WORDS * kWarp, lane);
+}
+__device__ inline void load_constant(SplitWide::Constant& constant, const ConstantTiles& from, int index, int lane) {
+  load_constant(constant.split, from, index, lane);
+  load_constant(constant.rounded, {from.rounded, nullptr}, index, lane);
+}
+
 // One rounding to tf32. Within each group of eight, mma's k index is permuted so that a lane's pair of adjacent columns
 // serves as its two k slots.
-struct TensorFloat {
-  static constexpr int kWords = 8, kKind = 2;
+struct TensorFloat : Products<TensorFloat> {
+  static constexpr int kWords = 8, kKind = 2, kParts = 2;
   using Tile = Words<kWords>;
-  struct Accumulator {
-    Fragment sum;
-  };
+  using Constant = Tile;
 
   __device__ static Tile constant(const Fragment& x) {
     Tile tile;
@@ -215,20 +278,15 @@ struct TensorFloat {
     for (int w = 0; w < 8; ++w) tile.word[w] ^= mask;
   }
 
-  __device__ static Accumulator start(const Fragment& value) { return {value}; }
-  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
+  __device__ static void multiply_part(int part, Fragment& d, const Tile& constant, const Tile& data) {
+    const uint32_t *a = constant.word + 4 * part, *b = data.word + 4 * part;
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-        mma_m16n8k8_tf32(d.sum.half(m), a.word[4 * n], a.word[4 * n + 1], a.word[4 * n + 2], a.word[4 * n + 3],
-                         b.word[4 * n + 2 * m], b.word[4 * n + 2 * m + 1]);
+    for (int m = 0; m < 2; ++m) mma_m16n8k8_tf32(d.half(m), a[0], a[1], a[2], a[3], b[2 * m], b[2 * m + 1]);
   }
-  __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
   __device__ static Fragment product(const Tile& a, const Tile& b) {
-    Accumulator sum = start(Fragment{});
+    Fragment sum{};
     multiply(sum, a, b);
-    return sum.sum;
+    return sum;
   }
 };
 
@@ -244,11 +302,11 @@ struct SplitTensorFloat {
   __device__ static Tile data(const Fragment& x) { return {TensorFloat::data(x), TensorFloat::data(residual(x))}; }
   // The product alone: over long sums, tensor cores cut off what float32 additions round.
   __device__ static Fragment product(const Tile& a, const Tile& b) {
-    TensorFloat::Accumulator sum = TensorFloat::start(Fragment{});
+    Fragment sum{};
     TensorFloat::multiply(sum, a.low, b.high);
     TensorFloat::multiply(sum, a.high, b.low);
     TensorFloat::multiply(sum, a.high, b.high);
-    return sum.sum;
+    return sum;
   }
 
  private:
@@ -262,50 +320,10 @@ struct SplitTensorFloat {
   }
 };
 
-// One rounding to bf16.
-struct BrainFloat {
-  static constexpr int kWords = 4, kKind = 3;
-  using Tile = Words<kWords>;
-  struct Accumulator {
-    Fragment sum;
-  };
-
-  static void constant_words(const double (&x)[kLaneEntries], uint32_t (&words)[4]) {
-    for (int pair = 0; pair < 4; ++pair)
-      words[pair] = bfloat16_bits(x[2 * pair]) | static_cast<uint32_t>(bfloat16_bits(x[2 * pair + 1])) << 16;
-  }
-  __device__ static Tile data(const Fragment& x) {
-    Tile tile;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] = bfloat16_pair(x.at(w % 2, w / 2, 0), x.at(w % 2, w / 2, 1));
-    return tile;
-  }
-  __device__ static void store_pair(uint32_t* memory, int lane, int n, int i, float even, float odd) {
-    memory[pair_offset(lane, 0, i) + n] = bfloat16_pair(even, odd);
-  }
-  __device__ static void negate_odd_columns(Tile& tile) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] ^= 0x80000000u;
-  }
-  __device__ static void negate_odd_rows(Tile& tile, int lane) {
-    const uint32_t mask = (lane >> 2) & 1 ? 0x80008000u : 0u;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) tile.word[w] ^= mask;
-  }
-
-  __device__ static Accumulator start(const Fragment& value) { return {value}; }
-  __device__ static void multiply(Accumulator& d, const Tile& a, const Tile& b) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-      mma_m16n8k16_bf16(d.sum.half(m), a.word[0], a.word[1], a.word[2], a.word[3], b.word[2 * m], b.word[2 * m + 1]);
-  }
-  __device__ static Fragment finish(const Accumulator& d) { return d.sum; }
-};
-
 // The caller's choice, in torch's words; the tolerances stand in the operators' documentation.
 struct Highest {
-  using Forward = SplitHalf<1>;
-  using Inverse = SplitHalf<2048>;
+  using Forward = SplitHalf;
+  using Inverse = SplitWide;
 };
 struct High {
   using Forward = TensorFloat;

@@ -62,7 +62,9 @@ struct FusedCrossSpectrum {
   unsigned* maxima;    // [2][kImages]
   int lane, group, row_member, column_block, part;
 
-  __device__ FusedCrossSpectrum(unsigned char* shared) {
+  __device__ FusedCrossSpectrum(unsigned char* shared)
+      : basis(reinterpret_cast<uint32_t*>(shared) + kDataWords + kImages * Images::kRoom, nullptr,
+              threadIdx.x % kWarp) {
     const int warp = threadIdx.x / kWarp;
     lane = threadIdx.x % kWarp;
     group = warp / kWarpsPerImage;
@@ -71,9 +73,7 @@ struct FusedCrossSpectrum {
     part = blockIdx.y;
     data = reinterpret_cast<uint32_t*>(shared);
     staging = reinterpret_cast<float*>(data + kDataWords);
-    basis.memory = reinterpret_cast<uint32_t*>(staging + kImages * Images::kRoom);
-    basis.lane = lane;
-    barriers = reinterpret_cast<uint64_t*>(basis.memory + Basis::kWords);
+    barriers = reinterpret_cast<uint64_t*>(staging + kImages * Images::kRoom + Basis::kWords);
     maxima = reinterpret_cast<unsigned*>(barriers + 2);
   }
 
@@ -102,32 +102,28 @@ struct FusedCrossSpectrum {
   }
 
   __device__ void transform(Fragment (&z)[kOwned][CHANNELS], int parity) const {
-    typename Forward::Tile row_constant[BLOCKS];
+    typename Forward::Constant row_constant[BLOCKS];
 #pragma unroll
     for (int s = 0; s < BLOCKS; ++s) row_constant[s] = basis.forward(1, parity & 1, column_block, s);
 #pragma unroll
     for (int t = 0; t < BLOCKS; ++t) {
-      typename Forward::Tile column_constant[kOwned];
+      typename Forward::Constant column_constant[kOwned];
 #pragma unroll
       for (int owned = 0; owned < kOwned; ++owned)
         column_constant[owned] = basis.forward(0, parity >> 1, row_member * kOwned + owned, t);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
         const int tile = ((group * CHANNELS + c) * BLOCKS + t) * BLOCKS;
-        auto rows = Forward::start(Fragment{});
+        Fragment rows{};
 #pragma unroll
         for (int s = 0; s < BLOCKS; ++s) {
           typename Forward::Tile x;
           load_tile(x, data + (parity * Images::kTiles + tile + s) * kTileEntries, lane);
           Forward::multiply(rows, row_constant[s], x);
         }
-        const typename Forward::Tile u = Forward::data(Forward::finish(rows));
+        const typename Forward::Tile u = Forward::data(rows);
 #pragma unroll
-        for (int owned = 0; owned < kOwned; ++owned) {
-          auto partial = Forward::start(z[owned][c]);
-          Forward::multiply(partial, column_constant[owned], u);
-          z[owned][c] = Forward::finish(partial);
-        }
+        for (int owned = 0; owned < kOwned; ++owned) Forward::multiply(z[owned][c], column_constant[owned], u);
       }
     }
   }
@@ -172,7 +168,8 @@ struct FusedCrossSpectrum {
   __device__ void sum_group(const CrossSpectrumArguments& arguments) const {
     const int group = blockIdx.x / arguments.group, begin = group * arguments.group;
     const int end = min(begin + arguments.group, static_cast<int>(gridDim.x));
-    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data))) return;
+    if (!last_to_arrive(arguments.arrivals + group, (end - begin) * gridDim.y, reinterpret_cast<unsigned*>(data)))
+      return;
     const Geometry& geometry = arguments.geometry;
     const int plane = geometry.rows * geometry.columns, pixels = CHANNELS * geometry.height * geometry.width;
     for (int index = threadIdx.x; index < Layout::kEntries; index += kThreads) {
@@ -197,7 +194,7 @@ struct FusedCrossSpectrum {
     if (threadIdx.x < 2 * kImages) maxima[threadIdx.x] = 0;
     __syncthreads();
     constants.expect(4 * Basis::kWords);
-    constants.copy(basis.memory, arguments.basis, 4 * Basis::kWords);
+    constants.copy(const_cast<uint32_t*>(basis.tiles.tiles), arguments.basis, 4 * Basis::kWords);
     Images::send(staging, arguments.perturbation, geometry, first, arrival);
     constants.wait();
 

@@ -6,7 +6,8 @@
 
 namespace sgr::cuda {
 
-extern template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
+extern template bool fused_product_of<Highest>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&,
+                                               bool);
 extern template bool fused_product_of<High>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
 extern template bool fused_product_of<Medium>(CudaLauncher&, const ProductArguments&, const SpectrumView<float>&, bool);
 extern template bool fused_cross_spectrum_of<Highest>(CudaLauncher&, const CrossSpectrumArguments&, float*, GroupSums*);

@@ -12,8 +12,8 @@ namespace sgr::cuda {
 
 struct ProductArguments {
   ImageView gradient;
-  ImageView product;  // data is null where it is not wanted
-  float* quadratic;   // likewise
+  ImageView product;      // data is null where it is not wanted
+  float* quadratic;       // likewise
   const float* spectrum;  // what SpectrumTiles::arrange wrote
   const uint32_t* basis;  // what BasisTiles::table built
   Geometry geometry;
@@ -38,7 +38,10 @@ struct FusedProduct {
   // in shared memory. Large ones read the spectrum through the cache, and a parity's warps exchange U and W.
   static constexpr bool kSpectrumShared = BLOCKS == 1;
   static constexpr bool kExchange = BLOCKS > 1;
-  static constexpr bool kReload = kPlanes * BLOCKS > 6;  // constants anew for each owned block: registers are scarce
+  // Where registers are scarce, constants are brought anew for each block of column frequencies, and owned blocks meet
+  // those of the inverse transform one after the other.
+  static constexpr bool kScarce = kPlanes * BLOCKS > 6;
+  static constexpr int kSharing = kExchange && !kScarce ? kOwned : 1;
 
   // Shared memory in words. X and later V lie in `image`, U and later W in `exchange`; arriving images in `staging`,
   // which large ones have where later U is.
@@ -62,12 +65,14 @@ struct FusedProduct {
   uint32_t* exchange;
   const float* spectrum;
   Basis basis;
-  uint64_t* barriers;  // of the arriving images and of the basis
-  unsigned* maxima;    // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
-  float* partial;      // [IMAGES][kWarps], of q
+  uint64_t* barriers;              // of the arriving images and of the basis
+  unsigned* maxima;                // [2][IMAGES], bits of each image's largest magnitude, this turn's and the next's
+  float* partial;                  // [IMAGES][kWarps], of q
   int warp, lane, parity, member;  // of this thread's warp; member counts the warps of a parity
 
-  __device__ FusedProduct(unsigned char* shared) {
+  __device__ FusedProduct(unsigned char* shared, const ProductArguments& arguments)
+      : basis(reinterpret_cast<uint32_t*>(shared) + kImageWords + kExchangeWords + kSpectrumWords, arguments.basis,
+              threadIdx.x % kWarp) {
     warp = threadIdx.x / kWarp;
     lane = threadIdx.x % kWarp;
     parity = warp / kWarpsPerParity;
@@ -76,9 +81,7 @@ struct FusedProduct {
     exchange = reinterpret_cast<uint32_t*>(image + kImageWords);
     staging = reinterpret_cast<float*>(exchange);
     spectrum = reinterpret_cast<float*>(exchange + kExchangeWords);
-    basis.memory = exchange + kExchangeWords + kSpectrumWords;
-    basis.lane = lane;
-    barriers = reinterpret_cast<uint64_t*>(basis.memory + Basis::kWords);
+    barriers = reinterpret_cast<uint64_t*>(exchange + kExchangeWords + kSpectrumWords + Basis::kWords);
     maxima = reinterpret_cast<unsigned*>(barriers + 2);
     partial = reinterpret_cast<float*>(maxima + 2 * IMAGES);
   }
@@ -95,7 +98,7 @@ struct FusedProduct {
     if (threadIdx.x < 2 * IMAGES) maxima[threadIdx.x] = 0;
     __syncthreads();
     constants.expect(4 * (Basis::kWords + kSpectrumWords));
-    constants.copy(basis.memory, arguments.basis, 4 * Basis::kWords);
+    constants.copy(const_cast<uint32_t*>(basis.tiles.tiles), arguments.basis, 4 * Basis::kWords);
     if constexpr (kSpectrumShared)
       constants.copy(const_cast<float*>(spectrum), arguments.spectrum, 4 * kSpectrumWords);
     else
@@ -104,22 +107,24 @@ struct FusedProduct {
     constants.wait();
   }
 
-  // U tile: rows are column frequencies of `columns`, columns are the rows of pixel tile `pixels`.
-  __device__ typename Forward::Tile transform_rows(const typename Forward::Tile (&constant)[BLOCKS], int plane,
-                                                   int pixels) const {
-    auto sum = Forward::start(Fragment{});
-    const uint32_t* x = reinterpret_cast<const uint32_t*>(image) +
-                        (parity * Images::kTiles + (plane * BLOCKS + pixels) * BLOCKS) * kTileEntries;
+  // U tiles of a plane: rows are the column frequencies of `constant`, columns the rows of each tile of pixels.
+  __device__ void transform_rows(typename Forward::Tile (&u)[BLOCKS],
+                                 const typename Forward::Constant (&constant)[BLOCKS], int plane) const {
+    Fragment sum[BLOCKS] = {};
+    const uint32_t* x =
+        reinterpret_cast<const uint32_t*>(image) + (parity * Images::kTiles + plane * BLOCKS * BLOCKS) * kTileEntries;
 #pragma unroll
     for (int s = 0; s < BLOCKS; ++s) {
-      typename Forward::Tile data;
-      load_tile(data, x + s * kTileEntries, lane);
-      Forward::multiply(sum, constant[s], data);
+      typename Forward::Tile data[BLOCKS];
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) load_tile(data[t], x + (t * BLOCKS + s) * kTileEntries, lane);
+      Forward::template multiply<BLOCKS>(sum, constant[s], data);
     }
-    return Forward::data(Forward::finish(sum));
+#pragma unroll
+    for (int t = 0; t < BLOCKS; ++t) u[t] = Forward::data(sum[t]);
   }
 
-  __device__ void load_row_constants(typename Forward::Tile (&constant)[BLOCKS], int columns) const {
+  __device__ void load_row_constants(typename Forward::Constant (&constant)[BLOCKS], int columns) const {
 #pragma unroll
     for (int s = 0; s < BLOCKS; ++s) constant[s] = basis.forward(1, parity & 1, columns, s);
   }
@@ -128,13 +133,15 @@ struct FusedProduct {
   __device__ void exchange_rows() const {
 #pragma unroll 1
     for (int columns = member; columns < kBlocks; columns += kWarpsPerParity) {
-      typename Forward::Tile constant[BLOCKS];
+      typename Forward::Constant constant[BLOCKS];
       load_row_constants(constant, columns);
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane)
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        typename Forward::Tile u[BLOCKS];
+        transform_rows(u, constant, plane);
 #pragma unroll
-        for (int pixels = 0; pixels < BLOCKS; ++pixels)
-          store_tile(transform_rows(constant, plane, pixels), exchange + exchange_tile(plane, columns, pixels), lane);
+        for (int t = 0; t < BLOCKS; ++t) store_tile(u[t], exchange + exchange_tile(plane, columns, t), lane);
+      }
     }
   }
 
@@ -159,104 +166,105 @@ struct FusedProduct {
     return form;
   }
 
-  __device__ void load_inverse(typename Inverse::Tile (&constant)[BLOCKS], int columns) const {
+  __device__ void load_column_constants(typename Forward::Constant (&constant)[kOwned][BLOCKS]) const {
 #pragma unroll
-    for (int x = 0; x < BLOCKS; ++x) constant[x] = basis.inverse(1, parity & 1, columns, x);
+    for (int owned = 0; owned < kOwned; ++owned)
+#pragma unroll
+      for (int t = 0; t < BLOCKS; ++t) constant[owned][t] = basis.forward(0, parity >> 1, member * kOwned + owned, t);
   }
 
-  // From X to W (rows: pixels of x, columns: this warp's row frequencies), and the parts of q.
-  __device__ void through_spectrum(Fragment (&w)[kOwned][kPlanes][BLOCKS], float (&form)[IMAGES], bool inverse) const {
+  // From X, or U where it is exchanged, to W (rows: pixels of x, columns: this warp's row frequencies), and the parts
+  // of q.
+  __device__ void through_spectrum(Fragment (&w)[kOwned][BLOCKS][kPlanes], float (&form)[IMAGES], bool inverse) const {
+    typename Forward::Constant constant[kOwned][BLOCKS];
+    if constexpr (!kScarce) load_column_constants(constant);
 #pragma unroll 1
     for (int columns = 0; columns < kBlocks; ++columns) {
+      if constexpr (kScarce) load_column_constants(constant);
       Fragment z[kOwned][kPlanes];
-      transform_columns(z, columns);
-      typename Inverse::Tile constant[BLOCKS];
-      if constexpr (!kReload) load_inverse(constant, columns);
+      transform_columns(z, constant, columns);
 #pragma unroll
-      for (int owned = 0; owned < kOwned; ++owned) {
+      for (int first = 0; first < kOwned; first += kSharing) {
+        typename Inverse::Tile data[kSharing][kPlanes];
 #pragma unroll
-        for (int i = 0; i < IMAGES; ++i) {
-          Fragment y[CHANNELS];
-          form[i] += mix(z[owned] + i * CHANNELS, y, member * kOwned + owned, columns);
-          if (!inverse) continue;
-          if constexpr (kReload) load_inverse(constant, columns);
+        for (int s = 0; s < kSharing; ++s)
 #pragma unroll
-          for (int c = 0; c < CHANNELS; ++c) {
-            const typename Inverse::Tile data = Inverse::data(y[c]);
+          for (int i = 0; i < IMAGES; ++i) {
+            Fragment y[CHANNELS];
+            form[i] += mix(z[first + s] + i * CHANNELS, y, member * kOwned + first + s, columns);
 #pragma unroll
-            for (int x = 0; x < BLOCKS; ++x) {
-              auto sum = Inverse::start(w[owned][i * CHANNELS + c][x]);
-              Inverse::multiply(sum, constant[x], data);
-              w[owned][i * CHANNELS + c][x] = Inverse::finish(sum);
-            }
+            for (int c = 0; c < CHANNELS; ++c) data[s][i * CHANNELS + c] = Inverse::data(y[c]);
           }
+        if (!inverse) continue;
+#pragma unroll
+        for (int x = 0; x < BLOCKS; ++x) {
+          const typename Inverse::Constant inverse_constant = basis.inverse(1, parity & 1, columns, x);
+#pragma unroll
+          for (int s = 0; s < kSharing; ++s)
+            Inverse::template multiply<kPlanes>(w[first + s][x], inverse_constant, data[s]);
         }
       }
     }
   }
 
-  // Z tiles: rows are the owned blocks of row frequencies, columns the column frequencies of `columns`.
-  __device__ void transform_columns(Fragment (&z)[kOwned][kPlanes], int columns) const {
-    typename Forward::Tile row_constant[BLOCKS], column_constant[kOwned][BLOCKS];
+  // Z tiles: rows are the row frequencies of `constant`, columns the column frequencies of `columns`.
+  __device__ void transform_columns(Fragment (&z)[kOwned][kPlanes],
+                                    const typename Forward::Constant (&constant)[kOwned][BLOCKS], int columns) const {
+    typename Forward::Constant row_constant[BLOCKS];
     if constexpr (!kExchange) load_row_constants(row_constant, columns);
 #pragma unroll
-    for (int owned = 0; owned < kOwned; ++owned)
-#pragma unroll
-      for (int t = 0; t < BLOCKS; ++t)
-        column_constant[owned][t] = basis.forward(0, parity >> 1, member * kOwned + owned, t);
-#pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      typename Forward::Accumulator sum[kOwned];
+      typename Forward::Tile u[BLOCKS];
+      if constexpr (kExchange) {
 #pragma unroll
-      for (int owned = 0; owned < kOwned; ++owned) sum[owned] = Forward::start(Fragment{});
-#pragma unroll
-      for (int t = 0; t < BLOCKS; ++t) {
-        typename Forward::Tile u;
-        if constexpr (kExchange)
-          load_tile(u, exchange + exchange_tile(plane, columns, t), lane);
-        else
-          u = transform_rows(row_constant, plane, t);
-#pragma unroll
-        for (int owned = 0; owned < kOwned; ++owned) Forward::multiply(sum[owned], column_constant[owned][t], u);
+        for (int t = 0; t < BLOCKS; ++t) load_tile(u[t], exchange + exchange_tile(plane, columns, t), lane);
+      } else {
+        transform_rows(u, row_constant, plane);
       }
 #pragma unroll
-      for (int owned = 0; owned < kOwned; ++owned) z[owned][plane] = Forward::finish(sum[owned]);
+      for (int i = 0; i < kOwned; ++i) {
+        z[i][plane] = Fragment{};
+#pragma unroll
+        for (int t = 0; t < BLOCKS; ++t) Forward::multiply(z[i][plane], constant[i][t], u[t]);
+      }
     }
   }
 
   // From the W tiles of all row frequencies to V tiles; a parity's warps have a row of tiles each.
   __device__ void inverse_columns() const {
-    typename Inverse::Tile constant[kBlocks];
+    typename Inverse::Constant constant[kBlocks];
 #pragma unroll
     for (int rows = 0; rows < kBlocks; ++rows) constant[rows] = basis.inverse(0, parity >> 1, rows, member);
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane)
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      Fragment sum[BLOCKS] = {};
+#pragma unroll
+      for (int rows = 0; rows < kBlocks; ++rows) {
+        typename Inverse::Tile data[BLOCKS];
+#pragma unroll
+        for (int x = 0; x < BLOCKS; ++x) load_tile(data[x], exchange + exchange_tile(plane, rows, x), lane);
+        Inverse::template multiply<BLOCKS>(sum, constant[rows], data);
+      }
 #pragma unroll
       for (int x = 0; x < BLOCKS; ++x) {
-        auto sum = Inverse::start(Fragment{});
-#pragma unroll
-        for (int rows = 0; rows < kBlocks; ++rows) {
-          typename Inverse::Tile data;
-          load_tile(data, exchange + exchange_tile(plane, rows, x), lane);
-          Inverse::multiply(sum, constant[rows], data);
-        }
         const int tile = (plane * BLOCKS + member) * BLOCKS + x;
-        store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + tile) * kTileEntries, lane);
+        store_fragment(sum[x], image + (parity * Images::kTiles + tile) * kTileEntries, lane);
       }
+    }
   }
 
   // The same where the warp has all row frequencies.
-  __device__ void inverse_own_columns(const Fragment (&w)[kOwned][kPlanes][BLOCKS]) const {
-    typename Inverse::Tile constant[kOwned];
+  __device__ void inverse_own_columns(const Fragment (&w)[kOwned][BLOCKS][kPlanes]) const {
+    typename Inverse::Constant constant[kOwned];
 #pragma unroll
     for (int rows = 0; rows < kOwned; ++rows) constant[rows] = basis.inverse(0, parity >> 1, rows, 0);
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      auto sum = Inverse::start(Fragment{});
+      Fragment sum{};
 #pragma unroll
       for (int rows = 0; rows < kOwned; ++rows)
-        Inverse::multiply(sum, constant[rows], Inverse::data(w[rows][plane][0]));
-      store_fragment(Inverse::finish(sum), image + (parity * Images::kTiles + plane) * kTileEntries, lane);
+        Inverse::multiply(sum, constant[rows], Inverse::data(w[rows][0][plane]));
+      store_fragment(sum, image + (parity * Images::kTiles + plane) * kTileEntries, lane);
     }
   }
 
@@ -289,8 +297,8 @@ struct FusedProduct {
         Images::send(staging, arguments.gradient, geometry, first_image(turn + 1), arrival);
       }
       if (inverse)
-        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -spectrum_exponent(), arguments.product,
-                      geometry, first_image(turn));
+        Images::write(image, maximum, kCeiling, 0.25f * normalisation(geometry), -spectrum_exponent(),
+                      arguments.product, geometry, first_image(turn));
     }
   }
 
@@ -308,7 +316,7 @@ struct FusedProduct {
 
   // From X, or U where it is exchanged, to W tiles in shared memory and the warps' parts of q.
   __device__ void transform(bool inverse) const {
-    Fragment w[kOwned][kPlanes][BLOCKS] = {};
+    Fragment w[kOwned][BLOCKS][kPlanes] = {};
     float form[IMAGES] = {};
     through_spectrum(w, form, inverse);
 #pragma unroll
@@ -325,7 +333,7 @@ struct FusedProduct {
       for (int plane = 0; plane < kPlanes; ++plane)
 #pragma unroll
         for (int x = 0; x < BLOCKS; ++x)
-          store_tile(Inverse::data(w[owned][plane][x]), exchange + exchange_tile(plane, member * kOwned + owned, x),
+          store_tile(Inverse::data(w[owned][x][plane]), exchange + exchange_tile(plane, member * kOwned + owned, x),
                      lane);
   }
 
@@ -345,7 +353,7 @@ template <class FUSED>
 __global__ void __launch_bounds__(FUSED::kThreads, FUSED::kResidentBlocks)
     fused_product(const __grid_constant__ ProductArguments arguments) {
   SGR_SHARED_MEMORY(shared);
-  FUSED fused(shared);
+  FUSED fused(shared, arguments);
   fused.run(arguments);
 }
 

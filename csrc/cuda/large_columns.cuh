@@ -40,56 +40,68 @@ struct LargeColumns {
     return transformed + ((parity * CHANNELS + channel) * t_tiles + t) * kTileEntries;
   }
 
-  // X of the parities, times scale: rows t, columns s. PAIRS: where two columns are one aligned access. What lies
-  // outside of the half image meets constants that are zero, so that a pixel at its edge may stand for it.
-  template <bool PAIRS, class Element>
-  __device__ void read_tile(Fragment (&x)[kParities], const Element* plane, int t_tile, int s_tile, float scale) const {
+  // Where the lines of a t tile begin at the right of the centre, [i][below the centre]. What lies outside of the half
+  // image meets constants that are zero, so that a pixel at its edge may stand for it.
+  template <class Element>
+  struct Lines {
+    const Element* start[2][2];
+    float lower_scale[2];  // 0 for the middle line of an odd number, which has no mirror image
+  };
+  template <class Element>
+  __device__ Lines<Element> lines_of(const Element* plane, int t_tile, float scale) const {
     const Geometry& geometry = arguments.geometry;
     const int half_height = (geometry.height + 1) / 2, half_width = (geometry.width + 1) / 2;
-    const int line = static_cast<int>(arguments.gradient.stride[2]),
-              step = static_cast<int>(arguments.gradient.stride[3]);
+    const int64_t line = arguments.gradient.stride[2], step = arguments.gradient.stride[3];
+    Lines<Element> lines;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int t = min(kTile * t_tile + lane_row(lane, i), half_height - 1);
-      const bool has_lower = half_height + t < geometry.height;  // the middle line of an odd number has no mirror image
-      const Element* upper = plane + (half_height - 1 - t) * line;
-      const Element* lower = has_lower ? plane + (half_height + t) * line : upper;
-      const float lower_scale = has_lower ? scale : 0.0f;
+      const bool has_lower = half_height + t < geometry.height;
+      lines.start[i][0] = kept(plane + (half_height - 1 - t) * line + half_width * step);
+      lines.start[i][1] = kept(plane + (has_lower ? half_height + t : half_height - 1 - t) * line + half_width * step);
+      lines.lower_scale[i] = has_lower ? scale : 0.0f;
+    }
+    return lines;
+  }
+
+  // X of the parities, times scale: rows t, columns s. PAIRS: where two columns are one aligned access.
+  template <bool PAIRS, class Element>
+  __device__ void read_tile(Fragment (&x)[kParities], const Lines<Element>& lines, int s_tile, float scale) const {
+    const Geometry& geometry = arguments.geometry;
+    const int half_width = (geometry.width + 1) / 2;
+    const int step = static_cast<int>(arguments.gradient.stride[3]);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < 2; ++n) {
+      const int first = min(kTile * s_tile + lane_column(lane, n, 0), half_width - (PAIRS ? 2 : 1));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
         float right[2][2], left[2][2];  // [lower][j]
-        if constexpr (PAIRS) {
-          const int s = min(kTile * s_tile + lane_column(lane, n, 0), half_width - 2);
 #pragma unroll
-          for (int low = 0; low < 2; ++low) {
-            const Element* row = low ? lower : upper;
-            const float2 right_pair = *reinterpret_cast<const float2*>(row + (half_width + s));
-            const float2 left_pair = *reinterpret_cast<const float2*>(row + (half_width - 2 - s));
+        for (int low = 0; low < 2; ++low) {
+          const Element* start = lines.start[i][low];
+          if constexpr (PAIRS) {
+            const float2 right_pair = *reinterpret_cast<const float2*>(start + first);
+            const float2 left_pair = *reinterpret_cast<const float2*>(start - 2 - first);
             right[low][0] = right_pair.x, right[low][1] = right_pair.y;
             left[low][0] = left_pair.y, left[low][1] = left_pair.x;
-          }
-        } else {
+          } else {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int s = min(kTile * s_tile + lane_column(lane, n, j), half_width - 1);
-            const bool has_right = half_width + s < geometry.width;
-#pragma unroll
-            for (int low = 0; low < 2; ++low) {
-              const Element* row = low ? lower : upper;
-              left[low][j] = widen(row[(half_width - 1 - s) * step]);
-              right[low][j] = has_right ? widen(row[(half_width + s) * step]) : 0.0f;
+            for (int j = 0; j < 2; ++j) {
+              const int s = min(first + j, half_width - 1);
+              left[low][j] = widen(start[(-1 - s) * step]);
+              right[low][j] = half_width + s < geometry.width ? widen(start[s * step]) : 0.0f;
             }
           }
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float lower_even = (right[1][j] + left[1][j]) * lower_scale;
-          const float lower_odd = (right[1][j] - left[1][j]) * lower_scale;
-          const float upper_even = (right[0][j] + left[0][j]) * scale, upper_odd = (right[0][j] - left[0][j]) * scale;
-          x[0].at(n, i, j) = lower_even + upper_even;
-          x[1].at(n, i, j) = lower_odd + upper_odd;
-          x[2].at(n, i, j) = lower_even - upper_even;
-          x[3].at(n, i, j) = lower_odd - upper_odd;
+          const float lower_even = (right[1][j] + left[1][j]) * lines.lower_scale[i];
+          const float lower_odd = (right[1][j] - left[1][j]) * lines.lower_scale[i];
+          const float upper_even = right[0][j] + left[0][j], upper_odd = right[0][j] - left[0][j];
+          x[0].at(n, i, j) = lower_even + upper_even * scale;
+          x[1].at(n, i, j) = lower_odd + upper_odd * scale;
+          x[2].at(n, i, j) = lower_even - upper_even * scale;
+          x[3].at(n, i, j) = lower_odd - upper_odd * scale;
         }
       }
     }
@@ -107,25 +119,27 @@ struct LargeColumns {
     const int64_t sample = arguments.first + image;
     const float scale = power_of_two(large_image_exponent(arguments, sample));
     const float half_scale = power_of_two(-halved(arguments.geometry.columns));
-    const uint32_t* constants = arguments.row_forward + l_tile * s_tiles * kTileEntries;
+    const ConstantLine<Forward> constants[2] = {
+        {arguments.row_forward, 2 * l_tiles * s_tiles, l_tile * s_tiles, 1, lane},
+        {arguments.row_forward, 2 * l_tiles * s_tiles, (l_tiles + l_tile) * s_tiles, 1, lane}};
 #pragma unroll 1
     for (int task = warp; task < CHANNELS * t_tiles; task += kLargeWarps) {
       const int channel = task % CHANNELS, t = task / CHANNELS;
       const Element* plane = data + sample * arguments.gradient.stride[0] + channel * arguments.gradient.stride[1];
+      const Lines<Element> lines = lines_of(plane, t, scale);
       Fragment sum[kParities] = {};
 #pragma unroll 1
       for (int s = 0; s < s_tiles; ++s) {
         Fragment x[kParities];
-        read_tile<PAIRS>(x, plane, t, s, scale);
+        read_tile<PAIRS>(x, lines, s, scale);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          typename Forward::Tile constant;
-          load_tile(constant, constants + (r * l_tiles * s_tiles + s) * kTileEntries, lane);
+          const typename Forward::Constant constant = constants[r].at(s);
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
-            auto product = Forward::start(Fragment{});
+            Fragment product{};
             Forward::multiply(product, constant, Forward::data(x[2 * p + r]));
-            sum[2 * p + r] += Forward::finish(product);
+            sum[2 * p + r] += product;
           }
         }
       }
@@ -140,18 +154,18 @@ struct LargeColumns {
   // Y of a parity and one k tile, into shared memory; the lane's part of z' Lambda z is returned.
   __device__ float mix(int parity, int k, uint32_t* target) const {
     Fragment z[CHANNELS] = {}, y[CHANNELS] = {};
+    const ConstantLine<Forward> constants(arguments.column_forward, 2 * k_tiles * t_tiles,
+                                          ((parity >> 1) * k_tiles + k) * t_tiles, 1, lane);
 #pragma unroll 1
     for (int t = 0; t < t_tiles; ++t) {
-      typename Forward::Tile constant;
-      load_tile(constant, arguments.column_forward + (((parity >> 1) * k_tiles + k) * t_tiles + t) * kTileEntries,
-                lane);
+      const typename Forward::Constant constant = constants.at(t);
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
         typename Forward::Tile u;
         load_tile(u, transformed_tile(parity, c, t), lane);
-        auto product = Forward::start(Fragment{});
+        Fragment product{};
         Forward::multiply(product, u, constant);
-        z[c] += Forward::finish(product);
+        z[c] += product;
       }
     }
     const float* tile = arguments.spectrum_tiles + (l_tile * k_tiles + k) * kTileEntries;
@@ -206,23 +220,18 @@ struct LargeColumns {
       if (!inverse) continue;
 #pragma unroll 1
       for (int step = 0; step < 2 && k + step < k_tiles; ++step) {
+        const ConstantLine<Inverse> constants(arguments.column_inverse, 2 * t_tiles * k_tiles,
+                                              ((parity >> 1) * t_tiles + first + member) * k_tiles + k + step,
+                                              2 * k_tiles, lane);
         typename Inverse::Tile data[CHANNELS];
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) load_tile(data[c], y + (step * CHANNELS + c) * kTileEntries, lane);
 #pragma unroll
         for (int i = 0; i < kLargeTiles / 2; ++i) {
-          const int t = first + 2 * i + member;
-          if (t >= t_tiles) continue;
-          typename Inverse::Tile constant;
-          load_tile(constant,
-                    arguments.column_inverse + (((parity >> 1) * t_tiles + t) * k_tiles + k + step) * kTileEntries,
-                    lane);
+          if (first + 2 * i + member >= t_tiles) continue;
+          const typename Inverse::Constant constant = constants.at(i);
 #pragma unroll
-          for (int c = 0; c < CHANNELS; ++c) {
-            auto product = Inverse::start(sum[i][c]);
-            Inverse::multiply(product, constant, data[c]);
-            sum[i][c] = Inverse::finish(product);
-          }
+          for (int c = 0; c < CHANNELS; ++c) Inverse::multiply(sum[i][c], constant, data[c]);
         }
       }
     }

@@ -29,12 +29,12 @@ __host__ __device__ inline int halved(int64_t frequencies) {
 
 // cos and sin((t + 1/2) theta_k), split, as tiles [parity][row tile][column tile]. by_frequency: rows are frequencies,
 // columns pixels; as_data: as the second operand.
-template <class FORWARD>
+template <class FORMAT>
 std::vector<uint32_t> large_basis(int pixels, int frequencies, bool by_frequency, bool as_data) {
   const int half = (pixels + 1) / 2;
   const int rows = tiles_of(by_frequency ? frequencies : half), columns = tiles_of(by_frequency ? half : frequencies);
   const Angles angles(2 * frequencies);
-  return constant_tiles<FORWARD>(2 * rows * columns, as_data, [&](int index, int row, int column) {
+  return constant_tiles<FORMAT>(2 * rows * columns, as_data, [&](int index, int row, int column) {
     row += kTile * (index / columns % rows);
     column += kTile * (index % columns);
     const int64_t k = by_frequency ? row : column, t = by_frequency ? column : row;
@@ -43,6 +43,23 @@ std::vector<uint32_t> large_basis(int pixels, int frequencies, bool by_frequency
     return index / (rows * columns) ? angles.sine(m) : angles.cosine(m);
   });
 }
+
+// Tiles of a large_basis of `count` tiles, from the one at `first` on, `step` apart.
+template <class FORMAT>
+struct ConstantLine {
+  ConstantTiles from;
+  int step;
+
+  __device__ ConstantLine(const uint32_t* basis, int count, int first, int step_of_tiles, int lane)
+      : from{kept(basis + first * FORMAT::kWords * kWarp + pair_offset(lane, 0, 0)),
+             kept(basis + count * kTileEntries + first * (kTileEntries / 2) + pair_offset(lane, 0, 0))},
+        step(step_of_tiles) {}
+  __device__ typename FORMAT::Constant at(int index) const {
+    typename FORMAT::Constant constant;
+    load_constant(constant, from, index * step, 0);
+    return constant;
+  }
+};
 
 struct LargeArguments {
   ImageView gradient, product;
@@ -94,16 +111,27 @@ __global__ void largest_magnitudes(LargeArguments arguments) {
   } else {
     const int64_t image = (blockIdx.x - kMagnitudeBlocks) / kImageBlocks;
     const ImageView& view = arguments.gradient;
-    with_elements<float>(view, [&](const auto* data) {
-      const int part = (blockIdx.x - kMagnitudeBlocks) % kImageBlocks, warps = threads / kWarp;
-      for (int line = part * warps + thread / kWarp; line < CHANNELS * geometry.height; line += kImageBlocks * warps) {
-        const auto* pixels = data + image * view.stride[0] + line / geometry.height * view.stride[1] +
-                             line % geometry.height * view.stride[2];
-#pragma unroll 8
-        for (int x = thread % kWarp; x < geometry.width; x += kWarp)
-          largest = fmaxf(largest, fabsf(widen(pixels[x * view.stride[3]])));
+    const int part = (blockIdx.x - kMagnitudeBlocks) % kImageBlocks, warps = threads / kWarp;
+    if (view.dense) {
+      const int vectors = CHANNELS * geometry.height * geometry.width / 4, step = kImageBlocks * threads;
+      const float* first = static_cast<const float*>(view.data) + image * view.stride[0];
+#pragma unroll 4
+      for (int i = part * threads + thread; i < vectors; i += step) {
+        const float4 four = reinterpret_cast<const float4*>(first)[i];
+        largest = fmaxf(fmaxf(largest, fabsf(four.x)), fmaxf(fabsf(four.y), fmaxf(fabsf(four.z), fabsf(four.w))));
       }
-    });
+    } else {
+      with_elements<float>(view, [&](const auto* data) {
+        for (int line = part * warps + thread / kWarp; line < CHANNELS * geometry.height;
+             line += kImageBlocks * warps) {
+          const auto* pixels = data + image * view.stride[0] + line / geometry.height * view.stride[1] +
+                               line % geometry.height * view.stride[2];
+#pragma unroll 8
+          for (int x = thread % kWarp; x < geometry.width; x += kWarp)
+            largest = fmaxf(largest, fabsf(widen(pixels[x * view.stride[3]])));
+        }
+      });
+    }
   }
   raise_maximum(maximum, largest);
   __syncthreads();

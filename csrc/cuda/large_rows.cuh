@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_rows(const __grid_cons
   const int l_tiles = tiles_of(geometry.columns), s_tiles = half_tiles(geometry.width);
   const int lines = static_cast<int>(arguments.images) * geometry.channels * geometry.height;
   const int first_line = (static_cast<int>(blockIdx.x) * kLargeWarps + warp) * kTile, pitch = l_tiles * kTile;
+  const int first_tile = static_cast<int>(blockIdx.y) * kRowTiles;
   if (first_line >= lines) return;
   const float* source[2];
 #pragma unroll
@@ -36,15 +37,13 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_rows(const __grid_cons
           t.at(n, i, 0) = pair.x, t.at(n, i, 1) = pair.y;
         }
       const typename INVERSE::Tile data = INVERSE::data(t);
+      const ConstantLine<INVERSE> constants(arguments.row_inverse, 2 * s_tiles * l_tiles,
+                                            (r * s_tiles + first_tile) * l_tiles + l_tile, l_tiles, lane);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        const int s = static_cast<int>(blockIdx.y) * kRowTiles + i;
-        if (s >= s_tiles) continue;
-        typename INVERSE::Tile constant;
-        load_tile(constant, arguments.row_inverse + ((r * s_tiles + s) * l_tiles + l_tile) * kTileEntries, lane);
-        auto product = INVERSE::start(sum[r][i]);
-        INVERSE::multiply(product, constant, data);
-        sum[r][i] = INVERSE::finish(product);
+        if (first_tile + i >= s_tiles) continue;
+        const typename INVERSE::Constant constant = constants.at(i);
+        INVERSE::multiply(sum[r][i], constant, data);
       }
     }
 
@@ -53,6 +52,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_rows(const __grid_cons
   const float factor = 1.0f / (static_cast<float>(geometry.rows) * geometry.columns);
   with_elements<float>(arguments.product, [&](auto* data) {
     const int64_t (&stride)[4] = arguments.product.stride;
+    const int step = static_cast<int>(stride[3]);
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
       const int n = column / 2, j = column % 2, line = first_line + lane_column(lane, n, j);
@@ -60,17 +60,17 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_rows(const __grid_cons
       if (line >= lines) continue;
       const int64_t image = arguments.first + plane / geometry.channels;
       const PowerOfTwo unscale(exponent - large_image_exponent(arguments, image));
-      auto* target =
-          data + image * stride[0] + plane % geometry.channels * stride[1] + line % geometry.height * stride[2];
+      const float scale = factor * unscale.first;
+      auto* centre = kept(data + image * stride[0] + plane % geometry.channels * stride[1] +
+                          line % geometry.height * stride[2] + half_width * stride[3]);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          const int s = kTile * (static_cast<int>(blockIdx.y) * kRowTiles + i) + lane_row(lane, row);
+          const int s = kTile * (first_tile + i) + lane_row(lane, row);
           const float even = sum[0][i].at(n, row, j), odd = sum[1][i].at(n, row, j);
-          if (half_width + s < geometry.width)
-            narrow(unscale * ((even + odd) * factor), target[(half_width + s) * stride[3]]);
-          if (s < half_width) narrow(unscale * ((even - odd) * factor), target[(half_width - 1 - s) * stride[3]]);
+          if (half_width + s < geometry.width) narrow((even + odd) * scale * unscale.second, centre[s * step]);
+          if (s < half_width) narrow((even - odd) * scale * unscale.second, centre[(-1 - s) * step]);
         }
     }
   });

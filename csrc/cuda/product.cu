@@ -14,8 +14,8 @@ void compute(const Tensor& gradient, const Tensor& spectrum, const float* arrang
   CudaLauncher launcher(gradient);
   const ImageView target = product ? view_of(*product) : ImageView{nullptr, element_of(gradient), {}};
   T* q = quadratic ? static_cast<T*>(quadratic->mutable_data_ptr()) : nullptr;
-  compute_product(launcher, view_of(gradient), spectrum_view<T>(spectrum), arranged, target, q,
-                  quadratic != nullptr, parse_precision(precision), geometry_of(shape));
+  compute_product(launcher, view_of(gradient), spectrum_view<T>(spectrum), arranged, target, q, quadratic != nullptr,
+                  parse_precision(precision), geometry_of(shape));
 }
 
 void compute(const Tensor& gradient, const Tensor& spectrum, const Tensor* product, const Tensor* quadratic,
@@ -36,11 +36,10 @@ Tensor product(const Tensor& gradient, const Tensor& spectrum, const std::string
 
 // The spectrum of a symmetric matrix in the fused kernels' order, of images of (height, width) pixels.
 void arrange(const Tensor& spectrum, const Tensor& arranged, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(spectrum.dim() == 4 && spectrum.size(0) == spectrum.size(1) &&
-                      spectrum.scalar_type() == ScalarType::Float,
-                  "spectrum: expected float32 of shape (C, C, Fh, Fw), got shape ", shape_of(spectrum));
-  const Geometry geometry = geometry_of(
-      {1, spectrum.size(0), height, width, spectrum.size(2), spectrum.size(3), 1});
+  STD_TORCH_CHECK(
+      spectrum.dim() == 4 && spectrum.size(0) == spectrum.size(1) && spectrum.scalar_type() == ScalarType::Float,
+      "spectrum: expected float32 of shape (C, C, Fh, Fw), got shape ", shape_of(spectrum));
+  const Geometry geometry = geometry_of({1, spectrum.size(0), height, width, spectrum.size(2), spectrum.size(3), 1});
   CudaLauncher launcher(spectrum);
   compute_arranged(launcher, spectrum_view<float>(spectrum), geometry, arranged_of(arranged, spectrum, geometry));
 }

@@ -29,11 +29,27 @@ constexpr int64_t kMaximumGroups = 12;         // of partials that are summed wh
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// action(N), N == number known when this is compiled, if there is one from 1 to MOST; otherwise false.
+template <int MOST, class Action>
+bool with_number(int number, Action action) {
+  if (number == MOST) return action(std::integral_constant<int, MOST>{});
+  if constexpr (MOST > 1) return with_number<MOST - 1>(number, action);
+  return false;
+}
+
 // Blocks of the fused kernels for these sizes, 1 or 2; 0 where the staged path must serve.
 inline int fused_blocks(const Geometry& geometry) {
   const int largest = std::max({geometry.height, geometry.width, geometry.rows, geometry.columns});
   if (geometry.channels > 4 || largest > 4 * kTile) return 0;
   return largest > 2 * kTile ? 2 : 1;
+}
+
+// action(channels, blocks) of a fused kernel; false where the staged path must serve.
+template <class Action>
+bool with_fused_sizes(const Geometry& geometry, Action action) {
+  return with_number<4>(geometry.channels, [&](auto channels) {
+    return with_number<2>(fused_blocks(geometry), [&](auto blocks) { return action(channels, blocks); });
+  });
 }
 
 template <class BASIS, class LAUNCHER>
@@ -57,21 +73,12 @@ inline int64_t arranged_words(const Geometry& geometry) {
   return tiles == 0 ? 0 : pairs * tiles * tiles * kTileEntries + 4;
 }
 
-template <int CHANNELS, class LAUNCHER>
-void arrange_channels(LAUNCHER& launcher, const SpectrumView<float>& spectrum, const Geometry& geometry, float* tiles) {
-  if (fused_blocks(geometry) == 1)
-    launch_arrange<CHANNELS, 1, true>(launcher, spectrum, geometry, tiles);
-  else
-    launch_arrange<CHANNELS, 2, true>(launcher, spectrum, geometry, tiles);
-}
-
 // Writes arranged_words(geometry) > 0 words, for compute_product's calls to share.
 template <class LAUNCHER>
 void compute_arranged(LAUNCHER& launcher, const SpectrumView<float>& spectrum, const Geometry& geometry, float* tiles) {
-  constexpr void (*kArrange[])(LAUNCHER&, const SpectrumView<float>&, const Geometry&, float*) = {
-      arrange_channels<1, LAUNCHER>, arrange_channels<2, LAUNCHER>, arrange_channels<3, LAUNCHER>,
-      arrange_channels<4, LAUNCHER>};
-  kArrange[geometry.channels - 1](launcher, spectrum, geometry, tiles);
+  with_fused_sizes(geometry, [&](auto channels, auto blocks) {
+    return launch_arrange<channels, blocks, true>(launcher, spectrum, geometry, tiles) != nullptr;
+  });
 }
 
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
@@ -88,44 +95,22 @@ bool launch_fused_product(LAUNCHER& launcher, ProductArguments arguments, const 
   return true;
 }
 
-// What a fused kernel serves: images of up to 32 `blocks` pixels a side, `images` of them per block of threads.
-template <class LAUNCHER>
-struct FusedProductRow {
-  int channels;
-  bool symmetric;
-  int blocks, images;
-  bool (*launch)(LAUNCHER&, ProductArguments, const SpectrumView<float>&);
-};
-
-template <class PRECISION, int CHANNELS, bool SYMMETRIC, int BLOCKS, int IMAGES, class LAUNCHER>
-constexpr FusedProductRow<LAUNCHER> fused_product_row() {
-  return {CHANNELS, SYMMETRIC, BLOCKS, IMAGES,
-          launch_fused_product<PRECISION, CHANNELS, SYMMETRIC, BLOCKS, IMAGES, LAUNCHER>};
-}
-
-// Launches the first row that serves. Several images per block share the constants' way through registers; they are
-// worth it once every multiprocessor has a block. A single channel is its own symmetric part.
+// Several images per block share the constants' way through registers; they are worth it once every multiprocessor has
+// a block. A single channel is its own symmetric part.
 template <class P, class LAUNCHER>
 bool fused_product_of(LAUNCHER& launcher, const ProductArguments& arguments, const SpectrumView<float>& spectrum,
                       bool symmetric) {
-  using L = LAUNCHER;
-  static constexpr FusedProductRow<L> kRows[] = {
-      fused_product_row<P, 1, true, 1, 3, L>(),  fused_product_row<P, 1, true, 1, 1, L>(),
-      fused_product_row<P, 1, true, 2, 2, L>(),  fused_product_row<P, 1, true, 2, 1, L>(),
-      fused_product_row<P, 2, true, 1, 1, L>(),  fused_product_row<P, 2, true, 2, 1, L>(),
-      fused_product_row<P, 2, false, 1, 1, L>(), fused_product_row<P, 2, false, 2, 1, L>(),
-      fused_product_row<P, 3, true, 1, 1, L>(),  fused_product_row<P, 3, true, 2, 1, L>(),
-      fused_product_row<P, 3, false, 1, 1, L>(), fused_product_row<P, 3, false, 2, 1, L>(),
-      fused_product_row<P, 4, true, 1, 1, L>(),  fused_product_row<P, 4, true, 2, 1, L>(),
-      fused_product_row<P, 4, false, 1, 1, L>(), fused_product_row<P, 4, false, 2, 1, L>(),
-  };
   const Geometry& geometry = arguments.geometry;
-  for (const FusedProductRow<L>& row : kRows)
-    if (row.channels == geometry.channels && row.blocks == fused_blocks(geometry) &&
-        row.symmetric == (symmetric || row.channels == 1) &&
-        (row.images == 1 || geometry.batch >= row.images * static_cast<int64_t>(launcher.multiprocessors)))
-      return row.launch(launcher, arguments, spectrum);
-  return false;
+  return with_fused_sizes(geometry, [&](auto channels, auto blocks) {
+    if constexpr (channels == 1) {
+      constexpr int kImages = 4 - blocks;
+      if (geometry.batch >= kImages * static_cast<int64_t>(launcher.multiprocessors))
+        return launch_fused_product<P, 1, true, blocks, kImages>(launcher, arguments, spectrum);
+    } else {
+      if (!symmetric) return launch_fused_product<P, channels, false, blocks, 1>(launcher, arguments, spectrum);
+    }
+    return launch_fused_product<P, channels, true, blocks, 1>(launcher, arguments, spectrum);
+  });
 }
 
 // An accumulation that ends with sums by groups of blocks and those of the images, for `update_covariance`.
@@ -152,8 +137,8 @@ bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments argu
     groups->groups = static_cast<int>(ceil_divide(blocks, arguments.group));
     arguments.arrivals = groups->arrivals;
     arguments.mean_partial = launcher.template workspace<float>(blocks * pixels);
-    groups->sums = arguments.sums = launcher.template workspace<float>(
-        int64_t{groups->groups} * Layout::kPairs * geometry.rows * geometry.columns);
+    groups->sums = arguments.sums =
+        launcher.template workspace<float>(int64_t{groups->groups} * Layout::kPairs * geometry.rows * geometry.columns);
     groups->mean_sums = arguments.mean_sums = launcher.template workspace<float>(groups->groups * pixels);
   }
   launcher.launch(fused_cross_spectrum<Fused>, blocks, Fused::kParts, Fused::kThreads, Fused::kSharedBytes, arguments);
@@ -167,33 +152,30 @@ bool launch_fused_cross_spectrum(LAUNCHER& launcher, CrossSpectrumArguments argu
 template <class PRECISION, class LAUNCHER>
 bool fused_cross_spectrum_of(LAUNCHER& launcher, const CrossSpectrumArguments& arguments, float* result,
                              GroupSums* groups) {
-  using L = LAUNCHER;
-  static constexpr bool (*kLaunch[2][4])(L&, CrossSpectrumArguments, float*, GroupSums*) = {
-      {launch_fused_cross_spectrum<PRECISION, 1, 1, L>, launch_fused_cross_spectrum<PRECISION, 2, 1, L>,
-       launch_fused_cross_spectrum<PRECISION, 3, 1, L>, launch_fused_cross_spectrum<PRECISION, 4, 1, L>},
-      {launch_fused_cross_spectrum<PRECISION, 1, 2, L>, launch_fused_cross_spectrum<PRECISION, 2, 2, L>,
-       launch_fused_cross_spectrum<PRECISION, 3, 2, L>, launch_fused_cross_spectrum<PRECISION, 4, 2, L>}};
-  const int blocks = fused_blocks(arguments.geometry);
-  return blocks > 0 && kLaunch[blocks - 1][arguments.geometry.channels - 1](launcher, arguments, result, groups);
+  return with_fused_sizes(arguments.geometry, [&](auto channels, auto blocks) {
+    return launch_fused_cross_spectrum<PRECISION, channels, blocks>(launcher, arguments, result, groups);
+  });
 }
 
 template <class PRECISION, int CHANNELS, bool SYMMETRIC, class LAUNCHER>
 bool launch_large_product(LAUNCHER& launcher, LargeArguments arguments, float* quadratic) {
   using Columns = LargeColumns<PRECISION, CHANNELS, SYMMETRIC>;
   using Forward = typename PRECISION::Forward;
+  using Inverse = typename PRECISION::Inverse;
   const Geometry& geometry = arguments.geometry;
   const int l_tiles = tiles_of(geometry.columns), k_tiles = tiles_of(geometry.rows);
   const int shared = Columns::shared_bytes(half_tiles(geometry.height));
   if (shared > launcher.shared_limit) return false;
-  const auto basis = [&](int64_t kind, int pixels, int frequencies, bool by_frequency, bool as_data) {
-    return launcher.template constants<uint32_t>({4 * Forward::kKind + kind, pixels, frequencies}, [&] {
-      return large_basis<Forward>(pixels, frequencies, by_frequency, as_data);
+  const auto basis = [&](auto format, int64_t kind, int pixels, int frequencies, bool by_frequency, bool as_data) {
+    using Format = decltype(format);
+    return launcher.template constants<uint32_t>({4 * Format::kKind + kind, pixels, frequencies}, [&] {
+      return large_basis<Format>(pixels, frequencies, by_frequency, as_data);
     });
   };
-  arguments.row_forward = basis(0, geometry.width, geometry.columns, true, false);
-  arguments.column_forward = basis(1, geometry.height, geometry.rows, true, true);
-  arguments.column_inverse = basis(2, geometry.height, geometry.rows, false, false);
-  arguments.row_inverse = basis(2, geometry.width, geometry.columns, false, false);
+  arguments.row_forward = basis(Forward{}, 0, geometry.width, geometry.columns, true, false);
+  arguments.column_forward = basis(Forward{}, 1, geometry.height, geometry.rows, true, true);
+  arguments.column_inverse = basis(Inverse{}, 2, geometry.height, geometry.rows, false, false);
+  arguments.row_inverse = basis(Inverse{}, 2, geometry.width, geometry.columns, false, false);
   const int64_t pairs = SYMMETRIC ? CHANNELS * (CHANNELS + 1) / 2 : CHANNELS * CHANNELS;
   const int64_t magnitudes = kMagnitudeBlocks + geometry.batch * kImageBlocks;
   arguments.magnitudes = launcher.template workspace<unsigned>(magnitudes);
@@ -225,14 +207,11 @@ bool launch_large_product(LAUNCHER& launcher, LargeArguments arguments, float* q
 
 template <class P, class LAUNCHER>
 bool large_product_of(LAUNCHER& launcher, const LargeArguments& arguments, float* quadratic, bool symmetric) {
-  using L = LAUNCHER;
-  static constexpr bool (*kLaunch[3][2])(L&, LargeArguments, float*) = {
-      {launch_large_product<P, 1, true, L>, launch_large_product<P, 1, true, L>},
-      {launch_large_product<P, 2, false, L>, launch_large_product<P, 2, true, L>},
-      {launch_large_product<P, 3, false, L>, launch_large_product<P, 3, true, L>}};
-  const Geometry& geometry = arguments.geometry;
-  if (geometry.channels > 3) return false;
-  return kLaunch[geometry.channels - 1][symmetric](launcher, arguments, quadratic);
+  return with_number<3>(arguments.geometry.channels, [&](auto channels) {
+    if constexpr (channels > 1)
+      if (!symmetric) return launch_large_product<P, channels, false>(launcher, arguments, quadratic);
+    return launch_large_product<P, channels, true>(launcher, arguments, quadratic);
+  });
 }
 
 template <class PRODUCT, class LAUNCHER>
@@ -366,12 +345,12 @@ void with_product_of(Precision precision, Action action) {
 // `arranged` is null or what compute_arranged wrote, of a symmetric matrix.
 template <class T, class LAUNCHER>
 void compute_product(LAUNCHER& launcher, const ImageView& gradient, const SpectrumView<T>& spectrum,
-                     const float* arranged, const ImageView& product, T* quadratic, bool symmetric,
-                     Precision precision, const Geometry& geometry) {
+                     const float* arranged, const ImageView& product, T* quadratic, bool symmetric, Precision precision,
+                     const Geometry& geometry) {
   if constexpr (std::is_same_v<T, float>) {
     if (spectrum.parts == 1) {
-      const ProductArguments arguments{examined(gradient, geometry), examined(product, geometry), quadratic, arranged,
-                                       nullptr, geometry};
+      const ProductArguments arguments{
+          examined(gradient, geometry), examined(product, geometry), quadratic, arranged, nullptr, geometry};
       constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, const SpectrumView<float>&, bool) = {
           fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
       if (kFused[static_cast<int>(precision)](launcher, arguments, spectrum, symmetric || arranged)) return;

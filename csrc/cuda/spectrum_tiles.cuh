@@ -45,8 +45,8 @@ struct SpectrumPlace {
   __device__ int position(const Geometry& geometry) const { return k * geometry.columns + l; }
 };
 
-// Tiles [pair][row block][column block] of floats, zero in padded slots, and their exponent, four times. SYMMETRIC: the symmetric part in
-// the channels, of which the pairs c <= c' are kept.
+// Tiles [pair][row block][column block] of floats, zero in padded slots, and their exponent, four times. SYMMETRIC: the
+// symmetric part in the channels, of which the pairs c <= c' are kept.
 template <int CHANNELS, int BLOCKS, bool SYMMETRIC>
 struct SpectrumTiles {
   using Axis = FrequencyAxis<BLOCKS>;
@@ -64,8 +64,8 @@ struct SpectrumTiles {
     return SYMMETRIC ? c * CHANNELS - c * (c - 1) / 2 + d - c : c * CHANNELS + d;
   }
 
-  // Writes the tiles of `block` of `blocks`, times 2^exponent, and the exponent behind all tiles; `maximum` is in shared
-  // memory. Each block finds the maximum of the whole spectrum for itself, which saves a launch.
+  // Writes the tiles of `block` of `blocks`, times 2^exponent, and the exponent behind all tiles; `maximum` is in
+  // shared memory. Each block finds the maximum of the whole spectrum for itself, which saves a launch.
   __device__ static void arrange(const SpectrumView<float>& spectrum, const Geometry& geometry, unsigned* maximum,
                                  int block, int blocks, float* tiles) {
     const auto entry = [&](int slot, int c, int d) {

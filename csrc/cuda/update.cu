@@ -30,8 +30,8 @@ Binning parse_binning(const std::string& binning) {
 
 void update(const Tensor& perturbation, const Tensor& values, const Tensor& mean, const Tensor& scale,
             const Tensor& table, const Tensor& spectrum, const Tensor& updates, const Tensor& skipped,
-            const Tensor& arrivals, const Tensor& arranged, const std::string& binning, double decay, double target_variance, bool clip,
-            const std::string& precision) {
+            const Tensor& arrivals, const Tensor& arranged, const std::string& binning, double decay,
+            double target_variance, bool clip, const std::string& precision) {
   check_images("perturbation", perturbation);
   const int64_t channels = perturbation.size(1), height = perturbation.size(2), width = perturbation.size(3);
   STD_TORCH_CHECK(perturbation.size(0) > 0 && channels <= 4 && height <= 64 && width <= 64 &&
@@ -78,9 +78,9 @@ void update(const Tensor& perturbation, const Tensor& values, const Tensor& mean
   const Geometry geometry = geometry_of(
       {perturbation.size(0), channels, height, width, estimate.spectrum_size[0], estimate.spectrum_size[1], 1});
   if (arranged.size(0) > 0) estimate.arranged = arranged_of(arranged, spectrum, geometry);
-  STD_TORCH_CHECK(
-      compute_update(launcher, view_of(perturbation), estimate, parse_precision(precision), geometry),
-      "perturbation: expected images whose transforms fit the GPU's shared memory, got shape ", shape_of(perturbation));
+  STD_TORCH_CHECK(compute_update(launcher, view_of(perturbation), estimate, parse_precision(precision), geometry),
+                  "perturbation: expected images whose transforms fit the GPU's shared memory, got shape ",
+                  shape_of(perturbation));
 }
 
 }  // namespace

@@ -22,8 +22,7 @@ struct Estimate {
 // Which bins a displacement falls into.
 inline Cell cell_of(const Estimate& estimate, int row, int column) {
   const int (&bins)[2] = estimate.bins;
-  if (estimate.binning == Binning::kEven)
-    return {row < bins[0] && column < bins[1] ? row * bins[1] + column : -1, 1.0};
+  if (estimate.binning == Binning::kEven) return {row < bins[0] && column < bins[1] ? row * bins[1] + column : -1, 1.0};
   const double distance = std::sqrt(static_cast<double>(row * row + column * column));
   const int below = static_cast<int>(std::floor(estimate.binning == Binning::kRounded ? distance + 0.5 : distance));
   return {below < bins[0] ? below : -1, estimate.binning == Binning::kRounded ? 1.0 : 1.0 - (distance - below)};
@@ -135,10 +134,10 @@ bool compute_update(LAUNCHER& launcher, const ImageView& perturbation, const Est
   arguments.arranged_blocks = fused_blocks(geometry);
   arguments.updates = estimate.updates;
   arguments.skipped = estimate.skipped;
-  constexpr void (*kLaunch[])(LAUNCHER&, UpdateArguments&) = {
-      launch_update<1, LAUNCHER>, launch_update<2, LAUNCHER>, launch_update<3, LAUNCHER>, launch_update<4, LAUNCHER>};
-  kLaunch[geometry.channels - 1](launcher, arguments);
-  return true;
+  return with_number<4>(geometry.channels, [&](auto channels) {
+    launch_update<channels>(launcher, arguments);
+    return true;
+  });
 }
 
 }  // namespace sgr::cuda

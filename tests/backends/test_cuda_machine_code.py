@@ -148,11 +148,11 @@ def test_every_kernel_is_there_for_both_architectures(compiled: list[Kernel]) ->
 
 
 def test_registers_stay_out_of_memory(compiled: list[Kernel]) -> None:
-    """No spills, but for a loop counter of the 64-pixel kernel of three channels and a little more of four."""
+    """No spills, but for a few words of the 64-pixel kernels of four channels, and of three without symmetry."""
     for kernel in compiled:
         allowed = 0
         if kernel.name == "fused_product" and kernel.sizes[2] == 2:
-            allowed = {1: 0, 2: 0, 3: 16, 4: 64}[kernel.sizes[0]]
+            allowed = 16 if kernel.sizes[0] == 4 or (kernel.sizes[0] == 3 and "Lb0E" in kernel.symbol) else 0
         assert kernel.stack <= allowed, kernel
 
 

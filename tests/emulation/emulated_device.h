@@ -310,6 +310,10 @@ inline int __float_as_int(float value) { return emulation::bits_of<int>(value); 
 inline float __uint_as_float(unsigned value) { return emulation::bits_of<float>(value); }
 inline unsigned __float_as_uint(float value) { return emulation::bits_of<unsigned>(value); }
 inline unsigned fresh_thread_index() { return threadIdx.x; }
+template <class T>
+T* kept(T* pointer) {
+  return pointer;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline void raise(unsigned* address, unsigned value) { *address = max(*address, value); }

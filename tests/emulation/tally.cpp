@@ -123,7 +123,17 @@ struct TallyLauncher {
   }
   template <class T, class Build>
   const T* constants(const std::array<int64_t, 3>&, Build build) {
-    return workspace<T>(execute ? build().size() : 1);
+    if constexpr (!std::is_same_v<T, int>) {
+      return workspace<T>(execute ? build().size() : 1);
+    } else {  // how often a loop turns
+      const std::vector<int> values = build();
+      int* memory = reinterpret_cast<int*>(add_buffer(values.size() * sizeof(int)));
+      std::copy(values.begin(), values.end(), memory);
+      std::printf("constants\t%llu", static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(memory)));
+      for (int value : values) std::printf("\t%d", value);
+      std::printf("\n");
+      return memory;
+    }
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks_x, int64_t blocks_y, int threads, int shared_bytes,
