@@ -113,7 +113,8 @@ def test_kernels_keep_to_registers_and_use_tensor_cores(problem: Problem, archit
         # For 10.0, Triton multiplies float64 matrices without tensor cores.
         expected = kernel.name not in WITHOUT_PRODUCTS and (problem.dtype != torch.float64 or architecture < 100)
         assert (products > 0) == expected, kernel
-        assert not set(code.opcodes) & {"ATOM", "ATOMG", "RED", "REDG"}, kernel
+        # Sums have a fixed order; sines, quotients and remainders are constants' business.
+        assert not set(code.opcodes) & {"ATOM", "ATOMG", "RED", "REDG", "MUFU", "I2F", "F2I"}, kernel
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:

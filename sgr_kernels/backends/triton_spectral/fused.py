@@ -196,8 +196,7 @@ def fused_kernel(
 ):
     """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
 
-    The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
-    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses
+    The bases are `plan.split_basis`, 16 frequencies a tile; ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses
     before the loop over parities and hold on to them, for which there are no registers.
     """
     STEP: tl.constexpr = 16
@@ -210,9 +209,9 @@ def fused_kernel(
     lane = tl.arange(0, LANES)[:, None, None]
     column_parity = (lane // BLOCKS) % 2
     t, step = tl.arange(0, T), tl.arange(0, STEP)
-    basis = column_basis + column_parity * (T * COLUMNS)
-    own = (lane % BLOCKS) * 16 + tl.arange(0, 16)[None, :, None]
-    every = tl.arange(0, COLUMNS)[None, None, :]
+    own = lane % (2 * BLOCKS) * (16 * T) + t[None, None, :] * 16 + tl.arange(0, 16)[None, :, None]
+    every = column_parity * (T * COLUMNS) + t[None, :, None] * 16
+    every += (tl.arange(0, COLUMNS) // 16 * (16 * T) + tl.arange(0, COLUMNS) % 16)[None, None, :]
     dtype: tl.constexpr = column_basis.dtype.element_ty
     q = tl.zeros((LANES, 1, 1), tl.float32)
     earlier, v = (), ()
@@ -223,7 +222,7 @@ def fused_kernel(
     for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
         nothing = parity * zero
         size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
-        to_frequency = load_split(basis + nothing, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
+        to_frequency = load_split(column_basis + nothing, own, 2 * T * COLUMNS, TERMS)
         u, unit, w = (), (), ()
         for c in tl.static_range(CHANNELS):
             channel, inverse = transform_columns(
@@ -232,7 +231,7 @@ def fused_kernel(
             u, unit, w = u + (channel,), unit + (inverse * gain,), w + (tl.zeros((LANES, 16, T), tl.float32),)
         row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
         for first in tl.range(0, ROWS, STEP, disable_licm=True):
-            offset = (row_parity * T + t[None, :, None]) * ROWS + first + step[None, None, :]
+            offset = row_parity * (T * ROWS) + first * T + t[None, :, None] * STEP + step[None, None, :]
             a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
             z = ()
             for c in tl.static_range(CHANNELS):
@@ -248,7 +247,7 @@ def fused_kernel(
             if WITH_PRODUCT:
                 w = sums
         if WITH_PRODUCT:
-            to_pixels = load_split(basis + nothing, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
+            to_pixels = load_split(column_basis + nothing, every, 2 * T * COLUMNS, TERMS)
             pixels = ()
             for c in tl.static_range(CHANNELS):
                 tl.debug_barrier()

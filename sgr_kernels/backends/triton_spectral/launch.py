@@ -40,8 +40,8 @@ def _addressable(images: Tensor) -> Tensor:
 def _bases(
     size: Size, frequencies: Size, tile: Tile, operands: Operands, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    rows = split_basis(size[0], frequencies[0], (tile.t, tile.rows), operands, device)
-    columns = split_basis(size[1], frequencies[1], (tile.t, tile.columns), operands, device)
+    rows = split_basis(size[0], frequencies[0], (tile.t, tile.rows), 16, operands, device)
+    columns = split_basis(size[1], frequencies[1], (tile.t, tile.columns), 16, operands, device)
     return rows, columns
 
 

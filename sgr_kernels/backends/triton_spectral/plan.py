@@ -77,16 +77,19 @@ def exponent(frequencies: int, operands: Operands) -> int:
 
 
 @constant
-def split_basis(extent: int, frequencies: int, shape: Size, operands: Operands, device: torch.device) -> Tensor:
-    """`spectrum.basis` from the centre out, by parity, padded to ``shape``, in operands: (terms, 2, T, F).
+def split_basis(
+    extent: int, frequencies: int, shape: Size, width: int, operands: Operands, device: torch.device
+) -> Tensor:
+    """`spectrum.basis` from the centre out, by parity, padded to ``shape`` (T, F), in operands: all that kernels read.
 
-    Two terms, high and low, where operands have three products; one otherwise.
+    Lies as they read it, ``width`` frequencies a tile: (terms, 2, F / width, T, width). Two terms, high and low, where
+    operands have three products; one otherwise.
     """
     wide = torch.float64
     outward = basis(extent, frequencies, wide, device)[extent // 2 :]
     by_parity = outward.unflatten(1, (2, frequencies)).movedim(1, 0) * 2.0 ** exponent(frequencies, operands)
     pad = (0, shape[1] - frequencies, 0, shape[0] - by_parity.shape[1])
-    whole = torch.nn.functional.pad(by_parity, pad)
+    whole = torch.nn.functional.pad(by_parity, pad).unflatten(2, (-1, width)).movedim(2, 1).contiguous()
     high = whole.to(operands.dtype)
     if operands.terms == 1:
         return high[None].contiguous()
