@@ -1,7 +1,7 @@
 """Frequency by frequency, on transforms that the passes have written out: mix channels, or sum their products.
 
-A transform is (images, C, 2, 2, rows, columns), column parity outside. Both kernels take a tile of frequencies and all four parities at once,
-which is what a signed spectrum needs: its odd parts turn cosines into sines.
+A transform is (images, C, 2, 2, rows, columns), column parity outside. Both kernels take a tile of frequencies and all
+four parities at once, which is what a signed spectrum needs: its odd parts turn cosines into sines.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def transform(
     TERMS: tl.constexpr,
 ):
     """``Z`` of one channel at 16 row frequencies, (LANES, 16, 16)."""
-    u, unit = transform_columns(plane, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS)
+    u, _, unit = transform_columns(plane, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS)
     return dot(u, a, TERMS) * (unit * gain)
 
 

@@ -71,6 +71,35 @@ class Tile:
         return Tile(t, padded(frequencies[0], 16), columns, parities)
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """How a spectrum lies for the kernels: see `arranged`."""
+
+    parts: int
+    channels: int
+    symmetric: bool
+    tiles: Size
+
+    @property
+    def pairs(self) -> int:
+        """Of channels and parts, in a tile."""
+        square = self.channels * self.channels
+        return (square + self.channels) // 2 if self.symmetric and self.parts == 1 else self.parts * square
+
+    @staticmethod
+    def fitting(size: Size, frequencies: Size, channels: int, signed: bool, symmetric: bool) -> Arrangement | None:
+        """What the kernels for images of a size read, in float32; None where they read the spectrum as it is."""
+        tile = Tile.fitting(size, frequencies, channels, signed)
+        if tile is None:
+            return None
+        return Arrangement(4 if signed else 1, channels, symmetric, (tile.rows // 16, tile.columns // 16))
+
+    @property
+    def words(self) -> int:
+        """Numbers that it takes."""
+        return self.tiles[0] * self.tiles[1] * (256 * self.pairs + 1)
+
+
 def exponent(frequencies: int, operands: Operands) -> int:
     """Power of two by which a basis is multiplied, so that its smallest terms stay clear of float16's limit."""
     return 0 if operands.dtype == torch.float64 else 6 + round(math.log2(frequencies) / 2)
