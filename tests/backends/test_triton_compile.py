@@ -84,12 +84,15 @@ PROBLEMS = [
     Problem((256, 3, 64, 64), BENCHMARK, EVERYWHERE),
     Problem((256, 3, 64, 64), ("v",), EVERYWHERE),
     Problem((256, 3, 64, 64), ("cross",), EVERYWHERE),
-    Problem((64, 3, 224, 224), ("v+q", "accumulation"), EVERYWHERE),
+    Problem((64, 3, 224, 224), ("v+q", "v", "q", "accumulation"), EVERYWHERE),
     Problem((128, 1, 28, 28), ("v+q", "accumulation"), EVERYWHERE, signed=True),
     Problem((128, 1, 28, 28), (*BENCHMARK, "v", "cross")),
     Problem((1024, 3, 32, 32), ("cross",)),
     Problem((256, 1, 64, 64), ("v+q", "accumulation")),
-    Problem((8, 3, 512, 512), ("v+q",)),
+    Problem((8, 3, 512, 512), ("v+q",), EVERYWHERE),
+    Problem((8, 4, 256, 256), ("v+q",)),
+    Problem((8, 1, 1024, 512), ("v+q",)),
+    Problem((8, 3, 1024, 100), ("v+q",), EVERYWHERE),
     Problem((1024, 3, 32, 32), ("v+q", "accumulation"), reach=8),
     Problem((256, 3, 64, 64), ("v+q", "accumulation"), reach=8),
     Problem((64, 3, 224, 224), ("v+q",), reach=16),
@@ -119,7 +122,8 @@ def test_kernels_keep_to_registers_and_use_tensor_cores(problem: Problem, archit
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
-    kernels = {"fused_kernel", "fused_gram_kernel", "forward_kernel", "inverse_kernel", *WITHOUT_PRODUCTS}
+    kernels = {"fused_kernel", "fused_gram_kernel", "forward_kernel", "columns_kernel", "inverse_kernel"}
+    kernels |= set(WITHOUT_PRODUCTS)
     for architecture in SHARED_LIMITS:
         compiled = {k.name for p in PROBLEMS if architecture in p.architectures for k in p.launches()}
         assert compiled == kernels

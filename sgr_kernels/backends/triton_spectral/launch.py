@@ -93,18 +93,22 @@ def _apply(
         return form, product
     spectrum = spectrum.to(operands.total)
     signed = spectrum.dim() == 5
-    tile = None if operands.dtype == torch.float64 else Tile.fitting(size, frequencies, channels, signed)
-    if tile is None:
+    order = None
+    if operands.dtype != torch.float64:
+        order = Arrangement.fitting(size, frequencies, channels, signed, symmetric=with_form)
+    if order is None:
         return staged_launch.apply(gradient, spectrum.contiguous(), operands, form, product, with_form, with_product)
-    gradient = _addressable(gradient)
-    rows, columns = _bases(size, frequencies, tile, operands, gradient.device)
-    order = Arrangement.fitting(size, frequencies, channels, signed, symmetric=with_form)
-    assert order is not None
     if arranged is None:
         arranged = spectrum.new_empty(order.words)
         _arrange(spectrum, order, arranged)
     elif arranged.shape != (order.words,) or arranged.dtype != torch.float32:
         raise ValueError(f"arranged: expected {order.words} numbers in float32, got {describe(arranged)}")
+    tile = Tile.fitting(size, frequencies, channels, signed)
+    if tile is None:
+        passes = staged_launch.apply_arranged
+        return passes(gradient, arranged, order, frequencies, operands, form, product, with_form, with_product)
+    gradient = _addressable(gradient)
+    rows, columns = _bases(size, frequencies, tile, operands, gradient.device)
     wrap_triton(fused_kernel)[(batch,)](
         gradient,
         arranged,

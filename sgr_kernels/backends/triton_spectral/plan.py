@@ -16,6 +16,8 @@ from sgr_kernels.toeplitz.spectrum import basis
 # of tf32 (float16 and tf32 have significands of the same length, and the data are scaled) at twice its speed.
 PRECISIONS = {"highest": (torch.float16, 3), "high": (torch.float16, 1), "medium": (torch.bfloat16, 1)}
 
+_OPERANDS = 48  # registers of a thread for those that stay; as many hold sums
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -72,6 +74,35 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Sizes of the kernel for the columns of larger images: runs of pixels from the centre out, a warp each."""
+
+    parities: int
+    runs: int
+    block: int
+
+    @property
+    def t(self) -> int:
+        """Pixels from the centre out, padded."""
+        return self.runs * self.block
+
+    @staticmethod
+    def fitting(size: Size, frequencies: Size, channels: int, signed: bool) -> Columns | None:
+        """Sizes that hold 16 column frequencies of all channels in registers; None if there are none.
+
+        Of a thread, ``channels * block / 2`` registers hold operands, and as many sums.
+        """
+        t = max(16, power_of_two((size[0] + 1) // 2))
+        if signed or channels > 4 or frequencies[1] * max(size[0], 2 * frequencies[0]) >= 2**26:
+            return None
+        for parities in (2, 1):
+            runs = min(t // 16, 8 // parities)
+            if channels * (t // runs) // 2 <= _OPERANDS:
+                return Columns(parities, runs, t // runs)
+        return None
+
+
+@dataclass(frozen=True)
 class Arrangement:
     """How a spectrum lies for the kernels: see `arranged`."""
 
@@ -90,9 +121,10 @@ class Arrangement:
     def fitting(size: Size, frequencies: Size, channels: int, signed: bool, symmetric: bool) -> Arrangement | None:
         """What the kernels for images of a size read, in float32; None where they read the spectrum as it is."""
         tile = Tile.fitting(size, frequencies, channels, signed)
-        if tile is None:
+        if tile is None and Columns.fitting(size, frequencies, channels, signed) is None:
             return None
-        return Arrangement(4 if signed else 1, channels, symmetric, (tile.rows // 16, tile.columns // 16))
+        columns = padded(frequencies[1], 16) if tile is None else tile.columns
+        return Arrangement(4 if signed else 1, channels, symmetric, (padded(frequencies[0], 16) // 16, columns // 16))
 
     @property
     def words(self) -> int:

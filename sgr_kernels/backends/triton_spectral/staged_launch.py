@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from sgr_kernels.backends.triton_spectral.frequency import gram_kernel, mix_kernel
-from sgr_kernels.backends.triton_spectral.plan import Operands, exponent, padded, power_of_two, split_basis
+from sgr_kernels.backends.triton_spectral.large import columns_kernel
+from sgr_kernels.backends.triton_spectral.plan import (
+    Arrangement,
+    Columns,
+    Operands,
+    exponent,
+    padded,
+    power_of_two,
+    split_basis,
+)
 from sgr_kernels.backends.triton_spectral.staged import forward_kernel, inverse_kernel
 from sgr_kernels.toeplitz.geometry import Size
 
@@ -147,6 +156,60 @@ def apply(
             form[start:stop] = parts.sum((1, 2))
         if with_product:
             transform.inverse(y, product[start:stop])
+    return form, product
+
+
+def apply_arranged(
+    gradient: Tensor,
+    arranged: Tensor,
+    order: Arrangement,
+    frequencies: Size,
+    operands: Operands,
+    form: Tensor,
+    product: Tensor,
+    with_form: bool,
+    with_product: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `apply`, in three passes: rows to column frequencies, everything on those (`large`), and rows back."""
+    batch, channels, height, width = gradient.shape
+    tile = Columns.fitting((height, width), frequencies, channels, signed=False)
+    assert tile is not None
+    rows, columns = frequencies
+    axis = _Axis(width, columns, operands, gradient.device)
+    row_basis = split_basis(height, rows, (tile.t, padded(rows, 16)), 16, operands, gradient.device)
+    plane = columns * height
+    chunk = max(1, _SCRATCH_BYTES // (2 * channels * plane * operands.total.itemsize))
+    half = gradient.new_empty((min(batch, chunk), channels, 2, columns, height), dtype=operands.total)
+    parts = form.new_empty((batch if with_form else 0, order.tiles[1], 2))
+    b, c, y, x = gradient.stride()
+    for start in range(0, batch, chunk):
+        stop = min(batch, start + chunk)
+        axis.forward(gradient[start:stop], half, (b, c, x, y), (stop - start, channels), height)
+        wrap_triton(columns_kernel)[(stop - start, order.tiles[1], 2)](
+            half,
+            arranged,
+            row_basis,
+            parts[start:stop],
+            height,
+            columns,
+            2.0 ** -exponent(rows, operands),
+            0,
+            CHANNELS=channels,
+            PAIRS=order.pairs,
+            ROWS=padded(rows, 16),
+            PARITIES=tile.parities,
+            RUNS=tile.runs,
+            BLOCK_T=tile.block,
+            TERMS=operands.terms,
+            WITH_FORM=with_form,
+            WITH_PRODUCT=with_product,
+            num_warps=tile.parities * tile.runs,
+            num_stages=1,
+        )
+        if with_product:
+            axis.inverse(half[: stop - start], product[start:stop], (height * width, 1, width), height)
+    if with_form:
+        torch.sum(parts, (1, 2), out=form)
     return form, product
 
 

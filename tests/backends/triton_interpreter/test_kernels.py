@@ -38,9 +38,12 @@ FLOAT32 = [
     (3, (33, 34), "radial", None),
     (2, (34, 8), "even", 3),
     (1, (1, 50), "even", 12),
-    # in passes
+    # in three passes
     (1, (1, 90), "radial", None),
     (1, (66, 10), "even", None),
+    (3, (40, 71), "even", 9),
+    (4, (131, 5), "even", 4),
+    # in five
     (5, (6, 13), "even", None),
     (5, (12, 13), "signed", None),
     (4, (7, 6), "signed", None),
