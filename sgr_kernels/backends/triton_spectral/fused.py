@@ -1,10 +1,10 @@
 """Images up to 64 x 64: everything between reading g and writing v stays in registers and shared memory.
 
-A program serves one image, each of its warps ("lanes") one column parity and 16 column frequencies. For each channel
-``U = B^T X^T`` (16, T) is the transform along the rows of pixels. Then, in steps of 16 row frequencies, ``Z = U A``,
-``Y = Lambda Z`` mixes the channels, and ``W += Y A^T`` is already the way back: each product's accumulators are the
-left operand of the next. Last, ``V = B W`` gathers what the warps hold. Row parities go side by side (PARITIES = 2)
-or, where registers are short, one after the other.
+A program serves one image after the other, each of its warps ("lanes") one column parity and 16 column frequencies.
+For each channel ``U = B^T X^T`` (16, T) is the transform along the rows of pixels. Then, in steps of 16 row
+frequencies, ``Z = U A``, ``Y = Lambda Z`` mixes the channels, and ``W += Y A^T`` is already the way back: each
+product's accumulators are the left operand of the next. Last, ``V = B W`` gathers what the warps hold. Row parities go
+side by side (PARITIES = 2) or, where registers are short, one after the other.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def fused_kernel(
     column_basis,
     product,
     form,
+    batch,
     height,
     width,
     stride_b,
@@ -159,7 +160,7 @@ def fused_kernel(
     WITH_FORM: tl.constexpr,
     WITH_PRODUCT: tl.constexpr,
 ):
-    """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
+    """``v = Sigma g`` and ``q = g . v`` of every so many images; see the top of this file.
 
     The bases are `plan.split_basis`, 16 frequencies a tile; ``gain`` undoes their scale. The spectrum is in the order
     of `arranged`. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses before the loop
@@ -168,9 +169,6 @@ def fused_kernel(
     STEP: tl.constexpr = 16
     BLOCKS: tl.constexpr = COLUMNS // 16
     LANES: tl.constexpr = 2 * PARITIES * BLOCKS
-    image = tl.program_id(0).to(tl.int64)
-    gradient += image * stride_b
-    product += image * (CHANNELS * height * width)
     size, strides = (height, width), (stride_y, stride_x)
     lane = tl.arange(0, LANES)[:, None, None]
     column_parity = (lane // BLOCKS) % 2
@@ -180,61 +178,70 @@ def fused_kernel(
     every += (tl.arange(0, COLUMNS) // 16 * (16 * T) + tl.arange(0, COLUMNS) % 16)[None, None, :]
     dtype: tl.constexpr = column_basis.dtype.element_ty
     scales = arranged + (ROWS // 16) * BLOCKS * (PAIRS * 256) + lane % BLOCKS
-    total = tl.zeros((LANES, 1, 1), tl.float32)
-    earlier, v = (), ()
-    if WITH_PRODUCT:
-        for _ in tl.static_range(CHANNELS):
-            v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
-        earlier = v
-    for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
-        nothing = parity * zero
-        size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
-        to_frequency = load_split(column_basis + nothing, own, 2 * T * COLUMNS, TERMS)
-        # All channels of Z have one scale, so that they can be mixed: at most 512 where pixels are below 8.
-        u, scale, w = (), (), ()
-        common, unit = tl.full((), 2.0**127, tl.float32), tl.zeros((), tl.float32)
-        for c in tl.static_range(CHANNELS):
-            channel, own_scale, inverse = transform_columns(
-                gradient + c * stride_c + nothing, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
-            )
-            common, unit = tl.minimum(common, own_scale), tl.maximum(unit, inverse)
-            u, scale, w = u + (channel,), scale + (inverse,), w + (tl.zeros((LANES, 16, T), tl.float32),)
-        q = tl.zeros((LANES, 1, 1), tl.float32)
-        row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
-        for first in tl.range(0, ROWS, STEP, disable_licm=True):
-            offset = row_parity * (T * ROWS) + first * T + t[None, :, None] * STEP + step[None, None, :]
-            a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
-            tile = arranged + first * (BLOCKS * PAIRS * 16)
-            restore = tl.load(scales + first // STEP * BLOCKS)
-            z = ()
-            for c in tl.static_range(CHANNELS):
-                z = z + (dot(u[c], a, TERMS) * (scale[c] * common * gain),)
-            energy, sums = tl.zeros((LANES, 16, STEP), tl.float32), ()
-            for c in tl.static_range(CHANNELS):
-                y = mix(tile, z, c, CHANNELS, PAIRS, PARITIES, BLOCKS, SIGNED)
-                if WITH_FORM:
-                    energy += y * z[c]
-                if WITH_PRODUCT:
-                    sums = sums + (w[c] + dot(split(y, dtype, TERMS), transposed(a), TERMS) * restore,)
-            if WITH_FORM:
-                q += tl.sum(tl.sum(energy, axis=2, keep_dims=True), axis=1, keep_dims=True) * restore
-            if WITH_PRODUCT:
-                w = sums
+    KEPT: tl.constexpr = T == 16  # larger bases would take registers that the images need
+    if KEPT:
+        to_frequency = load_split(column_basis, own, 2 * T * COLUMNS, TERMS)
+        to_pixels = load_split(column_basis, every, 2 * T * COLUMNS, TERMS)
+    for image in tl.range(tl.program_id(0), batch, tl.num_programs(0)):
+        image = image.to(tl.int64)
+        plane, target = gradient + image * stride_b, product + image * (CHANNELS * height * width)
+        total = tl.zeros((LANES, 1, 1), tl.float32)
+        earlier, v = (), ()
         if WITH_PRODUCT:
-            to_pixels = load_split(column_basis + nothing, every, 2 * T * COLUMNS, TERMS)
-            pixels = ()
+            for _ in tl.static_range(CHANNELS):
+                v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
+            earlier = v
+        for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
+            nothing = parity * zero
+            size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
+            if not KEPT:
+                to_frequency = load_split(column_basis + nothing, own, 2 * T * COLUMNS, TERMS)
+            # All channels of Z have one scale, so that they can be mixed: at most 512 where pixels are below 8.
+            u, scale, w = (), (), ()
+            common, unit = tl.full((), 2.0**127, tl.float32), tl.zeros((), tl.float32)
             for c in tl.static_range(CHANNELS):
-                tl.debug_barrier()
-                own_scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
-                gathered = tl.reshape(w[c] * own_scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
-                gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
-                half = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * (inverse * unit * gain)
-                half = tl.reshape(half, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
-                pixels = pixels + (tl.reshape(tl.permute(half, (0, 2, 1, 3)), (2 * PARITIES, T, T)),)
-            earlier, v = v, pixels
-        total += q * unit * unit
-    if WITH_PRODUCT:
-        for c in tl.static_range(CHANNELS):
-            store_rows(product + c * height * width, v[c], earlier[c], size, PARITIES, T)
-    if WITH_FORM:
-        tl.store(form + image, tl.sum(total))
+                channel, own_scale, inverse = transform_columns(
+                    plane + c * stride_c + nothing, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
+                )
+                common, unit = tl.minimum(common, own_scale), tl.maximum(unit, inverse)
+                u, scale, w = u + (channel,), scale + (inverse,), w + (tl.zeros((LANES, 16, T), tl.float32),)
+            q = tl.zeros((LANES, 1, 1), tl.float32)
+            row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
+            for first in tl.range(0, ROWS, STEP, disable_licm=True):
+                offset = row_parity * (T * ROWS) + first * T + t[None, :, None] * STEP + step[None, None, :]
+                a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
+                tile = arranged + first * (BLOCKS * PAIRS * 16)
+                restore = tl.load(scales + first // STEP * BLOCKS)
+                z = ()
+                for c in tl.static_range(CHANNELS):
+                    z = z + (dot(u[c], a, TERMS) * (scale[c] * common * gain),)
+                energy, sums = tl.zeros((LANES, 16, STEP), tl.float32), ()
+                for c in tl.static_range(CHANNELS):
+                    y = mix(tile, z, c, CHANNELS, PAIRS, PARITIES, BLOCKS, SIGNED)
+                    if WITH_FORM:
+                        energy += y * z[c]
+                    if WITH_PRODUCT:
+                        sums = sums + (w[c] + dot(split(y, dtype, TERMS), transposed(a), TERMS) * restore,)
+                if WITH_FORM:
+                    q += tl.sum(tl.sum(energy, axis=2, keep_dims=True), axis=1, keep_dims=True) * restore
+                if WITH_PRODUCT:
+                    w = sums
+            if WITH_PRODUCT:
+                if not KEPT:
+                    to_pixels = load_split(column_basis + nothing, every, 2 * T * COLUMNS, TERMS)
+                pixels = ()
+                for c in tl.static_range(CHANNELS):
+                    tl.debug_barrier()
+                    own_scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
+                    gathered = tl.reshape(w[c] * own_scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
+                    gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
+                    half = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * (inverse * unit * gain)
+                    half = tl.reshape(half, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
+                    pixels = pixels + (tl.reshape(tl.permute(half, (0, 2, 1, 3)), (2 * PARITIES, T, T)),)
+                earlier, v = v, pixels
+            total += q * unit * unit
+        if WITH_PRODUCT:
+            for c in tl.static_range(CHANNELS):
+                store_rows(target + c * height * width, v[c], earlier[c], size, PARITIES, T)
+        if WITH_FORM:
+            tl.store(form + image, tl.sum(total))

@@ -109,13 +109,14 @@ def _apply(
         return passes(gradient, arranged, order, frequencies, operands, form, product, with_form, with_product)
     gradient = _addressable(gradient)
     rows, columns = _bases(size, frequencies, tile, operands, gradient.device)
-    wrap_triton(fused_kernel)[(batch,)](
+    wrap_triton(fused_kernel)[(tile.programs(batch, gradient.device),)](
         gradient,
         arranged,
         rows,
         columns,
         product,
         form,
+        batch,
         height,
         width,
         *gradient.stride(),

@@ -61,6 +61,13 @@ class Tile:
         """One for every parity and 16 column frequencies."""
         return 2 * self.parities * self.columns // 16
 
+    def programs(self, batch: int, device: torch.device) -> int:
+        """That share a batch: for the smaller images as many as a GPU runs at once, each of which loads bases once."""
+        if self.t > 16:
+            return batch
+        cuda = device.type == "cuda" and torch.cuda.is_available()
+        return min(batch, 2 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 2)
+
     @staticmethod
     def fitting(size: Size, frequencies: Size, channels: int, signed: bool) -> Tile | None:
         """The tile that holds one image in registers; None if there is none."""
