@@ -182,8 +182,8 @@ def fused_kernel(
     if KEPT:
         to_frequency = load_split(column_basis, own, 2 * T * COLUMNS, TERMS)
         to_pixels = load_split(column_basis, every, 2 * T * COLUMNS, TERMS)
-    for image in tl.range(tl.program_id(0), batch, tl.num_programs(0)):
-        image = image.to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
+    while image < batch:
         plane, target = gradient + image * stride_b, product + image * (CHANNELS * height * width)
         total = tl.zeros((LANES, 1, 1), tl.float32)
         earlier, v = (), ()
@@ -245,3 +245,4 @@ def fused_kernel(
                 store_rows(target + c * height * width, v[c], earlier[c], size, PARITIES, T)
         if WITH_FORM:
             tl.store(form + image, tl.sum(total))
+        image += tl.num_programs(0)
