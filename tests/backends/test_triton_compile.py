@@ -67,7 +67,7 @@ class Problem:
 BENCHMARK = ("q", "v+q", "accumulation")
 EVERYWHERE = (80, 90, 100)
 # With every register of a multiprocessor in use, the compiler puts four words of v alone aside from 9.0 on; other
-# orders of the same work and barriers left as much or more. The kernel of v and q, with a sum in addition, spills nothing.
+# orders of the same work and barriers left as much or more. The kernel of v and q, with a sum in addition, spills none.
 # The accumulation of two different inputs holds a channel of the second beside the first's.
 SPILLED = {
     (90, Problem((256, 3, 64, 64), ("cross",), EVERYWHERE)): 24,
