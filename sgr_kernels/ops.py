@@ -342,10 +342,11 @@ for _backend in SPECTRAL_BACKENDS:
         _define(_backend, _operator)
 for _operator in SCHEMAS:
     _library.impl(f"torch_{_operator}", getattr(torch_spectral, _operator), "CompositeExplicitAutograd")
+for _backend in ("native", "triton"):
+    _define(_backend, "arranged_quadratic_form")
+for _name in ("native_update", "native_arrange", "triton_arrange"):
+    _library.define(_name + CUDA_SCHEMAS[_name.partition("_")[2]], tags=(torch.Tag.pt2_compliant_tag,))
 triton_spectral.register_operators(_library)
-_define("native", "arranged_quadratic_form")
-for _operator in ("update", "arrange"):
-    _library.define(f"native_{_operator}{CUDA_SCHEMAS[_operator]}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def call(operator: str, backend: str, *args: Any) -> Any:
@@ -357,7 +358,7 @@ def call(operator: str, backend: str, *args: Any) -> Any:
     return _DERIVATIVES[operator].apply(*plain, backend, args[-1])
 
 
-def in_place(operator: str, source: Tensor, state: tuple[Tensor, ...], *settings: Any) -> None:
+def in_place(operator: str, backend: str, source: Tensor, state: tuple[Tensor, ...], *settings: Any) -> None:
     """Call an operator of `CUDA_SCHEMAS` that rewrites ``state``."""
-    getattr(torch.ops.sgr_kernels, f"native_{operator}")(source, *state, *settings)
+    getattr(torch.ops.sgr_kernels, f"{backend}_{operator}")(source, *state, *settings)
     torch.autograd.graph.increment_version(state)  # which the dispatcher leaves to autograd's kernels

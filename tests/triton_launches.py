@@ -69,7 +69,12 @@ class Launch:
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
     """The different launches of a call to `launch`'s operators, in their order."""
-    found: dict[Launch, None] = {}
+    return list(dict.fromkeys(made for made, _ in recorded(call)))
+
+
+def recorded(call: Callable[[], Any]) -> list[tuple[Launch, int]]:
+    """All launches of a call, in their order, each with the bytes of the tensors that it takes."""
+    found: list[tuple[Launch, int]] = []
 
     class Recorder:
         def __init__(self, kernel: Any) -> None:
@@ -78,11 +83,15 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             assert all(0 < size < 2**31 for size in grid)
             assert all(size < 2**16 for size in grid[1:])
-            return lambda *args, **kwargs: found.setdefault(Launch.of(self.kernel, args, kwargs))
+            return self.record
+
+        def record(self, *args: Any, **kwargs: Any) -> None:
+            touched = sum(a.numel() * a.itemsize for a in args if isinstance(a, Tensor))
+            found.append((Launch.of(self.kernel, args, kwargs), touched))
 
     with patch.object(launch, "wrap_triton", Recorder), patch.object(staged_launch, "wrap_triton", Recorder):
         call()
-    return list(found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What compiled kernels do for a covariance on an NVIDIA GPU beside the operators, and where they do.
+"""What kernels do for a covariance on an NVIDIA GPU beside the operators, and where they do.
 
-A running covariance's update is two launches, without the host; its spectrum lies ready in the order in which the
-kernels of small images read it.
+With compiled kernels a running covariance's update is two launches, without the host. With these and with Triton's its
+spectrum lies ready in the order in which the kernels read it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sgr_kernels import ops
-from sgr_kernels.backends import choose
+from sgr_kernels.backends import choose, triton_spectral
+from sgr_kernels.backends.triton_spectral.plan import Arrangement
 from sgr_kernels.covariance.layout import Layout
 from sgr_kernels.functional import operators
 from sgr_kernels.toeplitz.constants import plainly, recording, tracing
@@ -26,24 +27,39 @@ _TILE = 256
 def serves_update(images: Tensor, values: Tensor, layout: Layout) -> bool:
     """Whether the kernels have the update of an estimate's ``values`` by a batch (B, C, H, W)."""
     return (
-        _serves(images, values, layout.form)
+        _serves(images, values, layout.form, "native")
+        and _fits(images.shape[1], (images.shape[2], images.shape[3]))
         and images.shape[0] > 0
         and choose("auto", operators.request("cross_spectrum", images, "even")) == "native"
         and (max(layout.image_size) <= _SMALL or _shared_memory(images.device) >= _SHARED)
     )
 
 
-def _serves(images: Tensor, state: Tensor, form: str) -> bool:
+def _serves(images: Tensor, state: Tensor, form: str, backend: str) -> bool:
     return (
-        images.is_cuda
+        (images.is_cuda or (backend == "triton" and triton_spectral.interpreting()))
         and state.dtype == torch.float32
         and images.dtype != torch.float64
         and form != "signed"
-        and images.shape[1] <= _CHANNELS
-        and max(images.shape[2:]) <= _EXTENT
         and not tracing()
         and not state.is_inference()  # which counts no changes
     )
+
+
+def _fits(channels: int, size: Size) -> bool:
+    """Whether the compiled kernels of small images have them."""
+    return channels <= _CHANNELS and max(size) <= _EXTENT
+
+
+def _words(backend: str, spectrum: Tensor, size: Size) -> int:
+    """Numbers of a symmetric spectrum (C, C, Fh, Fw) as a backend's kernels read it; 0 where they take it as it is."""
+    channels, frequencies = len(spectrum), (spectrum.shape[-2], spectrum.shape[-1])
+    if backend == "triton":
+        order = Arrangement.fitting(size, frequencies, channels, signed=False, symmetric=True)
+        return 0 if order is None else order.words
+    side = 2 if max(size) <= _SMALL else 4
+    fits = backend == "native" and _fits(channels, size)
+    return channels * (channels + 1) // 2 * side * side * _TILE + 4 if fits else 0
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -75,7 +91,7 @@ def update(
         clip: Whether the table is projected onto the semidefinite cone.
     """
     settings = (layout.binning, decay, target_variance or 0.0, clip, operators.precision(images.device))
-    ops.in_place("update", images, state, *settings)
+    ops.in_place("update", "native", images, state, *settings)
 
 
 class Arranged:
@@ -83,32 +99,38 @@ class Arranged:
 
     def __init__(self) -> None:
         self.tiles = torch.empty(0)
+        self._backend = ""  # whose kernels read them
         self._source: Tensor | None = None
         self._version = -1
 
-    def of(self, spectrum: Tensor, images: Tensor, form: str) -> Tensor | None:
+    def of(self, spectrum: Tensor, images: Tensor, form: str, backend: str) -> Tensor | None:
         """The tiles of a symmetric spectrum (C, C, Fh, Fw), arranged anew if need be; None where they do not serve."""
-        if not _serves(images, spectrum, form):
+        size = (images.shape[2], images.shape[3])
+        if not _serves(images, spectrum, form, backend) or _words(backend, spectrum, size) == 0:
             return None
-        fresh = self._source is spectrum and self._version == spectrum._version
+        current = self._source is spectrum and self._version == spectrum._version
+        fresh = current and self._backend == backend
         if fresh or recording():  # what a graph is the first to arrange would be anew for it alone
             return self.tiles if fresh else None
-        self.arrange(spectrum, (images.shape[2], images.shape[3]))
+        self._arrange(spectrum, size, backend)
         return self.tiles
 
-    def arrange(self, spectrum: Tensor, size: Size) -> None:
-        """Rewrite the tiles."""
-        channels, side = len(spectrum), 2 if max(size) <= _SMALL else 4
+    def renew(self, spectrum: Tensor, size: Size) -> None:
+        """Rewrite the tiles, where there are any."""
+        if self.beside(spectrum, self._backend):
+            self._arrange(spectrum, size, self._backend)
+
+    def _arrange(self, spectrum: Tensor, size: Size, backend: str) -> None:
         with plainly():
-            if not self.beside(spectrum):
-                self.tiles = spectrum.new_empty(channels * (channels + 1) // 2 * side * side * _TILE + 4)
-            ops.in_place("arrange", spectrum, (self.tiles,), *size)
+            if not self.beside(spectrum, backend):
+                self.tiles, self._backend = spectrum.new_empty(_words(backend, spectrum, size)), backend
+            ops.in_place("arrange", backend, spectrum, (self.tiles,), *size)
         self.accept(spectrum)
 
-    def beside(self, spectrum: Tensor) -> bool:
-        """Whether there are tiles, on the spectrum's device and in its type."""
+    def beside(self, spectrum: Tensor, backend: str) -> bool:
+        """Whether there are a backend's tiles, on the spectrum's device and in its type."""
         same = self.tiles.device == spectrum.device and self.tiles.dtype == spectrum.dtype
-        return same and len(self.tiles) > 0
+        return same and len(self.tiles) > 0 and self._backend == backend
 
     def accept(self, spectrum: Tensor) -> None:
         """The tiles, where they are `beside` a spectrum, are those of it as it now is."""

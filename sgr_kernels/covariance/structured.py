@@ -49,17 +49,16 @@ class StructuredMatrix(nn.Module):
         self.table.copy_(table)
         frequencies = (self.spectrum.shape[-2], self.spectrum.shape[-1])
         self.spectrum.copy_(spectrum_from_table(table, frequencies, self.form, self.spectrum.dtype))
-        if self._arranged.beside(self.spectrum):
-            self._arranged.arrange(self.spectrum, self.image_size)
+        self._arranged.renew(self.spectrum, self.image_size)
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Table, spectrum, and the arranged spectrum or nothing (0,): for what rewrites all of them in place."""
-        there = self._arranged.beside(self.spectrum)
+        there = self._arranged.beside(self.spectrum, "native")
         return self.table, self.spectrum, self._arranged.tiles if there else self.spectrum.new_empty(0)
 
     def rewritten(self) -> None:
         """All of the `state` has been."""
-        if self._arranged.beside(self.spectrum):
+        if self._arranged.beside(self.spectrum, "native"):
             self._arranged.accept(self.spectrum)
 
     def _spectrum_for(self, images: Tensor, constant: bool) -> Tensor:
@@ -71,10 +70,10 @@ class StructuredMatrix(nn.Module):
         backend = choose("auto", operators.request("product", images, self.form))
         if backend == "reference":
             return reference.product(images, self.table, self.form)
-        if backend == "native" and not (torch.is_grad_enabled() and images.requires_grad):
-            arranged = self._arranged.of(self.spectrum, images, self.form)
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            arranged = self._arranged.of(self.spectrum, images, self.form, backend)
             if arranged is not None:
-                return operators.quadratic_form_of_arranged(images, self.spectrum, arranged, True)[1]
+                return operators.quadratic_form_of_arranged(images, self.spectrum, arranged, True, backend)[1]
         return operators.product_from_spectrum(images, self._spectrum_for(images, constant), backend)
 
     def quadratic_form(self, images: Tensor, constant: bool = False) -> Tensor:
@@ -83,11 +82,11 @@ class StructuredMatrix(nn.Module):
         if backend == "reference":
             return reference.quadratic_form(images, self.table, self.form).to(compute_dtype(images.dtype))
         spectrum = self._spectrum_for(images, constant)
-        arranged = self._arranged.of(self.spectrum, images, self.form) if backend == "native" else None
+        arranged = self._arranged.of(self.spectrum, images, self.form, backend)
         if arranged is None:
             return operators.quadratic_form_from_spectrum(images, spectrum, backend)
         with_product = torch.is_grad_enabled() and images.requires_grad
-        return operators.quadratic_form_of_arranged(images, spectrum, arranged, with_product)[0]
+        return operators.quadratic_form_of_arranged(images, spectrum, arranged, with_product, backend)[0]
 
     def dense(self) -> Tensor:
         """The matrix, formed, (C*H*W, C*H*W)."""

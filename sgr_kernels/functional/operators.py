@@ -127,11 +127,11 @@ def quadratic_form_from_spectrum(images: Tensor, spectrum: Tensor, backend: str)
 
 
 def quadratic_form_of_arranged(
-    images: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool
+    images: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Q and, if asked for, v by the native kernels, of a symmetric spectrum that also lies as they read it."""
+    """Q and, if asked for, v by a backend's kernels, of a symmetric spectrum that also lies as they read it."""
     settings = (with_product, precision(images.device))
-    return call("arranged_quadratic_form", "native", images, spectrum, arranged, *settings)
+    return call("arranged_quadratic_form", backend, images, spectrum, arranged, *settings)
 
 
 def covariance_product(

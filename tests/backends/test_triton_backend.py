@@ -125,6 +125,39 @@ def test_grids_stay_within_the_limits_of_a_launch(shape: tuple[int, ...], signed
     assert launches(lambda: launch.cross_spectrum(images, images, *size, signed, "highest"))
 
 
+@pytest.mark.parametrize("shape", [(128, 1, 28, 28), (1024, 3, 32, 32), (256, 3, 64, 64), (5, 4, 17, 9)])
+def test_small_images_take_one_launch_with_an_arranged_spectrum(shape: tuple[int, ...]) -> None:
+    from sgr_kernels.backends.triton_spectral import launch
+    from sgr_kernels.covariance.on_device import _words
+    from tests.triton_launches import recorded
+
+    images, spectrum = torch.empty(shape, device="meta"), torch.empty(shape[1], *shape[1:], device="meta")
+    arranged = torch.empty(_words("triton", spectrum, (shape[2], shape[3])), device="meta")
+    (arranging,) = recorded(lambda: launch.arrange(spectrum, arranged, *shape[2:]))
+    (product,) = recorded(lambda: launch.arranged_quadratic_form(images, spectrum, arranged, True, "highest"))
+    given = recorded(lambda: launch.quadratic_form(images, spectrum, True, "highest"))
+    assert given == [arranging, product]
+    with pytest.raises(ValueError, match="arranged: expected"):
+        launch.arranged_quadratic_form(images, spectrum, arranged[1:], True, "highest")
+    with pytest.raises(ValueError, match="arranged: expected room for"):
+        launch.arrange(spectrum, arranged[1:], *shape[2:])
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 224, 224), (8, 3, 512, 512)])
+def test_large_images_take_three_passes(shape: tuple[int, ...]) -> None:
+    """The rows' coefficients are written, rewritten in place and read; a given spectrum is arranged before."""
+    from sgr_kernels.backends.triton_spectral import launch
+    from tests.triton_launches import recorded
+
+    images, spectrum = torch.empty(shape, device="meta"), torch.empty(shape[1], *shape[1:], device="meta")
+    made = recorded(lambda: launch.quadratic_form(images, spectrum, True, "highest"))
+    assert [found.name for found, _ in made] == ["arrange_kernel", "forward_kernel", "columns_kernel", "inverse_kernel"]
+    pixels = images.numel() * images.itemsize
+    assert sum(touched for _, touched in made) <= 9.1 * pixels  # 3 + 2 + 3, the spectrum and the bases
+    made = recorded(lambda: launch.quadratic_form(images, spectrum, False, "highest"))
+    assert [found.name for found, _ in made] == ["arrange_kernel", "forward_kernel", "columns_kernel"]
+
+
 def test_offsets_within_an_image_have_32_bits() -> None:
     from sgr_kernels.backends.triton_spectral.launch import _addressable
 
@@ -198,8 +231,8 @@ def test_a_compiler_sees_the_kernels_and_what_they_write(size: tuple[int, int]) 
     kernels = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     written = [set(node.kwargs["tensors_to_clone"]) for node in kernels]
     if max(size) <= 64:
-        assert written == [{"product", "form"}, {"sums"}]
+        assert written == [{"arranged"}, {"product", "form"}, {"sums"}]
     else:
-        passes = [{"target"}] * 2
-        assert written == [*passes, {"y", "form"}, *passes, *passes, *passes, {"sums"}]
+        passes = [{"target"}, {"half", "form"}, {"target"}]
+        assert written == [{"arranged"}, *passes, *[{"target"}] * 4, {"sums"}]
     assert not any("sgr_kernels" in str(node.target) for node in graph.graph.nodes)

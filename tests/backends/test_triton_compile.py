@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # Of a block, in KiB: 164 and 228 of a multiprocessor less 1 that the system keeps. RTX cards have 99.
 SHARED_LIMITS = {80: 163, 90: 227, 100: 227}
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA")
-WITHOUT_PRODUCTS = ("mix_kernel", "gram_kernel")
+WITHOUT_PRODUCTS = ("arrange_kernel", "mix_kernel", "gram_kernel")
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,29 @@ class Problem:
 
 BENCHMARK = ("q", "v+q", "accumulation")
 EVERYWHERE = (80, 90, 100)
-# With every register of a multiprocessor in use, the compiler puts four words of v alone aside for 10.0; other orders
-# of the same work and barriers left as much or more. The kernel of v and q, with a sum in addition, spills nothing.
-# With one product instead of three it stops at 128 registers, so that two blocks share a multiprocessor, and puts two
-# words aside; allowed 255 registers it takes 180, and one block.
+# With every register of a multiprocessor in use, the compiler puts four words of v alone aside from 9.0 on; other
+# orders of the same work and barriers left as much or more. The kernel of v and q, with a sum in addition, spills none.
 # The accumulation of two different inputs holds a channel of the second beside the first's.
 SPILLED = {
     (90, Problem((256, 3, 64, 64), ("cross",), EVERYWHERE)): 24,
     (100, Problem((256, 3, 64, 64), ("cross",), EVERYWHERE)): 40,
+    (90, Problem((256, 3, 64, 64), ("v",), EVERYWHERE)): 16,
     (100, Problem((256, 3, 64, 64), ("v",), EVERYWHERE)): 16,
-    (90, Problem((1024, 3, 32, 32), ("v+q", "accumulation"), precision="high")): 8,
-    (90, Problem((1024, 3, 32, 32), ("v+q", "accumulation"), precision="medium")): 8,
 }
 PROBLEMS = [
     Problem((1024, 3, 32, 32), (*BENCHMARK, "v"), EVERYWHERE),
     Problem((256, 3, 64, 64), BENCHMARK, EVERYWHERE),
     Problem((256, 3, 64, 64), ("v",), EVERYWHERE),
     Problem((256, 3, 64, 64), ("cross",), EVERYWHERE),
-    Problem((64, 3, 224, 224), ("v+q", "accumulation"), EVERYWHERE),
+    Problem((64, 3, 224, 224), ("v+q", "v", "q", "accumulation"), EVERYWHERE),
     Problem((128, 1, 28, 28), ("v+q", "accumulation"), EVERYWHERE, signed=True),
     Problem((128, 1, 28, 28), (*BENCHMARK, "v", "cross")),
     Problem((1024, 3, 32, 32), ("cross",)),
     Problem((256, 1, 64, 64), ("v+q", "accumulation")),
-    Problem((8, 3, 512, 512), ("v+q",)),
+    Problem((8, 3, 512, 512), ("v+q",), EVERYWHERE),
+    Problem((8, 4, 256, 256), ("v+q",)),
+    Problem((8, 1, 1024, 512), ("v+q",)),
+    Problem((8, 5, 224, 224), ("v+q",), EVERYWHERE),
     Problem((1024, 3, 32, 32), ("v+q", "accumulation"), reach=8),
     Problem((256, 3, 64, 64), ("v+q", "accumulation"), reach=8),
     Problem((64, 3, 224, 224), ("v+q",), reach=16),
@@ -113,11 +113,13 @@ def test_kernels_keep_to_registers_and_use_tensor_cores(problem: Problem, archit
         # For 10.0, Triton multiplies float64 matrices without tensor cores.
         expected = kernel.name not in WITHOUT_PRODUCTS and (problem.dtype != torch.float64 or architecture < 100)
         assert (products > 0) == expected, kernel
-        assert not set(code.opcodes) & {"ATOM", "ATOMG", "RED", "REDG"}, kernel
+        # Sums have a fixed order; sines, quotients and remainders are constants' business.
+        assert not set(code.opcodes) & {"ATOM", "ATOMG", "RED", "REDG", "MUFU"}, kernel
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
-    kernels = {"fused_kernel", "fused_gram_kernel", "forward_kernel", "inverse_kernel", *WITHOUT_PRODUCTS}
+    kernels = {"fused_kernel", "fused_gram_kernel", "forward_kernel", "columns_kernel", "inverse_kernel"}
+    kernels |= set(WITHOUT_PRODUCTS)
     for architecture in SHARED_LIMITS:
         compiled = {k.name for p in PROBLEMS if architecture in p.architectures for k in p.launches()}
         assert compiled == kernels

@@ -44,7 +44,7 @@ def arrangements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     monkeypatch.setattr(
         on_device,
         "_serves",
-        lambda images, state, form: state.dtype == images.dtype == torch.float32 and form == "even",
+        lambda images, state, form, backend: state.dtype == images.dtype == torch.float32 and form == "even",
     )
     with backends.use_backend("native"):
         yield made

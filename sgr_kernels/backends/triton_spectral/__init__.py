@@ -24,6 +24,7 @@ from sgr_kernels.backends.registry import Backend, Request
 logger = logging.getLogger("sgr_kernels")
 
 OPERATORS = ("product", "quadratic_form", "cross_spectrum")
+OF_ARRANGED = ("arrange", "arranged_quadratic_form")  # of a spectrum in the kernels' order
 _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -111,6 +112,10 @@ def _run(operator: str, *args: Any) -> Any:
         except OSError as error:
             _failure = f"Triton cannot store a compiled kernel ({_first_line(error)})"
             logger.warning("backend 'triton' is left out: %s", _failure)
+    if operator == "arrange":
+        return None  # which nobody will read
+    if operator == "arranged_quadratic_form":
+        return torch_spectral.quadratic_form(*args[:2], *args[3:])
     return getattr(torch_spectral, operator)(*args)
 
 
@@ -125,9 +130,10 @@ def _decompose(operator: str, mode: Any, op: Any, types: Any, args: Any, kwargs:
 
 def register_operators(library: torch.library.Library) -> None:
     """Give the operators of this backend, defined in ``library``, their kernels."""
-    for operator in OPERATORS:
+    for operator in (*OPERATORS, *OF_ARRANGED):
         for key in ("CPU", "CUDA"):
             library.impl(f"triton_{operator}", functools.partial(_run, operator), key)
+    for operator in OPERATORS:
         torch.library.register_torch_dispatch(
             f"{library.ns}::triton_{operator}",
             FunctionalTensorMode,

@@ -1,10 +1,10 @@
 """Images up to 64 x 64: everything between reading g and writing v stays in registers and shared memory.
 
-A program serves one image, each of its warps ("lanes") one column parity and 16 column frequencies. For each channel
-``U = B^T X^T`` (16, T) is the transform along the rows of pixels. Then, in steps of 16 row frequencies, ``Z = U A``,
-``Y = Lambda Z`` mixes the channels, and ``W += Y A^T`` is already the way back: each product's accumulators are the
-left operand of the next. Last, ``V = B W`` gathers what the warps hold. Row parities go side by side (PARITIES = 2)
-or, where registers are short, one after the other.
+A program serves one image after the other, each of its warps ("lanes") one column parity and 16 column frequencies.
+For each channel ``U = B^T X^T`` (16, T) is the transform along the rows of pixels. Then, in steps of 16 row
+frequencies, ``Z = U A``, ``Y = Lambda Z`` mixes the channels, and ``W += Y A^T`` is already the way back: each
+product's accumulators are the left operand of the next. Last, ``V = B W`` gathers what the warps hold. Row parities go
+side by side (PARITIES = 2) or, where registers are short, one after the other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgr_kernels.backends.triton_spectral.arranged import eigenvalues
 from sgr_kernels.backends.triton_spectral.numerics import (
     dot,
     load_pixels,
     load_split,
-    normalized,
     outward,
     power_of_two,
     split,
@@ -56,42 +56,13 @@ def transform_columns(
     BLOCKS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """``U = B^T X^T`` of one channel, split, (LANES, 16, T), and the factor that restores its scale."""
+    """``U = B^T X^T`` of one channel, split, (LANES, 16, T), its scale, and the factor that undoes it."""
     x = row_pairs(plane, size, strides, parity, PARITIES, T)
     scale, inverse = power_of_two(tl.max(tl.abs(x)))
     dtype: tl.constexpr = basis[0].dtype
     x = (x * scale)[:, None]
     x = tl.reshape(tl.broadcast_to(x, (2 * PARITIES, BLOCKS, T, T)), (2 * PARITIES * BLOCKS, T, T))
-    return split(dot(basis, transposed(split(x, dtype, TERMS)), TERMS), dtype, TERMS), inverse
-
-
-@triton.jit
-def load_eigenvalues(
-    spectrum,
-    part: tl.constexpr,
-    c: tl.constexpr,
-    d: tl.constexpr,
-    first,
-    CHANNELS: tl.constexpr,
-    frequencies,
-    STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-):
-    """``Lambda[part, c, d]`` from row frequency ``first``, transposed: (COLUMNS, STEP), zero beyond the spectrum.
-
-    SYMMETRIC asks for the symmetric part of Sigma, whose transpose changes the sign of the parts odd in one axis.
-    """
-    rows, columns = frequencies
-    k, m = first + tl.arange(0, STEP)[None, :], tl.arange(0, COLUMNS)[:, None]
-    inside = (k < rows) & (m < columns)
-    cell = spectrum + k * columns + m
-    value = tl.load(cell + ((part * CHANNELS + c) * CHANNELS + d) * (rows * columns), mask=inside, other=0.0)
-    ODD: tl.constexpr = part == 1 or part == 2
-    if SYMMETRIC and (ODD or c != d):
-        other = tl.load(cell + ((part * CHANNELS + d) * CHANNELS + c) * (rows * columns), mask=inside, other=0.0)
-        value = 0.5 * (value - other) if ODD else 0.5 * (value + other)
-    return value
+    return split(dot(basis, transposed(split(x, dtype, TERMS)), TERMS), dtype, TERMS), scale, inverse
 
 
 @triton.jit
@@ -106,42 +77,38 @@ def parities(z, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def mix(
-    spectrum,
+    tile,
     z,
     c: tl.constexpr,
-    first,
     CHANNELS: tl.constexpr,
-    frequencies,
+    PAIRS: tl.constexpr,
     PARITIES: tl.constexpr,
-    STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SIGNED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
 ):
-    """``Y_c = sum_d Lambda[c, d] Z_d``, (LANES, 16, STEP); in a signed spectrum the odd parts exchange parities."""
-    BLOCKS: tl.constexpr = COLUMNS // 16
+    """``Y_c = sum_d Lambda[c, d] Z_d``, (LANES, 16, 16); in a signed spectrum the odd parts exchange parities."""
+    COLUMNS: tl.constexpr = 16 * BLOCKS
     if SIGNED:
-        cc = tl.zeros((COLUMNS, STEP), tl.float32)
+        cc = tl.zeros((COLUMNS, 16), tl.float32)
         cs, sc, ss = cc, cc, cc
         for d in tl.static_range(CHANNELS):
-            z_cc, z_cs, z_sc, z_ss = parities(z[d], COLUMNS, STEP)
-            both = load_eigenvalues(spectrum, 0, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
-            rows = load_eigenvalues(spectrum, 1, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
-            columns = load_eigenvalues(spectrum, 2, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
-            neither = load_eigenvalues(spectrum, 3, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
+            z_cc, z_cs, z_sc, z_ss = parities(z[d], COLUMNS, 16)
+            both = tl.reshape(eigenvalues(tile, 0, c, d, CHANNELS, PAIRS, BLOCKS), (COLUMNS, 16))
+            rows = tl.reshape(eigenvalues(tile, 1, c, d, CHANNELS, PAIRS, BLOCKS), (COLUMNS, 16))
+            columns = tl.reshape(eigenvalues(tile, 2, c, d, CHANNELS, PAIRS, BLOCKS), (COLUMNS, 16))
+            neither = tl.reshape(eigenvalues(tile, 3, c, d, CHANNELS, PAIRS, BLOCKS), (COLUMNS, 16))
             cc += both * z_cc + rows * z_sc + columns * z_cs + neither * z_ss
             cs += both * z_cs + rows * z_ss - columns * z_cc - neither * z_sc
             sc += both * z_sc - rows * z_cc + columns * z_ss - neither * z_cs
             ss += both * z_ss - rows * z_cs - columns * z_sc + neither * z_cc
         stacked = tl.permute(tl.join(tl.join(cc, sc), tl.join(cs, ss)), (2, 3, 0, 1))
-        return tl.reshape(stacked, (4 * BLOCKS, 16, STEP))
+        return tl.reshape(stacked, (4 * BLOCKS, 16, 16))
     else:
-        y = tl.zeros((2 * PARITIES * BLOCKS, 16, STEP), tl.float32)
+        y = tl.zeros((2 * PARITIES * BLOCKS, 16, 16), tl.float32)
         for d in tl.static_range(CHANNELS):
-            value = load_eigenvalues(spectrum, 0, c, d, first, CHANNELS, frequencies, STEP, COLUMNS, SYMMETRIC)
-            value = tl.reshape(value, (1, BLOCKS, 16, STEP))
-            value = tl.broadcast_to(value, (2 * PARITIES, BLOCKS, 16, STEP))
-            y += tl.reshape(value, (2 * PARITIES * BLOCKS, 16, STEP)) * z[d]
+            value = eigenvalues(tile, 0, c, d, CHANNELS, PAIRS, BLOCKS)[None]
+            value = tl.broadcast_to(value, (2 * PARITIES, BLOCKS, 16, 16))
+            y += tl.reshape(value, (2 * PARITIES * BLOCKS, 16, 16)) * z[d]
         return y
 
 
@@ -168,99 +135,114 @@ def store_rows(plane, v, earlier, size, PARITIES: tl.constexpr, T: tl.constexpr)
 @triton.jit(do_not_specialize=["zero"])
 def fused_kernel(
     gradient,
-    spectrum,
+    arranged,
     row_basis,
     column_basis,
     product,
     form,
+    batch,
     height,
     width,
     stride_b,
     stride_c,
     stride_y,
     stride_x,
-    rows,
-    columns,
     gain,
     zero,
     CHANNELS: tl.constexpr,
     T: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
     PARITIES: tl.constexpr,
     TERMS: tl.constexpr,
     SIGNED: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
     WITH_FORM: tl.constexpr,
     WITH_PRODUCT: tl.constexpr,
 ):
-    """``v = Sigma g`` and ``q = g . v`` of one image; see the top of this file.
+    """``v = Sigma g`` and ``q = g . v`` of every so many images; see the top of this file.
 
-    The bases are (TERMS, 2, T, ROWS) and (TERMS, 2, T, COLUMNS), zero beyond the pixels and frequencies there are;
-    ``gain`` undoes their scale. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses
-    before the loop over parities and hold on to them, for which there are no registers.
+    The bases are `plan.split_basis`, 16 frequencies a tile; ``gain`` undoes their scale. The spectrum is in the order
+    of `arranged`. ``zero`` is 0, which the compiler does not know: otherwise it would compute addresses before the loop
+    over parities and hold on to them, for which there are no registers.
     """
     STEP: tl.constexpr = 16
     BLOCKS: tl.constexpr = COLUMNS // 16
     LANES: tl.constexpr = 2 * PARITIES * BLOCKS
-    image = tl.program_id(0).to(tl.int64)
-    gradient += image * stride_b
-    product += image * (CHANNELS * height * width)
-    size, strides, frequencies = (height, width), (stride_y, stride_x), (rows, columns)
+    size, strides = (height, width), (stride_y, stride_x)
     lane = tl.arange(0, LANES)[:, None, None]
     column_parity = (lane // BLOCKS) % 2
     t, step = tl.arange(0, T), tl.arange(0, STEP)
-    basis = column_basis + column_parity * (T * COLUMNS)
-    own = (lane % BLOCKS) * 16 + tl.arange(0, 16)[None, :, None]
-    every = tl.arange(0, COLUMNS)[None, None, :]
+    own = lane % (2 * BLOCKS) * (16 * T) + t[None, None, :] * 16 + tl.arange(0, 16)[None, :, None]
+    every = column_parity * (T * COLUMNS) + t[None, :, None] * 16
+    every += (tl.arange(0, COLUMNS) // 16 * (16 * T) + tl.arange(0, COLUMNS) % 16)[None, None, :]
     dtype: tl.constexpr = column_basis.dtype.element_ty
-    q = tl.zeros((LANES, 1, 1), tl.float32)
-    earlier, v = (), ()
-    if WITH_PRODUCT:
-        for _ in tl.static_range(CHANNELS):
-            v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
-        earlier = v
-    for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
-        nothing = parity * zero
-        size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
-        to_frequency = load_split(basis + nothing, t[None, None, :] * COLUMNS + own, 2 * T * COLUMNS, TERMS)
-        u, unit, w = (), (), ()
-        for c in tl.static_range(CHANNELS):
-            channel, inverse = transform_columns(
-                gradient + c * stride_c + nothing, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
-            )
-            u, unit, w = u + (channel,), unit + (inverse * gain,), w + (tl.zeros((LANES, 16, T), tl.float32),)
-        row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
-        for first in tl.range(0, ROWS, STEP, disable_licm=True):
-            offset = (row_parity * T + t[None, :, None]) * ROWS + first + step[None, None, :]
-            a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
-            z = ()
-            for c in tl.static_range(CHANNELS):
-                z = z + (dot(u[c], a, TERMS) * unit[c],)
-            sums = ()
-            for c in tl.static_range(CHANNELS):
-                y = mix(spectrum, z, c, first, CHANNELS, frequencies, PARITIES, STEP, COLUMNS, SIGNED, SYMMETRIC)
-                if WITH_FORM:
-                    q += tl.sum(tl.sum(y * z[c], axis=2, keep_dims=True), axis=1, keep_dims=True)
-                if WITH_PRODUCT:
-                    y, restore = normalized(y)
-                    sums = sums + (w[c] + dot(split(y, dtype, TERMS), transposed(a), TERMS) * (restore * gain),)
-            if WITH_PRODUCT:
-                w = sums
+    scales = arranged + (ROWS // 16) * BLOCKS * (PAIRS * 256) + lane % BLOCKS
+    KEPT: tl.constexpr = T == 16  # larger bases would take registers that the images need
+    if KEPT:
+        to_frequency = load_split(column_basis, own, 2 * T * COLUMNS, TERMS)
+        to_pixels = load_split(column_basis, every, 2 * T * COLUMNS, TERMS)
+    image = tl.program_id(0).to(tl.int64)
+    while image < batch:
+        plane, target = gradient + image * stride_b, product + image * (CHANNELS * height * width)
+        total = tl.zeros((LANES, 1, 1), tl.float32)
+        earlier, v = (), ()
         if WITH_PRODUCT:
-            to_pixels = load_split(basis + nothing, t[None, :, None] * COLUMNS + every, 2 * T * COLUMNS, TERMS)
-            pixels = ()
+            for _ in tl.static_range(CHANNELS):
+                v = v + (tl.zeros((2 * PARITIES, T, T), tl.float32),)
+            earlier = v
+        for parity in tl.range(0, 2 // PARITIES, disable_licm=True):
+            nothing = parity * zero
+            size, strides = (height + nothing, width + nothing), (stride_y + nothing, stride_x + nothing)
+            if not KEPT:
+                to_frequency = load_split(column_basis + nothing, own, 2 * T * COLUMNS, TERMS)
+            # All channels of Z have one scale, so that they can be mixed: at most 512 where pixels are below 8.
+            u, scale, w = (), (), ()
+            common, unit = tl.full((), 2.0**127, tl.float32), tl.zeros((), tl.float32)
             for c in tl.static_range(CHANNELS):
-                tl.debug_barrier()
-                scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
-                gathered = tl.reshape(w[c] * scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
-                gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
-                half = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * inverse
-                half = tl.reshape(half, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
-                pixels = pixels + (tl.reshape(tl.permute(half, (0, 2, 1, 3)), (2 * PARITIES, T, T)),)
-            earlier, v = v, pixels
-    if WITH_PRODUCT:
-        for c in tl.static_range(CHANNELS):
-            store_rows(product + c * height * width, v[c], earlier[c], size, PARITIES, T)
-    if WITH_FORM:
-        tl.store(form + image, tl.sum(q))
+                channel, own_scale, inverse = transform_columns(
+                    plane + c * stride_c + nothing, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS
+                )
+                common, unit = tl.minimum(common, own_scale), tl.maximum(unit, inverse)
+                u, scale, w = u + (channel,), scale + (inverse,), w + (tl.zeros((LANES, 16, T), tl.float32),)
+            q = tl.zeros((LANES, 1, 1), tl.float32)
+            row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
+            for first in tl.range(0, ROWS, STEP, disable_licm=True):
+                offset = row_parity * (T * ROWS) + first * T + t[None, :, None] * STEP + step[None, None, :]
+                a = load_split(row_basis + nothing, offset, 2 * T * ROWS, TERMS)
+                tile = arranged + first * (BLOCKS * PAIRS * 16)
+                restore = tl.load(scales + first // STEP * BLOCKS)
+                z = ()
+                for c in tl.static_range(CHANNELS):
+                    z = z + (dot(u[c], a, TERMS) * (scale[c] * common * gain),)
+                energy, sums = tl.zeros((LANES, 16, STEP), tl.float32), ()
+                for c in tl.static_range(CHANNELS):
+                    y = mix(tile, z, c, CHANNELS, PAIRS, PARITIES, BLOCKS, SIGNED)
+                    if WITH_FORM:
+                        energy += y * z[c]
+                    if WITH_PRODUCT:
+                        sums = sums + (w[c] + dot(split(y, dtype, TERMS), transposed(a), TERMS) * restore,)
+                if WITH_FORM:
+                    q += tl.sum(tl.sum(energy, axis=2, keep_dims=True), axis=1, keep_dims=True) * restore
+                if WITH_PRODUCT:
+                    w = sums
+            if WITH_PRODUCT:
+                if not KEPT:
+                    to_pixels = load_split(column_basis + nothing, every, 2 * T * COLUMNS, TERMS)
+                pixels = ()
+                for c in tl.static_range(CHANNELS):
+                    tl.debug_barrier()
+                    own_scale, inverse = power_of_two(tl.max(tl.abs(w[c])))
+                    gathered = tl.reshape(w[c] * own_scale, (2 * PARITIES, COLUMNS, BLOCKS, T // BLOCKS))
+                    gathered = tl.reshape(tl.permute(gathered, (0, 2, 1, 3)), (LANES, COLUMNS, T // BLOCKS))
+                    half = dot(to_pixels, split(gathered, dtype, TERMS), TERMS) * (inverse * unit * gain)
+                    half = tl.reshape(half, (2 * PARITIES, BLOCKS, T, T // BLOCKS))
+                    pixels = pixels + (tl.reshape(tl.permute(half, (0, 2, 1, 3)), (2 * PARITIES, T, T)),)
+                earlier, v = v, pixels
+            total += q * unit * unit
+        if WITH_PRODUCT:
+            for c in tl.static_range(CHANNELS):
+                store_rows(target + c * height * width, v[c], earlier[c], size, PARITIES, T)
+        if WITH_FORM:
+            tl.store(form + image, tl.sum(total))
+        image += tl.num_programs(0)

@@ -29,7 +29,7 @@ def transform(
     TERMS: tl.constexpr,
 ):
     """``Z`` of one channel at 16 row frequencies, (LANES, 16, 16)."""
-    u, unit = transform_columns(plane, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS)
+    u, _, unit = transform_columns(plane, size, strides, to_frequency, parity, PARITIES, T, BLOCKS, TERMS)
     return dot(u, a, TERMS) * (unit * gain)
 
 
@@ -87,11 +87,10 @@ def fused_gram_kernel(
     a_strides, b_strides = (a_stride_y, a_stride_x), (b_stride_y, b_stride_x)
     lane = tl.arange(0, LANES)[:, None, None]
     t = tl.arange(0, T)
-    column_offset = (lane // BLOCKS % 2 * T + t[None, None, :]) * COLUMNS
-    column_offset += lane % BLOCKS * 16 + tl.arange(0, 16)[None, :, None]
+    column_offset = lane % (2 * BLOCKS) * (16 * T) + t[None, None, :] * 16 + tl.arange(0, 16)[None, :, None]
     to_frequency = load_split(column_basis, column_offset, 2 * T * COLUMNS, TERMS)
     row_parity = lane // (2 * BLOCKS) if PARITIES == 2 else parity + 0 * lane
-    row_offset = (row_parity * T + t[None, :, None]) * ROWS + first + tl.arange(0, STEP)[None, None, :]
+    row_offset = row_parity * (T * ROWS) + first * T + t[None, :, None] * STEP + tl.arange(0, STEP)[None, None, :]
     to_row_frequency = load_split(row_basis, row_offset, 2 * T * ROWS, TERMS)
     PARTS: tl.constexpr = 4 if SIGNED else 1
     totals = ()

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from sgr_kernels.backends.triton_spectral import staged_launch
+from sgr_kernels.backends.triton_spectral.arranged import arrange_kernel
 from sgr_kernels.backends.triton_spectral.fused import fused_kernel
 from sgr_kernels.backends.triton_spectral.fused_gram import fused_gram_kernel
-from sgr_kernels.backends.triton_spectral.plan import Operands, Tile, gain, power_of_two, split_basis
+from sgr_kernels.backends.triton_spectral.plan import Arrangement, Operands, Tile, gain, power_of_two, split_basis
 from sgr_kernels.checks import check_same_device, describe
 from sgr_kernels.toeplitz.geometry import Size
 
@@ -40,51 +41,95 @@ def _addressable(images: Tensor) -> Tensor:
 def _bases(
     size: Size, frequencies: Size, tile: Tile, operands: Operands, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    rows = split_basis(size[0], frequencies[0], (tile.t, tile.rows), operands, device)
-    columns = split_basis(size[1], frequencies[1], (tile.t, tile.columns), operands, device)
+    rows = split_basis(size[0], frequencies[0], (tile.t, tile.rows), 16, operands, device)
+    columns = split_basis(size[1], frequencies[1], (tile.t, tile.columns), 16, operands, device)
     return rows, columns
 
 
+def arrange(spectrum: Tensor, arranged: Tensor, height: int, width: int) -> None:
+    """Write the spectrum (C, C, Fh, Fw) of a symmetric matrix of images (H, W) as their kernels read it."""
+    order = Arrangement.fitting((height, width), _frequencies(spectrum), len(spectrum), signed=False, symmetric=True)
+    if order is None or arranged.shape != (order.words,) or spectrum.dtype != arranged.dtype:
+        raise ValueError(f"arranged: expected room for {describe(spectrum)}, got {describe(arranged)}")
+    _arrange(spectrum, order, arranged)
+
+
+def _frequencies(spectrum: Tensor) -> Size:
+    return spectrum.shape[-2], spectrum.shape[-1]
+
+
+def _arrange(spectrum: Tensor, order: Arrangement, arranged: Tensor) -> None:
+    rows, columns = spectrum.shape[-2:]
+    wrap_triton(arrange_kernel)[order.tiles](
+        spectrum.contiguous(),
+        arranged,
+        rows,
+        columns,
+        CHANNELS=order.channels,
+        PARTS=order.parts,
+        PAIRS=order.pairs,
+        PADDED=power_of_two(order.parts * order.channels**2),
+        SYMMETRIC=order.symmetric,
+        num_warps=4,
+    )
+
+
 def _apply(
-    gradient: Tensor, spectrum: Tensor, precision: str, with_form: bool, with_product: bool
+    gradient: Tensor,
+    spectrum: Tensor,
+    precision: str,
+    with_form: bool,
+    with_product: bool,
+    arranged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q`` and ``v``, of the symmetric part of Sigma where q is asked for; an empty tensor for what is not."""
     _check_spectrum(gradient, spectrum)
     operands = Operands.of(gradient.dtype, precision)
     batch, channels, height, width = gradient.shape
-    size, frequencies = (height, width), (spectrum.shape[-2], spectrum.shape[-1])
+    size, frequencies = (height, width), _frequencies(spectrum)
     form = gradient.new_empty(batch if with_form else 0, dtype=operands.total)
     product = gradient.new_empty(gradient.shape if with_product else 0)
     if batch == 0:
         return form, product
-    spectrum = spectrum.to(operands.total).contiguous()
+    spectrum = spectrum.to(operands.total)
     signed = spectrum.dim() == 5
-    tile = None if operands.dtype == torch.float64 else Tile.fitting(size, frequencies, channels, signed)
+    order = None
+    if operands.dtype != torch.float64:
+        order = Arrangement.fitting(size, frequencies, channels, signed, symmetric=with_form)
+    if order is None:
+        return staged_launch.apply(gradient, spectrum.contiguous(), operands, form, product, with_form, with_product)
+    if arranged is None:
+        arranged = spectrum.new_empty(order.words)
+        _arrange(spectrum, order, arranged)
+    elif arranged.shape != (order.words,) or arranged.dtype != torch.float32:
+        raise ValueError(f"arranged: expected {order.words} numbers in float32, got {describe(arranged)}")
+    tile = Tile.fitting(size, frequencies, channels, signed)
     if tile is None:
-        return staged_launch.apply(gradient, spectrum, operands, form, product, with_form, with_product)
+        passes = staged_launch.apply_arranged
+        return passes(gradient, arranged, order, frequencies, operands, form, product, with_form, with_product)
     gradient = _addressable(gradient)
     rows, columns = _bases(size, frequencies, tile, operands, gradient.device)
-    wrap_triton(fused_kernel)[(batch,)](
+    wrap_triton(fused_kernel)[(tile.programs(batch, gradient.device),)](
         gradient,
-        spectrum,
+        arranged,
         rows,
         columns,
         product,
         form,
+        batch,
         height,
         width,
         *gradient.stride(),
-        *frequencies,
         gain(frequencies, operands),
         0,
         CHANNELS=channels,
         T=tile.t,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
+        PAIRS=order.pairs,
         PARITIES=tile.parities,
         TERMS=operands.terms,
         SIGNED=signed,
-        SYMMETRIC=with_form and (signed or channels > 1),
         WITH_FORM=with_form,
         WITH_PRODUCT=with_product,
         num_warps=tile.warps,
@@ -101,6 +146,13 @@ def product(gradient: Tensor, spectrum: Tensor, precision: str) -> Tensor:
 def quadratic_form(gradient: Tensor, spectrum: Tensor, with_product: bool, precision: str) -> tuple[Tensor, Tensor]:
     """``q_b = g_b^T Sigma g_b`` and, if asked for, ``v = Sigma g``; both of the symmetric part of Sigma."""
     return _apply(gradient, spectrum, precision, with_form=True, with_product=with_product)
+
+
+def arranged_quadratic_form(
+    gradient: Tensor, spectrum: Tensor, arranged: Tensor, with_product: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """As `quadratic_form`, of a symmetric matrix whose spectrum also lies as `arrange` leaves it."""
+    return _apply(gradient, spectrum, precision, with_form=True, with_product=with_product, arranged=arranged)
 
 
 def cross_spectrum(a: Tensor, b: Tensor, rows: int, columns: int, signed: bool, precision: str) -> Tensor:

@@ -65,14 +65,6 @@ def power_of_two(largest):
 
 
 @triton.jit
-def normalized(x):
-    """Scale each matrix of a stack (n, rows, columns) to magnitudes below 8; also the factors that undo it."""
-    largest = tl.max(tl.max(tl.abs(x), axis=2, keep_dims=True), axis=1, keep_dims=True)
-    scale, inverse = power_of_two(largest)
-    return x * scale, inverse
-
-
-@triton.jit
 def load_split(basis, offset, term_stride, TERMS: tl.constexpr):
     """Load both terms of a basis at the same offsets."""
     hi = tl.load(basis + offset)

@@ -16,6 +16,8 @@ from sgr_kernels.toeplitz.spectrum import basis
 # of tf32 (float16 and tf32 have significands of the same length, and the data are scaled) at twice its speed.
 PRECISIONS = {"highest": (torch.float16, 3), "high": (torch.float16, 1), "medium": (torch.bfloat16, 1)}
 
+_OPERANDS = 48  # registers of a thread for those that stay; as many hold sums
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -59,6 +61,13 @@ class Tile:
         """One for every parity and 16 column frequencies."""
         return 2 * self.parities * self.columns // 16
 
+    def programs(self, batch: int, device: torch.device) -> int:
+        """That share a batch: for the smaller images as many as a GPU runs at once, each of which loads bases once."""
+        if self.t > 16:
+            return batch
+        cuda = device.type == "cuda" and torch.cuda.is_available()
+        return min(batch, 2 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 2)
+
     @staticmethod
     def fitting(size: Size, frequencies: Size, channels: int, signed: bool) -> Tile | None:
         """The tile that holds one image in registers; None if there is none."""
@@ -71,22 +80,84 @@ class Tile:
         return Tile(t, padded(frequencies[0], 16), columns, parities)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Sizes of the kernel for the columns of larger images: runs of pixels from the centre out, a warp each."""
+
+    parities: int
+    runs: int
+    block: int
+
+    @property
+    def t(self) -> int:
+        """Pixels from the centre out, padded."""
+        return self.runs * self.block
+
+    @staticmethod
+    def fitting(size: Size, frequencies: Size, channels: int, signed: bool) -> Columns | None:
+        """Sizes that hold 16 column frequencies of all channels in registers; None if there are none.
+
+        Of a thread, ``channels * block / 2`` registers hold operands, and as many sums.
+        """
+        t = max(16, power_of_two((size[0] + 1) // 2))
+        if signed or channels > 4 or frequencies[1] * max(size[0], 2 * frequencies[0]) >= 2**26:
+            return None
+        for parities in (2, 1):
+            runs = min(t // 16, 8 // parities)
+            if channels * (t // runs) // 2 <= _OPERANDS:
+                return Columns(parities, runs, t // runs)
+        return None
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a spectrum lies for the kernels: see `arranged`."""
+
+    parts: int
+    channels: int
+    symmetric: bool
+    tiles: Size
+
+    @property
+    def pairs(self) -> int:
+        """Of channels and parts, in a tile."""
+        square = self.channels * self.channels
+        return (square + self.channels) // 2 if self.symmetric and self.parts == 1 else self.parts * square
+
+    @staticmethod
+    def fitting(size: Size, frequencies: Size, channels: int, signed: bool, symmetric: bool) -> Arrangement | None:
+        """What the kernels for images of a size read, in float32; None where they read the spectrum as it is."""
+        tile = Tile.fitting(size, frequencies, channels, signed)
+        if tile is None and Columns.fitting(size, frequencies, channels, signed) is None:
+            return None
+        columns = padded(frequencies[1], 16) if tile is None else tile.columns
+        return Arrangement(4 if signed else 1, channels, symmetric, (padded(frequencies[0], 16) // 16, columns // 16))
+
+    @property
+    def words(self) -> int:
+        """Numbers that it takes."""
+        return self.tiles[0] * self.tiles[1] * (256 * self.pairs + 1)
+
+
 def exponent(frequencies: int, operands: Operands) -> int:
     """Power of two by which a basis is multiplied, so that its smallest terms stay clear of float16's limit."""
     return 0 if operands.dtype == torch.float64 else 6 + round(math.log2(frequencies) / 2)
 
 
 @constant
-def split_basis(extent: int, frequencies: int, shape: Size, operands: Operands, device: torch.device) -> Tensor:
-    """`spectrum.basis` from the centre out, by parity, padded to ``shape``, in operands: (terms, 2, T, F).
+def split_basis(
+    extent: int, frequencies: int, shape: Size, width: int, operands: Operands, device: torch.device
+) -> Tensor:
+    """`spectrum.basis` from the centre out, by parity, padded to ``shape`` (T, F), in operands: all that kernels read.
 
-    Two terms, high and low, where operands have three products; one otherwise.
+    Lies as they read it, ``width`` frequencies a tile: (terms, 2, F / width, T, width). Two terms, high and low, where
+    operands have three products; one otherwise.
     """
     wide = torch.float64
     outward = basis(extent, frequencies, wide, device)[extent // 2 :]
     by_parity = outward.unflatten(1, (2, frequencies)).movedim(1, 0) * 2.0 ** exponent(frequencies, operands)
     pad = (0, shape[1] - frequencies, 0, shape[0] - by_parity.shape[1])
-    whole = torch.nn.functional.pad(by_parity, pad)
+    whole = torch.nn.functional.pad(by_parity, pad).unflatten(2, (-1, width)).movedim(2, 1).contiguous()
     high = whole.to(operands.dtype)
     if operands.terms == 1:
         return high[None].contiguous()

@@ -1,8 +1,8 @@
 """Images of any size and any number of channels, in passes: one axis forward at a time, mix, and back.
 
 A pass over an axis treats an array as planes of (axis, other), every parity alike: ``Z[p] = A_p^T (x up +- x down)``.
-Intermediate results are (planes, 2, frequencies, other), so that the second pass sees the first one's parities and
-frequencies as its "other" axis. Also the only path for float64, where operands need no splitting.
+Intermediate results are (planes, 2, frequencies, other): the second pass takes each of the first one's parities as a
+plane, and its frequencies as the "other" axis. Also the only path for float64, where operands need no splitting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def forward_kernel(
     source,
     basis,
     target,
-    channels,
     stride_b,
     stride_c,
     stride_i,
@@ -45,12 +44,16 @@ def forward_kernel(
     BLOCK_T: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Transform one axis: planes (i, j) of ``source`` to ``target`` (planes, 2, frequencies, j)."""
-    plane = tl.program_id(0).to(tl.int64)
-    source += plane // channels * stride_b + plane % channels * stride_c
-    target += plane * (2 * frequencies * others)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    j = tl.program_id(2) * BLOCK_J + tl.arange(0, BLOCK_J)
+    """Transform one axis: planes (i, j) of ``source`` to ``target`` (planes, 2, frequencies, j).
+
+    The grid is (images, channels, tiles), a plane for each of the first two.
+    """
+    image, channel = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    source += image * stride_b + channel * stride_c
+    target += (image * tl.num_programs(1) + channel) * (2 * frequencies * others)
+    block = tl.program_id(2) % (PADDED_FREQUENCIES // BLOCK_F)
+    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+    j = tl.program_id(2) // (PADDED_FREQUENCIES // BLOCK_F) * BLOCK_J + tl.arange(0, BLOCK_J)
     dtype: tl.constexpr = target.dtype.element_ty
     term_stride = 2 * PADDED_EXTENT * PADDED_FREQUENCIES
     even = tl.zeros((BLOCK_F, BLOCK_J), dtype)
@@ -62,7 +65,8 @@ def forward_kernel(
         above = tl.load(column + up[0].to(tl.int64)[:, None] * stride_i, mask=up[1][:, None] & inside, other=0.0)
         below = tl.load(column + down[0].to(tl.int64)[:, None] * stride_i, mask=down[1][:, None] & inside, other=0.0)
         above, below = above.to(dtype), below.to(dtype)
-        offset = (first + tl.arange(0, BLOCK_T))[None, :] * PADDED_FREQUENCIES + f[:, None]
+        offset = (block * PADDED_EXTENT + first + tl.arange(0, BLOCK_T))[None, :] * BLOCK_F
+        offset += tl.arange(0, BLOCK_F)[:, None]
         cosines = load_split(basis, offset, term_stride, TERMS)
         sines = load_split(basis + PADDED_EXTENT * PADDED_FREQUENCIES, offset, term_stride, TERMS)
         even += scaled_dot(cosines, above + below, gain, TERMS)
@@ -106,7 +110,7 @@ def inverse_kernel(
     t = first + tl.arange(0, BLOCK_T)
     for start in range(0, PADDED_FREQUENCIES, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
-        offset = t[:, None] * PADDED_FREQUENCIES + f[None, :]
+        offset = start * PADDED_EXTENT + t[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
         cosines = load_split(basis, offset, term_stride, TERMS)
         sines = load_split(basis + PADDED_EXTENT * PADDED_FREQUENCIES, offset, term_stride, TERMS)
         mask = (f < frequencies)[:, None] & inside

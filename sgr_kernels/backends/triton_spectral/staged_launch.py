@@ -7,11 +7,21 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from sgr_kernels.backends.triton_spectral.frequency import gram_kernel, mix_kernel
-from sgr_kernels.backends.triton_spectral.plan import Operands, exponent, padded, power_of_two, split_basis
+from sgr_kernels.backends.triton_spectral.large import columns_kernel
+from sgr_kernels.backends.triton_spectral.plan import (
+    Arrangement,
+    Columns,
+    Operands,
+    exponent,
+    padded,
+    power_of_two,
+    split_basis,
+)
 from sgr_kernels.backends.triton_spectral.staged import forward_kernel, inverse_kernel
 from sgr_kernels.toeplitz.geometry import Size
 
 _SCRATCH_BYTES = 256 << 20
+_LARGEST_GRID = 65535  # programs along all axes but the first
 _GRAM_IMAGES = 16  # images whose products one program adds up
 _FREQUENCIES = 128  # a tile of the kernels that work frequency by frequency
 
@@ -27,7 +37,7 @@ class _Axis:
         self.block_t = min(32, max(16, power_of_two(half)))
         self.block_j = small
         self.shape = (padded(half, self.block_t), padded(frequencies, self.block_f))
-        self.basis = split_basis(extent, frequencies, self.shape, operands, device)
+        self.basis = split_basis(extent, frequencies, self.shape, self.block_f, operands, device)
         self.gain = 2.0 ** -exponent(frequencies, operands)
 
     def _options(self) -> dict[str, int]:
@@ -42,15 +52,13 @@ class _Axis:
             "num_stages": 1,
         }
 
-    def forward(self, source: Tensor, target: Tensor, strides: tuple[int, ...], channels: int, others: int) -> None:
+    def forward(self, source: Tensor, target: Tensor, strides: tuple[int, ...], planes: Size, others: int) -> None:
         """Planes (i, j) of ``source``, by strides of (batch, channel, i, j), to (planes, 2, frequencies, j)."""
-        planes = target.numel() // (2 * self.frequencies * others)
-        grid = (planes, self.shape[1] // self.block_f, -(-others // self.block_j))
+        grid = (*planes, self.shape[1] // self.block_f * -(-others // self.block_j))
         wrap_triton(forward_kernel)[grid](
             source,
             self.basis,
             target,
-            channels,
             *strides,
             self.extent,
             others,
@@ -86,24 +94,25 @@ class _Transform:
         self.row_axis = _Axis(self.height, self.rows, operands, images.device)
         self.column_axis = _Axis(self.width, self.columns, operands, images.device)
         per_image = 4 * self.channels * self.total.itemsize * self.columns * (2 * self.rows + self.height)
-        self.chunk = max(1, _SCRATCH_BYTES // per_image)
+        self.chunk = min(max(1, _SCRATCH_BYTES // per_image), _LARGEST_GRID)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (n, C, H, W) to (n, C, 2, rows, 2, columns)."""
+        """Images (n, C, H, W) to (n, C, 2, 2, rows, columns), column parity outside."""
         n, channels, height, _ = images.shape
         half = images.new_empty((n, channels, 2, self.columns, height), dtype=self.total)
         b, c, y, x = images.stride()
-        self.column_axis.forward(images, half, (b, c, x, y), channels, height)
-        whole = images.new_empty((n, channels, 2, self.rows, 2, self.columns), dtype=self.total)
-        plane = 2 * self.columns * height
-        self.row_axis.forward(half, whole, (plane, 0, 1, height), 1, 2 * self.columns)
+        self.column_axis.forward(images, half, (b, c, x, y), (n, channels), height)
+        whole = images.new_empty((n, channels, 2, 2, self.rows, self.columns), dtype=self.total)
+        plane = self.columns * height
+        strides = (2 * channels * plane, plane, 1, height)
+        self.row_axis.forward(half, whole, strides, (n, 2 * channels), self.columns)
         return whole
 
     def inverse(self, whole: Tensor, images: Tensor) -> None:
-        """(n, C, 2, rows, 2, columns) to contiguous images (n, C, H, W)."""
+        """(n, C, 2, 2, rows, columns) to contiguous images (n, C, H, W)."""
         n = whole.shape[0]
         half = whole.new_empty((n, self.channels, 2, self.columns, self.height))
-        self.row_axis.inverse(whole, half, (2 * self.columns * self.height, 1, self.height), 2 * self.columns)
+        self.row_axis.inverse(whole, half, (self.columns * self.height, 1, self.height), self.columns)
         self.column_axis.inverse(half, images, (self.height * self.width, 1, self.width), self.height)
 
 
@@ -128,14 +137,12 @@ def apply(
         z = transform.forward(gradient[start:stop])
         y = torch.empty_like(z) if with_product else z
         parts = form.new_empty((stop - start, *tiles) if with_form else 0)
-        wrap_triton(mix_kernel)[((stop - start) * tiles[0], tiles[1])](
+        wrap_triton(mix_kernel)[(*tiles, stop - start)](
             z,
             spectrum,
             y,
             parts,
-            stop - start,
-            rows,
-            columns,
+            rows * columns,
             CHANNELS=channels,
             BLOCK_C=block_c,
             BLOCK_F=_FREQUENCIES,
@@ -149,6 +156,60 @@ def apply(
             form[start:stop] = parts.sum((1, 2))
         if with_product:
             transform.inverse(y, product[start:stop])
+    return form, product
+
+
+def apply_arranged(
+    gradient: Tensor,
+    arranged: Tensor,
+    order: Arrangement,
+    frequencies: Size,
+    operands: Operands,
+    form: Tensor,
+    product: Tensor,
+    with_form: bool,
+    with_product: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `apply`, in three passes: rows to column frequencies, everything on those (`large`), and rows back."""
+    batch, channels, height, width = gradient.shape
+    tile = Columns.fitting((height, width), frequencies, channels, signed=False)
+    assert tile is not None
+    rows, columns = frequencies
+    axis = _Axis(width, columns, operands, gradient.device)
+    row_basis = split_basis(height, rows, (tile.t, padded(rows, 16)), 16, operands, gradient.device)
+    plane = columns * height
+    chunk = max(1, _SCRATCH_BYTES // (2 * channels * plane * operands.total.itemsize))
+    half = gradient.new_empty((min(batch, chunk), channels, 2, columns, height), dtype=operands.total)
+    parts = form.new_empty((batch if with_form else 0, order.tiles[1], 2))
+    b, c, y, x = gradient.stride()
+    for start in range(0, batch, chunk):
+        stop = min(batch, start + chunk)
+        axis.forward(gradient[start:stop], half, (b, c, x, y), (stop - start, channels), height)
+        wrap_triton(columns_kernel)[(stop - start, order.tiles[1], 2)](
+            half,
+            arranged,
+            row_basis,
+            parts[start:stop],
+            height,
+            columns,
+            2.0 ** -exponent(rows, operands),
+            0,
+            CHANNELS=channels,
+            PAIRS=order.pairs,
+            ROWS=padded(rows, 16),
+            PARITIES=tile.parities,
+            RUNS=tile.runs,
+            BLOCK_T=tile.block,
+            TERMS=operands.terms,
+            WITH_FORM=with_form,
+            WITH_PRODUCT=with_product,
+            num_warps=tile.parities * tile.runs,
+            num_stages=1,
+        )
+        if with_product:
+            axis.inverse(half[: stop - start], product[start:stop], (height * width, 1, width), height)
+    if with_form:
+        torch.sum(parts, (1, 2), out=form)
     return form, product
 
 
@@ -171,7 +232,7 @@ def cross_spectrum(a: Tensor, b: Tensor, frequencies: Size, signed: bool, operan
             zb,
             sums,
             stop - start,
-            *frequencies,
+            frequencies[0] * frequencies[1],
             CHANNELS=channels,
             BLOCK_C=block_c,
             BLOCK_F=_FREQUENCIES,

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 import sgr_kernels
 from sgr_kernels import functional as sgr
+from sgr_kernels.backends.triton_spectral import launch
 from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 from tests.helpers import (
     PRODUCT_TOLERANCE,
@@ -37,9 +38,12 @@ FLOAT32 = [
     (3, (33, 34), "radial", None),
     (2, (34, 8), "even", 3),
     (1, (1, 50), "even", 12),
-    # in passes
+    # in three passes
     (1, (1, 90), "radial", None),
     (1, (66, 10), "even", None),
+    (3, (40, 71), "even", 9),
+    (4, (131, 5), "even", 4),
+    # in five
     (5, (6, 13), "even", None),
     (5, (12, 13), "signed", None),
     (4, (7, 6), "signed", None),
@@ -198,3 +202,25 @@ def test_compiled_calls_use_the_operator_as_it_is():
     g, f = gradients((2, 1, 4, 5)), covariances("radial", 1, (4, 5))
     torch.testing.assert_close(step(g, f), 4 * dense_product(g, f, "radial")[1])
     assert "triton" in sgr_kernels.backends.available("cpu")
+
+
+@pytest.mark.parametrize("size", [(9, 12), (34, 7)])
+def test_a_covariance_keeps_its_spectrum_arranged(size, monkeypatch):
+    """After each update it is the present one's, and one launch serves a call."""
+    made = []
+    wrap = launch.wrap_triton
+    monkeypatch.setattr(launch, "wrap_triton", lambda kernel: made.append(kernel) or wrap(kernel))
+    covariance, g = sgr_kernels.CovarianceFunction(2, size), gradients((3, 2, *size)).float()
+    with sgr_kernels.use_backend("triton"):
+        for scale in (1.0, 40.0):
+            covariance.update(scale * g.flip(0))
+            for call in range(2):
+                made.clear()
+                leaf = g.clone().requires_grad_()
+                q = covariance.quadratic_form(leaf)
+                assert len(made) == (2 if scale == 1.0 and call == 0 else 1)
+                v = covariance.product(g)
+                exact = (g.flatten(1).double() @ covariance.dense().double()).view(g.shape)
+                assert_product_close(v, exact, 5e-6)
+                assert_product_close(torch.autograd.grad(q.sum(), leaf)[0] / 2, exact, 5e-6)
+                assert_quadratic_close(q, (exact * g).sum((1, 2, 3)), g, exact, 1e-6)
