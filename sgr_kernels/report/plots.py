@@ -18,6 +18,7 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 # With the markers, also in print.
 COLORS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4226")
 _MARKERS = "osD^vPX*"
+_LEGEND_MARK, _LEGEND_LETTER, _LEGEND_LINE = 0.6, 0.075, 0.25  # inches, of a legend below the panels
 _LINES_INSIDE = 4  # names of more would cover the lines
 _RIGHT, _WRONG = "#00794f", "#c40000"
 _DOTS_PER_INCH = 140
@@ -96,7 +97,7 @@ def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None
     rows = -(-len(panels) // columns)
     width, height = (4.8, 4.2) if rows == 1 else (3.4, 2.9)
     beside = len(panels) == 1 and len(panels[0].lines) > _LINES_INSIDE
-    room = 0.8 + 0.075 * max(len(line.label) for line in panels[0].lines) if beside else 0.0
+    room = 0.8 + _LEGEND_LETTER * max(len(line.label) for line in panels[0].lines) if beside else 0.0
     figure = Figure(figsize=(width * columns + room, height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
@@ -108,7 +109,11 @@ def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None
     if beside:
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     elif len(panels) > 1 and all(axes.get_legend_handles_labels()[1] == labels for axes in row):
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        wide = _LEGEND_MARK + _LEGEND_LETTER * max(map(len, labels))
+        fitting = max(1, int(figure.get_figwidth() / wide))
+        lines = -(-len(labels) // fitting)
+        figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (lines - 1))
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // lines), frameon=False)
     else:
         for axes in row:
             axes.legend(frameon=False, fontsize=9)

@@ -44,6 +44,8 @@ METHODS = {
     "pgd": "PGD adversarial training",
     "lrc": "training on correlated noise",
 }
+PENALTIES = ("gn", "l1", "sgr_sign", "sgr_exp")
+"""Methods whose strengths are searched for."""
 _KINKED_IMAGES = 128
 _TIMED_STEPS, _TIMED_ROUNDS = 8, 5
 AUTOATTACK = ("apgd-ce", "apgd-t")
@@ -106,6 +108,10 @@ def measure(lab: Lab) -> dict[str, Any]:
         "corruptions_unavailable": unavailable,
         "severities": SEVERITIES,
         "cost": cost,
+        "searches": {
+            kind: {method: lab.search(method, **options).to_dict() for method in PENALTIES if METHODS.get(method)}
+            for kind, options in NETWORKS.items()
+        },
         "networks": found,
     }
 
@@ -195,9 +201,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     page.text(
         "A penalty on the input gradient flattens the loss where that gradient tells how the loss goes on. ReLU and "
         "max-pooling bend the loss at kinks that the gradient does not show; GELU and average pooling do not. The same "
-        "Carlini-Wagner network, trained from scratch both ways by every method; strengths searched for separately "
-        "([how](search.md): the most robust at no more than a point of accuracy), those of SGR with an exponential "
-        f"covariance (decay length {results['sgr_decay_length']:g}) under noise, the others under PGD."
+        "Carlini-Wagner network, trained from scratch both ways by every method; [strengths](#strengths) searched for "
+        "separately ([how](search.md): the most robust at no more than a point of accuracy), those of SGR with an "
+        f"exponential covariance (decay length {results['sgr_decay_length']:g}) under noise, the others under PGD."
     )
     eps = ", ".join(f"{level:g}" for level in first["pgd"]["eps"])
     page.text(
@@ -238,6 +244,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
         if name != "clean" and all(name in methods for methods in found.values())
     ]
     page.table(["training", *(f"{kind}: {attack}" for kind in found for attack in under)], gains)
+    _strengths(page, results["searches"])
     plots.save(_figure(found), folder / "smooth.png")
     page.figure("smooth.png", "Accuracy under PGD against its strength. Means over seeds.")
     page.write(folder / "smooth.md")
@@ -265,6 +272,28 @@ def _left_out(results: dict[str, Any]) -> str:
 def _gain(methods: dict[str, list[dict[str, Any]]], name: str, under: str) -> str:
     ours, plain = ([run[under] for run in methods[key]] for key in (name, "clean"))
     return stats.difference(ours, plain).points()
+
+
+def _strengths(page: Page, searches: dict[str, dict[str, dict[str, Any]]]) -> None:
+    page.heading("Strengths")
+    page.text(
+        "Accuracy and mean accuracy under the attack that decides, in %, on training images held out; the strength "
+        "chosen is bold. `none` is plain training."
+    )
+    first = next(iter(searches.values()))
+    rows = []
+    for method, search in first.items():
+        cells = [searches[kind][method] for kind in searches]
+        plain = [f"{100 * cell['clean_accuracy']:.1f}, {100 * cell['clean_area']:.1f}" for cell in cells]
+        rows.append([METHODS[method], "none", *plain])
+        for k, trial in enumerate(search["trials"]):
+            tried = []
+            for cell in cells:
+                own = cell["trials"][k]
+                text = f"{100 * own['accuracy']:.1f}, {100 * own['area']:.1f}"
+                tried.append(f"**{text}**" if own["strength"] == cell["strength"] else text)
+            rows.append(["", f"{trial['strength']:.3g}", *tried])
+    page.table(["training", "strength", *searches], rows)
 
 
 def _figure(found: dict[str, dict[str, list[dict[str, Any]]]]) -> plots.Figure:
