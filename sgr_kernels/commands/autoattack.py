@@ -80,7 +80,7 @@ def run(
                 seed=plan.seed,
                 on_part=show,
             )
-        check = against_pgd(model, loader, result, pgd_steps=plan.pgd_steps, seed=plan.seed)
+        check = against_pgd(model, loader, result, pgd_steps=plan.pgd_steps, seed=plan.seed, labels=plan.labels)
         print(f"\n{check}")
         yield check
 

@@ -41,8 +41,9 @@ def seed(text: str) -> int:
 
 
 def nonnegative(text: str) -> float:
-    """Argument type: a finite number >= 0."""
-    value = float(text)
+    """Argument type: a finite number >= 0, or a fraction such as 1/8."""
+    above, stroke, below = text.partition("/")
+    value = float(above) / float(below) if stroke and float(below) else float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
     return value

@@ -16,6 +16,8 @@ from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 
+_WHOSE = {"true": "the true labels", "own": "the network's own answers", "auto": "the network's own answers"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -28,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.nonnegative,
         nargs="+",
         help="FGSM's and PGD's, in grey levels (1/255); none: 0 to 32 for images like MNIST's, else 0 to 8",
+    )
+    add(
+        "--attack-labels",
+        choices=("true", "own"),
+        default="true",
+        help="what FGSM and PGD start from; own: the network's answers, as in the paper, so that an image it gets "
+        "wrong may count as right under attack",
     )
     add("--pgd-steps", type=common.whole, default=Plan.pgd_steps, help="steps of PGD")
     add(
@@ -59,7 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
         noise_eps=arguments.noise_eps,
         draws=arguments.draws,
         seed=arguments.seed,
+        labels=arguments.attack_labels,
     )
+    draws = len(images) * len(plan.decay_lengths) * len(plan.noise_eps) * plan.draws
+    steps = len(images) * sum(eps > 0 for eps in plan.eps) * (1 + plan.pgd_steps)
+    print(f"at most {steps:,} gradients for FGSM and PGD, and {draws:,} noisy images to classify", flush=True)
     with tqdm(total=parts(plan) + (kinds != []), disable=None, unit="part", leave=False) as bar:
 
         def show(part: str) -> None:
@@ -115,6 +128,6 @@ def summary(result: Evaluation, plan: Plan, images: str) -> str:
     )
     return (
         f"accuracy in % on {images} (clean: {percent(result.clean.accuracy[0], interval)}, 95 % interval)\n\n"
-        f"gradient attacks (PGD: {plan.pgd_steps} steps)\n{gradient}\n\n"
+        f"gradient attacks from {_WHOSE[plan.labels]} (PGD: {plan.pgd_steps} steps)\n{gradient}\n\n"
         f"correlated noise, worst of {plan.draws} draws, eps in units of the image's standard deviation\n{noise}"
     )

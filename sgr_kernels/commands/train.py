@@ -22,15 +22,24 @@ from sgr_kernels.training.checkpoint import CHECKPOINT_FILE
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.images import DataSet
 from sgr_kernels.training.loop import Trainer
-from sgr_kernels.training.methods import COVARIANCES, METHODS, PERTURBATIONS, PRECISIONS, SCHEDULES, Settings
+from sgr_kernels.training.methods import (
+    COVARIANCES,
+    EXPONENTIAL,
+    METHODS,
+    PERTURBATIONS,
+    PRECISIONS,
+    SCHEDULES,
+    Settings,
+)
 from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, architecture_for
 from sgr_kernels.training.network import Source
 from sgr_kernels.training.optimizers import OPTIMIZERS
 from sgr_kernels.training.processes import Processes, joined, local_device
 from sgr_kernels.training.records import digest, remembered
-from sgr_kernels.training.search import attack_area, held_out, strength_search
+from sgr_kernels.training.search import Attack, attack_area, held_out, strength_search
 
 _SEARCH_IMAGES = 500
+_SEARCH_NOISE = [0.3, 0.7]  # of each image's standard deviation
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
@@ -56,8 +65,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.positive,
         nargs="+",
         metavar="S",
-        help="try these strengths first and take the most robust under PGD that costs at most a point of accuracy, "
-        "judged on a tenth of the training images; the record is search.json in --out",
+        help="try these strengths first and take the most robust that costs at most a point of accuracy, judged on a "
+        "tenth of the training images; the record is search.json in --out",
+    )
+    add(
+        "--search-under",
+        choices=("pgd", "noise"),
+        help="what robustness is measured under: PGD, or noise over --decay-length; none: noise for an exponential "
+        "covariance, PGD for all others",
     )
     add("--search-epochs", type=common.whole, help="of each trial; none: as many as --epochs")
     add(
@@ -149,8 +164,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
-    add("--activation", choices=ACTIVATIONS, default=_DEFAULTS["activation"], help="of the network; the paper's: relu")
-    add("--pooling", choices=POOLINGS, default=_DEFAULTS["pooling"], help="of the network; the paper's: max")
+    add(
+        "--activation",
+        choices=ACTIVATIONS,
+        default=_DEFAULTS["activation"],
+        help="of the paper's networks",
+    )
+    add("--pooling", choices=POOLINGS, default=_DEFAULTS["pooling"], help="of the paper's networks")
     add(
         "--corruption",
         choices=KINDS,
@@ -204,6 +224,11 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
     return 0
 
 
+def aimed_at_noise(settings: Settings) -> bool:
+    """Whether the penalty's covariance is that of a noise, and not learned from gradients."""
+    return settings.method == "sgr_exp" or (settings.method == "sgr" and settings.perturbation == EXPONENTIAL)
+
+
 def searched_strength(
     arguments: argparse.Namespace, settings: Settings, data: DataSet, device: torch.device, out: Path
 ) -> float:
@@ -214,8 +239,10 @@ def searched_strength(
     """
     split = held_out(data, None, max(1, len(data.train) // 10))
     epochs = arguments.search_epochs or arguments.epochs
+    attack: Attack = arguments.search_under or ("noise" if aimed_at_noise(settings) else "pgd")
     grey_levels = eps_grid(data.train.shape)
-    eps = [level / PIXEL_LEVELS for level in grey_levels]
+    eps = [level / PIXEL_LEVELS for level in grey_levels] if attack == "pgd" else _SEARCH_NOISE
+    shown = {"eps": grey_levels} if attack == "pgd" else {"eps": eps, "decay_length": settings.decay_length}
     strengths = sorted(arguments.search_strength)
     question = {
         "settings": {**settings.record(), "strength": None},
@@ -223,7 +250,7 @@ def searched_strength(
         "epochs": epochs,
         "data": data.train.digest(),
         "validation_images": len(split.test),
-        "attack": {"name": "pgd", "eps": grey_levels, "images": _SEARCH_IMAGES},
+        "attack": {"name": attack, **shown, "images": _SEARCH_IMAGES},
     }
 
     def train(trials: Sequence[Settings]) -> list[nn.Module]:
@@ -240,13 +267,15 @@ def searched_strength(
         return trainer.trained
 
     def area(model: nn.Module) -> float:
-        return attack_area(model, split.test.first(_SEARCH_IMAGES), "pgd", eps, device=device)
+        images = split.test.first(_SEARCH_IMAGES)
+        return attack_area(model, images, attack, eps, decay_length=settings.decay_length, device=device)
 
     def search() -> dict[str, Any]:
-        found = strength_search(settings, strengths, split.test, train, area, device=device)
+        found = strength_search(settings, strengths, split.test, train, area, attack=attack, device=device)
         for trial in found.trials:
             chosen = "  chosen" if trial.strength == found.strength else ""
-            shares = f"accuracy {percent(trial.accuracy)}, under PGD {percent(trial.area)}"
+            under = "PGD" if attack == "pgd" else f"noise over {settings.decay_length:g} pixels"
+            shares = f"accuracy {percent(trial.accuracy)}, under {under} {percent(trial.area)}"
             tqdm.write(f"strength {trial.strength:g}: {shares}{chosen}")
         return found.to_dict()
 
@@ -269,9 +298,10 @@ def settings_from(arguments: argparse.Namespace, data: DataSet) -> Settings:
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
-    """One line on a finished epoch."""
+    """One line on a finished epoch; of a penalty only where there is one."""
+    penalty = f"penalty {record['penalty']:.4f}  " if record["penalty"] else ""
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  loss {record['loss']:.4f}  "
-        f"cross-entropy {record['cross_entropy']:.4f}  penalty {record['penalty']:.4f}  "
+        f"cross-entropy {record['cross_entropy']:.4f}  {penalty}"
         f"train {percent(record['train_accuracy'])}  test {percent(record['test_accuracy'])}  {record['seconds']:.0f} s"
     )

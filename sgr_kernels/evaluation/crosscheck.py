@@ -12,7 +12,7 @@ from sgr_kernels.attacks.gradient import pgd
 from sgr_kernels.attacks.guard import Model, model_device
 from sgr_kernels.attacks.inputs import check_count, seeded
 from sgr_kernels.evaluation.autoattack import AutoAttackResult
-from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
+from sgr_kernels.evaluation.curves import LabelSource, RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.loaders import Loader, first_images
 
 TELLING = 0.02  # a difference worth a sentence
@@ -33,7 +33,7 @@ class CrossCheck:
 
     Attributes:
         autoattack: from the true labels.
-        pgd: one strength; from the model's own prediction, as in the table of attacks.
+        pgd: one strength; ``pgd.labels`` says whose labels it starts from.
         pgd_steps: of PGD.
     """
 
@@ -107,7 +107,13 @@ class CrossCheck:
 
 
 def against_pgd(
-    model: Model, loader: Loader, result: AutoAttackResult, *, pgd_steps: int = 20, seed: int = 0
+    model: Model,
+    loader: Loader,
+    result: AutoAttackResult,
+    *,
+    pgd_steps: int = 20,
+    seed: int = 0,
+    labels: LabelSource = "auto",
 ) -> CrossCheck:
     """PGD on the images that AutoAttack had, as many as it had, at its strength.
 
@@ -117,16 +123,17 @@ def against_pgd(
         result: of ``autoattack``.
         pgd_steps: steps of PGD, each ``2.5 eps / steps`` long.
         seed: of PGD's starts.
+        labels: what PGD starts from, as in ``robustness_curve``.
 
     Raises:
         ValueError: as ``robustness_curve``, or fewer images than AutoAttack had.
     """
     check_count("pgd_steps", pgd_steps)
     count = len(result.robust)
-    images, labels = first_images(loader, count, model_device(model))
+    images, answers = first_images(loader, count, model_device(model))
     if len(images) < count:
         raise ValueError(f"loader: expected the {count} images that AutoAttack had, got {len(images)}")
     attack = partial(pgd, steps=pgd_steps, norm=result.norm, early_stop=True, bounds=result.bounds)
-    parts = list(zip(images.split(result.batch_size), labels.split(result.batch_size)))
-    curve = robustness_curve(model, parts, attack, [result.eps], seeded(seed))
+    parts = list(zip(images.split(result.batch_size), answers.split(result.batch_size)))
+    curve = robustness_curve(model, parts, attack, [result.eps], seeded(seed), labels=labels)
     return CrossCheck(result, curve, pgd_steps)

@@ -115,7 +115,8 @@ class Diagnosis:
         elif clear is not None and clear.differs:
             lines.append(
                 f"The quadratic prediction fails at strength {clear.strength:g}: the model is not near a Bayes "
-                "classifier of these data, or its curvature is large. Train with the penalty first, then look again."
+                "classifier of these data (trained too briefly, or on too few), or its curvature is large (train with "
+                "the penalty, or longer with it). Until then a strength is a matter of search, not of theory."
             )
         else:
             lines.append("Too uncertain to tell whether the quadratic prediction holds: take more images or draws.")

@@ -13,7 +13,7 @@ from sgr_kernels.attacks import correlated_noise, fgsm, pgd
 from sgr_kernels.attacks.guard import model_device, random_streams
 from sgr_kernels.attacks.inputs import seeded
 from sgr_kernels.covariance import CovarianceFunction
-from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
+from sgr_kernels.evaluation.curves import LabelSource, RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.loaders import Loader, batches
 
 PIXEL_LEVELS = 255
@@ -46,6 +46,8 @@ class Plan:
         clip_noise: Clip noisy images to [0, 1]. On a black background that removes half of the noise and changes its
             covariance; a network that standardizes its input needs no clipping.
         seed: Of random starts and noise.
+        labels: What FGSM and PGD start from: ``"true"`` labels, or the model's ``"own"`` answers, as the paper has it;
+            then images that were misclassified may count as right under attack. ``"auto"`` is ``"own"``.
     """
 
     eps: Sequence[float]
@@ -55,6 +57,7 @@ class Plan:
     draws: int = 100
     clip_noise: bool = False
     seed: int = 0
+    labels: LabelSource = "auto"
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ def evaluate(
         images, _ = next(batches(loader, model_device(model)))
     channels, height, width = images.shape[1:]
 
-    def curve(attack: Callable[..., Tensor], eps: Sequence[float]) -> RobustnessCurve:
+    def curve(attack: Callable[..., Tensor], eps: Sequence[float], labels: LabelSource = "auto") -> RobustnessCurve:
         generator = seeded(plan.seed)
-        return robustness_curve(model, loader, attack, list(eps), generator)
+        return robustness_curve(model, loader, attack, list(eps), generator, labels=labels)
 
     on_part("clean")
     clean = curve(fgsm, [0.0])
@@ -117,7 +120,7 @@ def evaluate(
     }
     for name, gradient_attack in gradient_attacks.items():
         on_part(name)
-        attacks[name] = curve(gradient_attack, [level / PIXEL_LEVELS for level in plan.eps])
+        attacks[name] = curve(gradient_attack, [level / PIXEL_LEVELS for level in plan.eps], plan.labels)
     noise = {}
     for length in plan.decay_lengths:
         on_part(f"noise {length:g}")

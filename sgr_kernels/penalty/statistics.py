@@ -41,6 +41,15 @@ class StepStatistics:
     gradient_norm: Tensor | None
     nonfinite_penalties: Tensor
 
+    def __str__(self) -> str:
+        """The numbers on one line; reading them waits for the device."""
+        shown = {"loss": self.loss, "cross_entropy": self.cross_entropy, "penalty": self.penalty}
+        if self.gradient_norm is not None:
+            shown["mean gradient norm"] = self.gradient_norm.mean()
+        numbers = {name: "none" if value is None else f"{float(value):.4g}" for name, value in shown.items()}
+        numbers |= {"strength": f"{self.strength:g}", "nonfinite_penalties": str(int(self.nonfinite_penalties))}
+        return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
 
 class Recorded(Counting):
     """A criterion's memory of its steps.

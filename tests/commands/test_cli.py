@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, what they leave behind, how they fail."""
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sgr_kernels.cli import COMMANDS, main
-from sgr_kernels.commands import train
+from sgr_kernels.commands import common, train
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.certificates import CertificatePlan
 from sgr_kernels.evaluation.suite import Plan
@@ -122,6 +123,9 @@ def test_train_reports_each_epoch_and_can_be_continued(digits, tmp_path, capsys)
     assert main([*command, "--epochs", "3", "--resume"]) == 0
     resumed = capsys.readouterr().out
     assert "after 1 epochs and 0 steps" in resumed
+    plain = ["train", "--data", digits, "--out", str(tmp_path / "plain"), "--method", "clean", "--epochs", "1"]
+    assert main(plain) == 0
+    assert "penalty" not in capsys.readouterr().out
     assert "epoch 3/3" in resumed
     assert main([*command[:3], "--out", str(tmp_path / "whole"), *command[5:], "--epochs", "3"]) == 0
     other = weights(tmp_path / "whole")
@@ -172,6 +176,7 @@ def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
     assert main(command) == 0
     record = json.loads((out / "search.json").read_text())
     assert [trial["strength"] for trial in record["trials"]] == [0.5, 2]
+    assert (record["attack"], record["question"]["attack"]["name"]) == ("pgd", "pgd")
     assert f"trained: {out}" in capsys.readouterr().out
     settings = json.loads((out / "history.json").read_text())["settings"]
     assert settings["strength"] == record["strength"] in (0.5, 2)
@@ -179,6 +184,33 @@ def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
     assert "trial" not in capsys.readouterr().out
     without = ["train", "--data", few_digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
     assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "attack"),
+    [
+        (["--method", "sgr_exp"], "noise"),
+        (["--method", "sgr", "--perturbation", "exponential"], "noise"),
+        (["--method", "sgr_exp", "--search-under", "pgd"], "pgd"),
+    ],
+)
+def test_a_covariance_of_noise_is_searched_for_under_that_noise(few_digits, tmp_path, options, attack):
+    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--batch-size", "16", "--epochs", "1", *options]
+    assert main([*command, "--search-strength", "1", "--decay-length", "4", "--device", "cpu"]) == 0
+    asked = json.loads((tmp_path / "search.json").read_text())["question"]["attack"]
+    assert asked["name"] == attack
+    assert asked.get("decay_length") == (4 if attack == "noise" else None)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1/8", 0.125), ("0.125", 0.125), ("3/1", 3.0)])
+def test_numbers_may_be_fractions(text, value):
+    assert common.positive(text) == value
+
+
+@pytest.mark.parametrize("text", ["1/0", "1/", "/8", "1/8/2", "one", "-1/8", "0/3", "inf"])
+def test_what_is_no_positive_number_is_refused(text):
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        common.positive(text)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,23 @@ def test_one_folder_is_read_without_being_told_again(trained, tmp_path, capsys):
     assert [row["strength"] for row in results["diagnose"]["rows"]] == [0.1, 1]
 
 
+def test_attacks_from_true_labels_never_mend_an_answer(trained, tmp_path, capsys):
+    found = {}
+    for labels in ("true", "own"):
+        out = tmp_path / f"{labels}.json"
+        assert main(["evaluate", str(trained), *FEW["evaluate"], "--attack-labels", labels, "--out", str(out)]) == 0
+        found[labels] = json.loads(out.read_text())["attacks"]
+        assert {curve["labels"] for curve in found[labels].values()} == {labels}
+    assert main(["evaluate", str(trained), *FEW["evaluate"], "--out", str(tmp_path / "default.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "gradient attacks from the true labels (PGD: 2 steps)" in printed
+    assert "gradient attacks from the network's own answers (PGD: 2 steps)" in printed
+    assert "at most 24 gradients for FGSM and PGD, and 16 noisy images to classify" in printed
+    assert json.loads((tmp_path / "default.json").read_text())["attacks"] == found["true"]
+    for curve in found["true"].values():
+        assert curve["accuracy"] == sorted(curve["accuracy"], reverse=True)
+
+
 def test_a_network_of_timm_on_a_folder(pictures, tmp_path):
     """From training to certificate, by the commands of docs/own-model.md."""
     pytest.importorskip("timm", reason="timm is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -258,6 +259,7 @@ def test_low_precision_models_are_penalized_in_float32():
     criterion = SGRLoss(CovarianceFunction.exponential(2, SHAPE[1:], 2.0), 1.0)
     criterion(model, images.bfloat16(), labels).backward()
     assert criterion.last.penalty.dtype == torch.float32
+    assert re.match(r"loss [\d.]+, cross_entropy [\d.]+, penalty [\d.e-]+, mean gradient norm", str(criterion.last))
     wide, exact = Smooth().to(torch.bfloat16).double(), SGRLoss(CovarianceFunction.exponential(2, SHAPE[1:], 2.0), 1.0)
     exact(wide, images.bfloat16().double(), labels)
     assert float(criterion.last.penalty) == pytest.approx(float(exact.last.penalty), rel=0.05)
