@@ -144,12 +144,21 @@ def zoo(method: str, entry: str = "time_ratio") -> list[str]:
     return [f"{ratios[int(share * len(ratios))]:.1f}" for share in (0.5, 0.05, 0.95)] + [f"{ratios[-1]:.1f}"]
 
 
+def ratios(row: dict[str, Any]) -> str:
+    """Of a row of steps: time in plain steps, and in brackets memory."""
+    return f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})"
+
+
 def costs() -> list[str]:
     middle, low, high, most = zoo("double-backward")
     first = [f"{float(value):.0f}" for value in zoo("double-backward", "first_ratio")]
-    (_, whole, quarter) = result("step-resnet50-cpu.json")["rows"]
-    whole, quarter = (f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})" for row in (whole, quarter))
+    (_, whole, quarter) = map(ratios, result("step-resnet50-cpu.json")["rows"])
+    (_, sgr, forward, difference, part) = map(ratios, result("step-vit-s-cpu.json")["rows"])
+    share = result("step-vit-s-cpu.json")["rows"][1]
     return [
+        f"ViT-S/16 alike: `sgr` {sgr}, forward mode {forward}, finite differences {difference}, a quarter by "
+        f"importance {part}, of a step of SGR {share['penalty_share']:.1%} in the penalty's operator and "
+        f"{share['update_share']:.1%} in".replace("%", " %"),
         f"`sgr` {whole}, a quarter by importance {quarter}",
         f"double backward takes {middle} plain steps in the median ({low} to {high} for nine in ten models, {most} at "
         "most)",
