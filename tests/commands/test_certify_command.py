@@ -9,6 +9,7 @@ import torch
 
 from sgr_kernels.cli import main
 from sgr_kernels.commands import certify
+from tests.commands.outcomes import fails
 from tests.data_files import write_idx
 
 OPTIONS = ["--images", "6", "--decay-lengths", "2", "8", "--sigmas", "0.25", "0.5", "--draws", "30", "--selection", "5"]
@@ -33,14 +34,6 @@ def command(networks, out, *more):
     return ["certify", *folders, "--data", digits, *OPTIONS, "--device", "cpu", "--out", str(out), *more]
 
 
-def error_of(arguments, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sgr: error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 def test_it_prints_tables_and_writes_json_and_a_picture(networks, tmp_path, capsys):
     out = tmp_path / "certificates"
     assert main(command(networks, out)) == 0
@@ -57,7 +50,7 @@ def test_it_prints_tables_and_writes_json_and_a_picture(networks, tmp_path, caps
         assert all(sum(counts) == 30 for counts in cell["counts"])
     assert [unit["decay_length"] for unit in record["units"]] == [2, 8]
     assert (out / "certificates.png").read_bytes().startswith(b"\x89PNG")
-    assert "already holds certificates: add --resume" in error_of(command(networks, out), capsys)
+    assert "already holds certificates: add --resume" in fails(command(networks, out), capsys)
     before = (out / "certificates.json").read_bytes()
     assert main(command(networks, out, "--resume")) == 0
     assert (out / "certificates.json").read_bytes() == before
@@ -96,17 +89,17 @@ def test_certificates_of_something_else_are_not_continued(networks, tmp_path, ca
         (["--seed", "1"], "seed: 1, not 0"),
         (["--images", "2"], "images: 2, not 1"),
     ):
-        error = error_of(command(networks, out, *small, *change, "--resume"), capsys)
+        error = fails(command(networks, out, *small, *change, "--resume"), capsys)
         assert f"another run ({words})" in error
     (out / "certificates.json").write_text("{}")
-    assert "holds no certificates" in error_of(command(networks, out, *small, "--resume"), capsys)
+    assert "holds no certificates" in fails(command(networks, out, *small, "--resume"), capsys)
 
 
 def test_bad_input_gets_one_line(networks, tmp_path, capsys):
     digits, folders = networks
-    assert "draws: expected at least 10, got 9" in error_of(command(networks, tmp_path / "a", "--draws", "9"), capsys)
+    assert "draws: expected at least 10, got 9" in fails(command(networks, tmp_path / "a", "--draws", "9"), capsys)
     twice = ["certify", folders[0], folders[0], "--data", digits, "--out", str(tmp_path / "b")]
-    assert "got one twice" in error_of(twice, capsys)
-    assert "alpha: expected" in error_of(command(networks, tmp_path / "c", "--alpha", "1.5"), capsys)
+    assert "got one twice" in fails(twice, capsys)
+    assert "alpha: expected" in fails(command(networks, tmp_path / "c", "--alpha", "1.5"), capsys)
     (tmp_path / "file").write_text("in the way")
-    error_of(command(networks, tmp_path / "file"), capsys)
+    fails(command(networks, tmp_path / "file"), capsys)

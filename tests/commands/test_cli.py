@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,51 +14,13 @@ import pytest
 import torch
 
 from sgr_kernels.cli import COMMANDS, main
-from sgr_kernels.commands import common, train
+from sgr_kernels.commands import common
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.certificates import CertificatePlan
 from sgr_kernels.evaluation.suite import Plan
-from sgr_kernels.training.datasets import load
 from sgr_kernels.training.records import claimed
 from sgr_kernels.training.trained import load_model
-from tests.data_files import write_idx
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A folder with 192 training and 40 test digits."""
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_idx(folder, 192, 40)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def few_digits(tmp_path_factory):
-    """A folder with 40 training and 10 test digits, for what trains or attacks several networks."""
-    folder = tmp_path_factory.mktemp("data") / "few"
-    write_idx(folder, 40, 10)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def cifar(tmp_path_factory):
-    """A folder with CIFAR-10's layout and 50 + 10 random pictures."""
-    folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-bin"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        records = torch.randint(0, 256, (10, 3073), generator=generator, dtype=torch.uint8)
-        records[:, 0] %= 10
-        (folder / f"{name}.bin").write_bytes(records.numpy().tobytes())
-    return str(folder)
+from tests.commands.outcomes import fails, refuses, weights
 
 
 @pytest.fixture(scope="session")
@@ -69,27 +30,6 @@ def trained(digits, tmp_path_factory):
     options = ["--method", "clean", "--epochs", "4", "--batch-size", "32", "--no-augment", "--device", "cpu"]
     assert main(["train", "--data", digits, "--out", str(out), *options]) == 0
     return out
-
-
-def fails(arguments, capsys):
-    """The one line that a command with bad input leaves on standard error."""
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sgr: error: ")
-    assert error.count("\n") == 1
-    return error
-
-
-def refuses(arguments, capsys):
-    """What argparse says of an argument."""
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
-
-
-def weights(folder):
-    return load_model(folder)[0].state_dict()
 
 
 def test_help_lists_the_commands_without_loading_them(capsys):
@@ -157,51 +97,6 @@ def test_an_interrupted_training_is_continued_to_the_same_weights(digits, tmp_pa
     assert all(torch.equal(value, other[name]) for name, value in weights(out).items())
 
 
-def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
-    out = tmp_path / "searched"
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--out",
-        str(out),
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-    ]
-    command += ["--search-strength", "0.5", "2", "--device", "cpu"]
-    assert main(command) == 0
-    record = json.loads((out / "search.json").read_text())
-    assert [trial["strength"] for trial in record["trials"]] == [0.5, 2]
-    assert (record["attack"], record["question"]["attack"]["name"]) == ("pgd", "pgd")
-    assert f"trained: {out}" in capsys.readouterr().out
-    settings = json.loads((out / "history.json").read_text())["settings"]
-    assert settings["strength"] == record["strength"] in (0.5, 2)
-    assert main([*command, "--resume"]) == 0
-    assert "trial" not in capsys.readouterr().out
-    without = ["train", "--data", few_digits, "--out", str(tmp_path / "clean"), "--method", "clean", "--epochs", "1"]
-    assert "has no strength to search for" in fails([*without, "--search-strength", "1"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("options", "attack"),
-    [
-        (["--method", "sgr_exp"], "noise"),
-        (["--method", "sgr", "--perturbation", "exponential"], "noise"),
-        (["--method", "sgr_exp", "--search-under", "pgd"], "pgd"),
-    ],
-)
-def test_a_covariance_of_noise_is_searched_for_under_that_noise(few_digits, tmp_path, options, attack):
-    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--batch-size", "16", "--epochs", "1", *options]
-    assert main([*command, "--search-strength", "1", "--decay-length", "4", "--device", "cpu"]) == 0
-    asked = json.loads((tmp_path / "search.json").read_text())["question"]["attack"]
-    assert asked["name"] == attack
-    assert asked.get("decay_length") == (4 if attack == "noise" else None)
-
-
 @pytest.mark.parametrize(("text", "value"), [("1/8", 0.125), ("0.125", 0.125), ("3/1", 3.0)])
 def test_numbers_may_be_fractions(text, value):
     assert common.positive(text) == value
@@ -211,114 +106,6 @@ def test_numbers_may_be_fractions(text, value):
 def test_what_is_no_positive_number_is_refused(text):
     with pytest.raises((ValueError, argparse.ArgumentTypeError)):
         common.positive(text)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--method", "sgr_sign"], "method: 'sgr_sign', not 'gn'"),
-        (["--search-strength", "0.5", "3"], "strengths: [0.5, 3.0], not [0.5]"),
-        (["--search-epochs", "2"], "epochs: 2, not 1"),
-        (["--seed", "1"], "seed: 1, not 0"),
-        (["--penalty-every", "2"], "penalty_every: 2, not 1"),
-        (["--data", "mnist-sample"], "data: "),
-    ],
-)
-def test_a_search_for_something_else_is_not_an_answer(few_digits, searched, change, message, capsys):
-    command = ["train", "--data", few_digits, "--out", str(searched), "--method", "gn", "--batch-size", "16"]
-    command += ["--epochs", "1", "--search-strength", "0.5", "--device", "cpu", "--resume", *change]
-    before = (searched / "search.json").read_bytes()
-    error = fails(command, capsys)
-    assert "search.json answers another question (" + message in error
-    assert (searched / "search.json").read_bytes() == before
-
-
-@pytest.fixture(scope="module")
-def searched(few_digits, tmp_path_factory):
-    """A training's folder with the record of its search, and no checkpoint yet."""
-    out = tmp_path_factory.mktemp("searched") / "gn"
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--out",
-        str(out),
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-    ]
-    assert main([*command, "--search-strength", "0.5", "--device", "cpu"]) == 0
-    (out / "checkpoint.safetensors").unlink()
-    return out
-
-
-@pytest.mark.parametrize("content", ["{}", "[1]", "half a", '{"strength": 3.0}', '{"question": 3}'])
-def test_a_record_without_a_question_is_no_answer(few_digits, tmp_path, content, capsys):
-    (tmp_path / "search.json").write_text(content)
-    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "gn", "--search-strength", "0.5"]
-    assert "search.json does not say what it answers" in fails(command, capsys)
-
-
-def test_trials_of_another_length_are_not_taken_for_these(few_digits, searched, tmp_path):
-    """What an earlier search trained stays in its folder, also where its record is gone."""
-    out = tmp_path / "again"
-    shutil.copytree(searched, out)
-    (out / "search.json").unlink()
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    command += ["--search-strength", "0.5", "--search-epochs", "2", "--out"]
-    assert main([*command, str(out)]) == 0
-    assert main([*command, str(tmp_path / "fresh")]) == 0
-    again, fresh = (json.loads((folder / "search.json").read_text()) for folder in (out, tmp_path / "fresh"))
-    assert again == fresh
-
-
-def test_a_search_judges_by_images_that_no_trial_has_seen(few_digits, tmp_path, monkeypatch):
-    """Neither for accuracy nor under attack, nor by test images."""
-    judged, trained_on = [], []
-    search, area, trainer = train.strength_search, train.attack_area, train.Trainer
-
-    def searching(settings, strengths, validation, *rest, **options):
-        judged.append(validation.images)
-        return search(settings, strengths, validation, *rest, **options)
-
-    def attacking(model, images, *rest, **options):
-        judged.append(images.images)
-        return area(model, images, *rest, **options)
-
-    def training(settings, data, **options):
-        trained_on.append(data.train.images)
-        return trainer(settings, data, **options)
-
-    for name, replacement in (("strength_search", searching), ("attack_area", attacking), ("Trainer", training)):
-        monkeypatch.setattr(train, name, replacement)
-    command = ["train", "--data", few_digits, "--out", str(tmp_path), "--method", "gn", "--batch-size", "16"]
-    assert main([*command, "--epochs", "1", "--search-strength", "0.5", "--device", "cpu"]) == 0
-
-    def pixels(images):
-        return {image.numpy().tobytes() for part in images for image in part}
-
-    data = load(few_digits)
-    seen, judges = pixels(trained_on[:2]), pixels(judged)  # of the trials; the last training is the chosen one's
-    assert len(judged) == 3
-    assert judges
-    assert not judges & seen
-    assert not judges & pixels([data.test.images])
-    assert judges | seen == pixels([data.train.images]) == pixels(trained_on[2:])
 
 
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):

@@ -15,7 +15,7 @@ from sgr_kernels.commands import autoattack
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.trained import load_model
 from tests.autoattack_stand_in import stand_in
-from tests.commands.test_cli import _one_thread, fails, refuses, weights  # noqa: F401 - a fixture
+from tests.commands.outcomes import fails, refuses, weights
 from tests.own_network import write_network
 
 
