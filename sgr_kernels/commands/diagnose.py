@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the covariance: the one that the checkpoint was trained with, an exponential one, or that of "
         "perturbations of the network; none: trained if there is one, else exponential",
     )
+    add("--covariance-of", metavar="CHECKPOINT", help="another training, whose covariance is taken (source: trained)")
     add("--decay-length", type=common.positive, default=8.0, help="of the exponential covariance, in pixels")
     add("--eps", type=common.positive, default=8.0, help="strength of fgsm and pgd, in grey levels (1/255)")
     add("--strengths", type=common.positive, nargs="+", default=STRENGTHS, help="of the penalty, to try")
@@ -49,7 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = common.device(arguments.device)
     subject = networks.trained(arguments, device)
     path = common.writable(arguments.out or subject.beside("diagnosis.json"))
-    own = networks.trained_covariance(subject)
+    if arguments.covariance_of is not None and arguments.source not in (None, _TRAINED):
+        raise ValueError(f"covariance_of: names the covariance, and so does --source {arguments.source}")
+    own, whose = networks.trained_covariance(subject), "it"
+    if arguments.covariance_of is not None:
+        own, whose = networks.covariance_of(arguments.covariance_of, subject.data), arguments.covariance_of
     source = arguments.source or (EXPONENTIAL if own is None else _TRAINED)
     if source == _TRAINED and own is None:
         raise ValueError("source: the network was trained without a covariance; name another source")
@@ -58,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     covariance: SampledCovariance
     if source == _TRAINED:
         assert own is not None
-        covariance, what = own.to(device), "the covariance it was trained with"
+        covariance, what = own.to(device), f"the covariance {whose} was trained with"
     else:
         values, what = _named(subject, source, batches, arguments)
         size, variance = images.shape[1:], subject.data.train.pixel_variance()
@@ -75,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         generator=seeded(arguments.seed),
     )
     print(f"{len(images)} test images of {images.name}, {what}, at the data's own variance\n\n{found}")
-    record = {"sgr_kernels": __version__, "data": images.name, **subject.record, "source": source, **found.to_dict()}
+    record = {"sgr_kernels": __version__, "data": images.name, **subject.record, "source": source}
+    record.update(covariance_of=arguments.covariance_of, **found.to_dict())
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\nwritten: {path}")
     return 0

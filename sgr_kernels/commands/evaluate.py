@@ -112,6 +112,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 def summary(result: Evaluation, plan: Plan, images: str) -> str:
     """The results as tables for the terminal."""
     (interval,) = result.clean.interval()
+    curves = [*result.attacks.values(), *result.noise.values()]
+    widest = max((high - low) / 2 for curve in curves for low, high in curve.interval())
     gradient = text_table(
         ["eps [1/255]", *(f"{eps:g}" for eps in plan.eps), "mean"],
         [
@@ -127,7 +129,8 @@ def summary(result: Evaluation, plan: Plan, images: str) -> str:
         ],
     )
     return (
-        f"accuracy in % on {images} (clean: {percent(result.clean.accuracy[0], interval)}, 95 % interval)\n\n"
+        f"accuracy in % on {images} (clean: {percent(result.clean.accuracy[0], interval)}, 95 % interval; "
+        f"below at most ± {100 * widest:.1f})\n\n"
         f"gradient attacks from {_WHOSE[plan.labels]} (PGD: {plan.pgd_steps} steps)\n{gradient}\n\n"
         f"correlated noise, worst of {plan.draws} draws, eps in units of the image's standard deviation\n{noise}"
     )

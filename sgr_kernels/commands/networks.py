@@ -182,12 +182,32 @@ def _untrained(arguments: argparse.Namespace, device: torch.device) -> Trained:
 
 def trained_covariance(subject: Trained) -> Covariance | None:
     """The covariance of a checkpoint's penalty, as its training left it; None where it had none."""
-    if subject.state is None:
-        return None
-    criterion = build_criterion(settings_of(subject.state), subject.data.train)
+    return None if subject.state is None else _covariance(subject.state, subject.data)
+
+
+def covariance_of(place: str, data: DataSet) -> Covariance:
+    """The covariance of another training's penalty, for images of the same shape; its network is not needed.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it cannot be read, had no covariance, or is of other images.
+    """
+    state = checkpoint.load(checkpoint.checkpoint_file(place))
+    shape = state["data"].get("shape")
+    if shape and tuple(shape) != data.test.shape:
+        found, wanted = ("x".join(map(str, each)) for each in (shape, data.test.shape))
+        raise ValueError(f"covariance_of: {place} was trained on images of {found}, and these are {wanted}")
+    covariance = _covariance(state, data)
+    if covariance is None:
+        raise ValueError(f"covariance_of: {place} was trained without a covariance")
+    return covariance
+
+
+def _covariance(state: dict[str, Any], data: DataSet) -> Covariance | None:
+    criterion = build_criterion(settings_of(state), data.train)
     if not isinstance(getattr(criterion, "covariance", None), Covariance):
         return None
-    checkpoint.load_module(criterion, subject.state["criterion"], "criterion")
+    checkpoint.load_module(criterion, state["criterion"], "criterion")
     covariance = criterion.covariance
     assert isinstance(covariance, Covariance)
     return covariance

@@ -129,6 +129,8 @@ def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "decay length  eps 0  eps 2" in printed
     result = json.loads(out.read_text())
+    intervals = [i for curves in (result["attacks"], result["noise"]) for c in curves.values() for i in c["interval95"]]
+    assert f"below at most ± {50 * max(high - low for low, high in intervals):.1f})" in printed
     assert result["images"] == 40
     assert result["settings"]["method"] == "clean"
     clean = result["clean"]["accuracy"][0]

@@ -176,6 +176,11 @@ def test_weights_alone_do_as_well(trained, file, pictures, tmp_path, capsys):
     assert main(["diagnose", *own, *FEW["diagnose"], "--source", "sign"]) == 0
     assert json.loads((tmp_path / "diagnosis.json").read_text())["source"] == "sign"
     assert "the covariance of perturbations by sign" in capsys.readouterr().out
+    assert main(["diagnose", str(trained), *FEW["diagnose"]]) == 0
+    assert main(["diagnose", *own, *FEW["diagnose"], "--covariance-of", str(trained)]) == 0
+    assert f"the covariance {trained} was trained with" in capsys.readouterr().out
+    borrowed, theirs = (json.loads((place / "diagnosis.json").read_text()) for place in (tmp_path, trained))
+    assert borrowed["rows"] == theirs["rows"]
 
 
 def test_certificates_of_a_training_are_those_of_its_weights(trained, file, pictures, tmp_path, capsys):
@@ -286,6 +291,11 @@ def test_bad_networks_and_images_get_one_line(trained, file, arrays, pictures, t
     clean = ["train", "--model", f"{file}:small", "--data", digits, "--method", "clean", "--epochs", "1"]
     assert main([*clean, "--out", str(tmp_path / "clean")]) == 0
     refused(["diagnose", str(tmp_path / "clean"), "--source", "trained"], "--source: the network was trained without")
+    borrowed = ["diagnose", str(trained), "--covariance-of", str(tmp_path / "clean")]
+    refused(borrowed, "--covariance-of: ", "clean was trained without a covariance")
+    refused([*borrowed, "--source", "sign"], "--covariance-of: names the covariance, and so does --source sign")
+    larger = ["diagnose", "--model", f"{file}:small", "--model-args", '{"classes": 10}', "--data", "mnist-sample"]
+    refused([*larger, "--covariance-of", str(trained)], "was trained on images of 1x20x24, and these are 1x28x28")
     (pictures / "digit 0" / "bad.png").write_bytes(b"no picture")
     try:
         refused(["evaluate", str(trained)], "digit 0/bad.png cannot be read as a PNG or JPEG image")
