@@ -157,6 +157,42 @@ def test_lower_precision(shape, precision, better, limit, form_limit):
         operators.triton_product(g, spectrum, "low")
 
 
+LAYOUTS = {
+    "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda g: torch.cat([g, g], 3).flip(3)[..., 1 : 2 * g.shape[3] : 2],
+    "transposed": lambda g: g.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda g: g[:1].expand_as(g),
+}
+
+
+# By path: in registers with both parities of rows at once, with one at a time, in three passes and in five.
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 3, 9, 8), "transposed"),
+        ((2, 2, 34, 7), "sliced"),
+        ((2, 2, 5, 66), "channels_last"),
+        ((2, 5, 6, 5), "expanded"),
+    ],
+)
+def test_images_of_any_layout_and_of_float16(shape, layout):
+    g = LAYOUTS[layout](gradients(shape).half())
+    assert not g.is_contiguous()
+    f = covariances("even", shape[1], shape[2:], smooth=True).float()
+    spectrum = spectrum_from_table(f, shape[2:], "even", torch.float32)
+    operators = torch.ops.sgr_kernels
+    exact, q = dense_product(g, f, "even")
+    v = operators.triton_product(g, spectrum, "highest")
+    assert v.dtype == torch.float16
+    assert_product_close(v, exact, 1e-3)  # of float16 itself
+    form, _ = operators.triton_quadratic_form(g, spectrum, True, "highest")
+    symmetric, _ = dense_product(g, (f + f.transpose(0, 1)) / 2, "even")
+    assert_quadratic_close(form, q, g, symmetric, 1e-6)
+    sums = operators.triton_cross_spectrum(g, g, *spectrum.shape[-2:], False, "highest")
+    exact_sums = operators.torch_cross_spectrum(g.double(), g.double(), *spectrum.shape[-2:], False, "highest")
+    assert (sums - exact_sums).norm() <= 1e-5 * exact_sums.norm()
+
+
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_bfloat16_images(precision):
     """Only what bfloat16 images themselves, and bfloat16 operands, cannot hold may be lost."""
