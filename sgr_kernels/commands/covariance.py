@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             return image_covariance(batches)
         if source == _TRAINED:
             assert own is not None
-            return own.values
+            return own.profile()
         eps = arguments.eps / PIXEL_LEVELS
         return perturbation_covariance(subject.model, batches, source, eps=eps, seed=arguments.seed)
 

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sgr_kernels.commands import common, networks
+from sgr_kernels.covariance.layout import FORM_OF_BINNING
 from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS, eps_grid
 from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
@@ -40,6 +41,10 @@ from sgr_kernels.training.search import Attack, attack_area, held_out, strength_
 
 _SEARCH_IMAGES = 500
 _SEARCH_NOISE = [0.3, 0.7]  # of each image's standard deviation
+_BINNINGS = (
+    "what an estimate keeps apart: distances (rounded to pixels, or spread linearly over two bins), rows and columns "
+    "(even), or their signs, too (offset)"
+)
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 
@@ -108,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-kinks", action="store_true", help="let finite-difference be far from exact, as on ReLU networks")
     add("--warmup", type=common.natural, default=_DEFAULTS["warmup"], metavar="STEPS", help="of the strength")
     add("--mean-correction", action="store_true", help="take the perturbations' mean into account (Eq. 12)")
-    add("--binning", choices=("rounded", "linear"), default=_DEFAULTS["binning"], help="of pixel displacements")
+    add("--binning", choices=FORM_OF_BINNING, default=_DEFAULTS["binning"], help=_BINNINGS)
     add("--psd", choices=("clip", "none"), default=_DEFAULTS["psd"], help="clip: keep the covariance semidefinite")
     add("--weight-decay", type=common.nonnegative, help="squared-norm penalty on the parameters; none: the method's")
     add(

@@ -58,7 +58,8 @@ class Settings:
         allow_kinks: Whether finite differences may be far from exact.
         warmup: Steps over which the strength grows linearly to its value; 0: none.
         mean_correction: Whether the penalty takes the perturbations' mean into account (Eq. 12).
-        binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or ``"linear"``.
+        binning: How displacements enter the estimate: ``"rounded"`` as in the paper, or another of
+            `CovarianceFunction`'s.
         psd: ``"clip"`` keeps the estimate positive semidefinite, ``"none"`` is the paper's.
         weight_decay: Squared-norm penalty on the parameters; None: the method's own default.
         eps: Adversarial training draws its strengths uniformly up to this, in grey levels (1/255); None: to the end
