@@ -159,17 +159,18 @@ def ratios(row: dict[str, Any]) -> str:
     return f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})"
 
 
+def large(network: str) -> str:
+    """The row of a network at 224 pixels: time, memory, shares of the operator and of the covariance's update."""
+    (_, *ways) = result(f"step-{network}-cpu.json")["rows"]
+    shares = (f"{100 * ways[0][part]:.1f} %" for part in ("penalty_share", "update_share"))
+    return f"step-{network}-cpu.json) | {' | '.join(map(ratios, ways))} | {', '.join(shares)} |"
+
+
 def costs() -> list[str]:
     middle, low, high, most = zoo("double-backward")
     first = [f"{float(value):.0f}" for value in zoo("double-backward", "first_ratio")]
-    (_, whole, quarter) = map(ratios, result("step-resnet50-cpu.json")["rows"])
-    (_, sgr, forward, difference, part) = map(ratios, result("step-vit-s-cpu.json")["rows"])
-    share = result("step-vit-s-cpu.json")["rows"][1]
     return [
-        f"ViT-S/16 alike: `sgr` {sgr}, forward mode {forward}, finite differences {difference}, a quarter by "
-        f"importance {part}, of a step of SGR {share['penalty_share']:.1%} in the penalty's operator and "
-        f"{share['update_share']:.1%} in".replace("%", " %"),
-        f"`sgr` {whole}, a quarter by importance {quarter}",
+        *(large(network) for network in ("resnet50", "vit-s")),
         f"double backward takes {middle} plain steps in the median ({low} to {high} for nine in ten models, {most} at "
         "most)",
         "forward mode {} ({} to {})".format(*zoo("forward-mode")),
