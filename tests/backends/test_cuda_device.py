@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import sgr_kernels as sgr
 from sgr_kernels.backends import extension
+from sgr_kernels.covariance import on_device
 from sgr_kernels.ops import call
 from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
@@ -204,3 +207,82 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
         )
     _, product = quadratic_form(gradient, spectrum)
     assert_product_close(product, v, 5e-6)
+
+
+UPDATES = pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((9, 1, 28, 28), {}),
+        ((13, 3, 32, 32), {"target_variance": 0.7}),
+        ((5, 2, 7, 1), {"binning": "even"}),
+        ((6, 3, 64, 40), {"binning": "linear", "psd": "none"}),
+        ((3, 4, 19, 32), {"max_displacement": 4}),
+    ],
+    ids=str,
+)
+
+
+def batches(shape: tuple[int, ...]) -> list[Tensor]:
+    """Noise that is alike from pixel to pixel, and differs from channel to channel; of the third batch some is NaN."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    noise = torch.randn(4, *shape, generator=generator) + 0.3
+    noise = (noise + noise.roll(1, -1) + 0.4 * noise.flip(2)) * torch.arange(1, shape[1] + 1).view(-1, 1, 1)
+    noise[2, -1, 0, 0, -1] = torch.nan
+    return list(noise)
+
+
+@UPDATES
+def test_updates_are_those_of_the_general_path(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours = sgr.CovarianceFunction(shape[1], shape[2:], **options).cuda()
+    exact = sgr.CovarianceFunction(shape[1], shape[2:], **options).double()
+    gradient = gradients(shape)
+    for batch in batches(shape):
+        assert on_device.serves_update(batch.cuda(), ours.values, ours.layout)
+        ours.update(batch.cuda())
+        exact.update(batch.double())
+        assert (ours.updates.item(), ours.skipped.item()) == (exact.updates.item(), exact.skipped.item())
+        top = exact.values.flatten(2)[..., 0].diagonal().mean()
+        assert (ours.values.cpu().double() - exact.values).abs().max() <= 2e-5 * top
+        spectrum = exact.spectrum
+        assert (ours.spectrum.cpu().double() - spectrum).abs().max() <= 2e-6 * spectrum.abs().max()
+        leaf = gradient.float().cuda().requires_grad_()
+        q = ours.quadratic_form(leaf)  # by the spectrum that the update arranged
+        v = exact.product(gradient.double())
+        assert_product_close(torch.autograd.grad(q.sum(), leaf)[0] / 2, v, 2e-5)
+        assert_quadratic_close(q, (v * gradient).sum((1, 2, 3)), gradient, v, 1e-5)
+    assert exact.skipped == 1
+
+
+@UPDATES
+def test_recorded_updates_are_those_of_eager_ones(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    recorded, eager = (sgr.CovarianceFunction(shape[1], shape[2:], **options).cuda() for _ in range(2))
+    leaf, found = gradients(shape).float().cuda().requires_grad_(), []
+    images = torch.empty(shape, device="cuda")
+
+    def step(covariance: sgr.CovarianceFunction) -> tuple[Tensor, Tensor]:
+        covariance.update(images)
+        q = covariance.quadratic_form(leaf)
+        (v,) = torch.autograd.grad(q.sum(), leaf)
+        return q, v
+
+    first, *others = batches(shape)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        images.copy_(first)
+        step(recorded)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(recorded)
+    for batch in others:
+        images.copy_(batch)
+        graph.replay()
+        found.append([*(result.detach().clone() for result in results), recorded.values.clone()])
+    images.copy_(first)
+    step(eager)
+    for batch, replayed in zip(others, found, strict=True):
+        images.copy_(batch)
+        for one, other in zip(replayed, [*step(eager), eager.values], strict=True):
+            assert torch.equal(one, other)
+    assert recorded.skipped == eager.skipped == 1
