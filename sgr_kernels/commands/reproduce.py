@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sgr_kernels.commands import common
 from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import MeasurementError
 from sgr_kernels.reproduce.run import BEYOND, EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
 from sgr_kernels.training.datasets import SAMPLE, load
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-name", metavar="NAME", help="of the data on the pages; none: the data set's")
     add("--out", metavar="DIR", default="reproduction", help="networks, measurements and, in results/, the pages")
     add("--pages-only", action="store_true", help="make the pages anew from the results in --out; nothing is measured")
-    add("--jobs", type=common.whole, default=1, help="trainings at a time, each with its part of the threads")
+    add("--jobs", type=common.whole, default=1, help="how much is done at a time, each with its part of the threads")
     common.add_device(parser)
 
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
         try:
             reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
-        except TrainingError as error:
+        except (TrainingError, MeasurementError) as error:
             raise ValueError(str(error)) from error
     print(f"written: {out / 'results' / 'README.md'}")
     return 0

@@ -17,8 +17,9 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.lrc import SEARCHED_UNDER
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "Beyond the paper: certificates under structured noise"
 METHODS = {
@@ -42,21 +43,25 @@ def measure(lab: Lab) -> dict[str, Any]:
             for method in METHODS
         ]
     )
-    certificates: list[dict[str, Any]] = []
-    for network in lab.bar(networks, "certificates"):
-        for length in lab.scale.decay_lengths:
-            for sigma in plan.certified_sigmas[: None if network.settings.seed == 0 else 1]:
-                certificates.append(
-                    {
-                        "method": network.settings.method,
-                        "seed": network.settings.seed,
-                        "strength": network.settings.strength,
-                        "test_accuracy": lab.test_accuracy(network),
-                        "decay_length": length,
-                        "sigma": sigma,
-                        **certified(lab, network, length, sigma),
-                    }
-                )
+    cells = [
+        (network, length, sigma)
+        for network in networks
+        for length in lab.scale.decay_lengths
+        for sigma in plan.certified_sigmas[: None if network.settings.seed == 0 else 1]
+    ]
+    found = lab.measured([certification(lab, *cell) for cell in cells], "certificates")
+    certificates = [
+        {
+            "method": network.settings.method,
+            "seed": network.settings.seed,
+            "strength": network.settings.strength,
+            "test_accuracy": lab.test_accuracy(network),
+            "decay_length": length,
+            "sigma": sigma,
+            **certificate,
+        }
+        for (network, length, sigma), certificate in zip(cells, found, strict=True)
+    ]
     units = []
     for length in lab.scale.decay_lengths:
         noise = CovarianceFunction.exponential(shape[0], shape[1:], length)
@@ -71,10 +76,10 @@ def measure(lab: Lab) -> dict[str, Any]:
     }
 
 
-def certified(lab: Lab, network: Network, length: float, sigma: float) -> dict[str, Any]:
-    """One network under noise of one decay length and scale, from disk if it was certified before."""
+def certification(lab: Lab, network: Network, length: float, sigma: float) -> Measurement:
+    """One network under noise of one decay length and scale."""
     plan = lab.scale.beyond
-    return lab.cached(
+    return Measurement(
         "certified",
         f"{network.settings.method}-seed{network.settings.seed}-{length:g}-{sigma:g}",
         [network],

@@ -20,7 +20,8 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.maps import heat_map
 from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
@@ -55,7 +56,8 @@ _CHUNK = 1000
 
 def measure(lab: Lab) -> dict[str, Any]:
     """Networks trained for each corruption, tested on all."""
-    moments = {kind: lab.cached("corruptions", f"moment-{kind}", [], partial(moment, lab, kind)) for kind in KINDS}
+    wanted_moments = [Measurement("corruptions", f"moment-{k}", [], partial(moment, lab, k)) for k in KINDS]
+    moments = dict(zip(KINDS, lab.measured(wanted_moments, "moments of corruptions"), strict=True))
     searches = {"gn": _search(lab, lab.settings("gn", strength=0.0, fraction=_SHARE), list(KINDS))}
     for kind in dict.fromkeys(SEARCHED.get(kind, "fog") for kind in KINDS):
         searches[kind] = _search(lab, _sgr(lab, kind, 0.0), [kind])
@@ -77,10 +79,11 @@ def measure(lab: Lab) -> dict[str, Any]:
         epochs = max(1, lab.scale.epochs // 2)
         both = with_corrupted(lab, kind)
         networks[f"data {kind}"] = lab.trained([(lab.settings("clean"), f"data {kind}")], data=both, epochs=epochs)[0]
-    found = {
-        name: lab.cached("corruptions", name.replace(" ", "-"), [network], partial(tested, lab, network))
-        for name, network in lab.bar(list(networks.items()), "corruptions")
-    }
+    tests = [
+        Measurement("corruptions", name.replace(" ", "-"), [network], partial(tested, lab, network))
+        for name, network in networks.items()
+    ]
+    found = dict(zip(networks, lab.measured(tests, "corruptions"), strict=True))
     return {
         "kinds": list(KINDS),
         "severity": SEVERITY,

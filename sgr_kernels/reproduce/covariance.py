@@ -23,7 +23,8 @@ from sgr_kernels.report.covariance import DisplacementFunction, covariance_figur
 from sgr_kernels.report.maps import matrix_figure
 from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "Covariance of perturbations"
 SOURCES = {"pgd": "PGD", "fgsm": "FGSM", "deepfool": "DeepFool"}
@@ -37,16 +38,19 @@ _WINDOW = {1: 14, 3: 10}
 def measure(lab: Lab) -> dict[str, Any]:
     """Covariances of a clean network's perturbations and of the data, and two variants of SGR."""
     clean, sgr = lab.method("clean"), lab.method("sgr_sign")
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "pgd": lambda x: pgd(clean.model, x, eps=eps(lab), steps=lab.scale.pgd_steps, bounds=None) - x,
-        "fgsm": lambda x: fgsm(clean.model, x, eps=eps(lab), bounds=None) - x,
-        "deepfool": lambda x: deepfool(clean.model, x, bounds=None) - x,
-        CLIPPED: lambda x: pgd(clean.model, x, eps=eps(lab), steps=lab.scale.pgd_steps) - x,
+    climb = partial(pgd, eps=eps(lab), steps=lab.scale.pgd_steps)
+    attacks: dict[str, Callable[..., Tensor]] = {
+        "pgd": partial(climb, bounds=None),
+        "fgsm": partial(fgsm, eps=eps(lab), bounds=None),
+        "deepfool": partial(deepfool, bounds=None),
+        CLIPPED: climb,
     }
-    found = {}
-    for name in lab.bar(list(functions), "covariances"):
-        found[name] = lab.cached("covariance", name, [clean], partial(of_perturbations, lab, functions[name]))
-    found[DATA] = lab.cached("covariance", DATA, [], partial(of_data, lab))
+    wanted = [
+        Measurement("covariance", name, [clean], partial(of_perturbations, lab, clean, attack))
+        for name, attack in attacks.items()
+    ]
+    wanted.append(Measurement("covariance", DATA, [], partial(of_data, lab)))
+    found = dict(zip([*attacks, DATA], lab.measured(wanted, "covariances"), strict=True))
     correction = {
         name: lab.cached("covariance", f"eq12-{name}", [network], partial(mean_correction, lab, network))
         for name, network in {"clean": clean, "sgr_sign": sgr}.items()
@@ -67,9 +71,10 @@ def eps(lab: Lab) -> float:
     return lab.scale.covariance_eps / PIXEL_LEVELS
 
 
-def of_perturbations(lab: Lab, perturb: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Second moments of the perturbations of the test images, not centred."""
-    return second_moments([perturb(images) for images, _ in lab.batches(lab.scale.covariance_images)])
+def of_perturbations(lab: Lab, network: Network, attack: Callable[..., Tensor]) -> dict[str, Any]:
+    """Second moments of an attack's perturbations of the test images, not centred."""
+    batches = lab.batches(lab.scale.covariance_images)
+    return second_moments([attack(network.model, images) - images for images, _ in batches])
 
 
 def of_data(lab: Lab) -> dict[str, Any]:
@@ -150,13 +155,11 @@ def variants(lab: Lab, sgr: Network) -> dict[str, Any]:
         networks["eq12"] = lab.network(changed, "sgr_sign, mean correction")
     if len(networks) == 1:
         return {}
-    return {
-        name: {
-            "test_accuracy": lab.test_accuracy(network),
-            "pgd": lab.cached("covariance", f"pgd-{name}", [network], partial(_under_pgd, lab, network)),
-        }
-        for name, network in networks.items()
-    }
+    wanted = [
+        Measurement("covariance", f"pgd-{name}", [n], partial(_under_pgd, lab, n)) for name, n in networks.items()
+    ]
+    found = zip(networks.items(), lab.measured(wanted, "variants of SGR"), strict=True)
+    return {name: {"test_accuracy": lab.test_accuracy(network), "pgd": curve} for (name, network), curve in found}
 
 
 def _under_pgd(lab: Lab, network: Network) -> dict[str, Any]:

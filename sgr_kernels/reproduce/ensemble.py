@@ -16,7 +16,8 @@ from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "Beyond the paper: AutoAttack beside PGD"
 METHODS = {
@@ -37,23 +38,17 @@ def measure(lab: Lab) -> dict[str, Any]:
     package()  # without it an error before hours of training
     plan = lab.scale.beyond
     networks = lab.trained([(lab.settings(method), method) for method in METHODS])
-    rows = []
-    for network in lab.bar(networks, "AutoAttack"):
-        found = lab.cached(
-            "ensemble",
-            network.settings.method,
-            [network],
-            partial(_attacked, lab, network),
-            [plan.ensemble_images, plan.autoattack_eps, STANDARD, STRONG],
-        )
-        rows.append(
-            {
-                "method": network.settings.method,
-                "strength": network.settings.strength,
-                "test_accuracy": lab.test_accuracy(network),
-                **found,
-            }
-        )
+    asked = [plan.ensemble_images, plan.autoattack_eps, STANDARD, STRONG]
+    wanted = [Measurement("ensemble", n.settings.method, [n], partial(_attacked, lab, n), asked) for n in networks]
+    rows = [
+        {
+            "method": network.settings.method,
+            "strength": network.settings.strength,
+            "test_accuracy": lab.test_accuracy(network),
+            **found,
+        }
+        for network, found in zip(networks, lab.measured(wanted, "AutoAttack"), strict=True)
+    ]
     return {**asdict(plan), "pgd_steps": lab.scale.pgd_steps, "strong": STRONG, "networks": rows}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
+from sgr_kernels.reproduce.jobs import run_all
+from sgr_kernels.reproduce.measurements import Measurement, Network, Share
 from sgr_kernels.reproduce.scales import Scale
-from sgr_kernels.reproduce.trainings import Training, run_all
+from sgr_kernels.reproduce.trainings import Training
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet
@@ -35,19 +37,8 @@ _L1_SHARES = (0.1, 0.3, 1.0, 3.0)
 _SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
 
 
-@dataclass(frozen=True)
-class Network:
-    """A trained network.
-
-    Attributes:
-        name: For people and folders.
-        settings: Of its training.
-        model: In evaluation mode, on the lab's device.
-    """
-
-    name: str
-    settings: Settings
-    model: nn.Module
+def _silent(line: str) -> None:
+    """What another process says is said here."""
 
 
 class Lab:
@@ -61,7 +52,7 @@ class Lab:
         device: Where to compute.
         say: Told what is being done.
         progress: Whether progress bars are shown; None: where standard error is a terminal.
-        jobs: Trainings at a time, each in a process of its own with its part of the threads.
+        jobs: Trainings and measurements at a time, each in a process of its own with its part of the threads.
     """
 
     def __init__(
@@ -82,6 +73,10 @@ class Lab:
         self.whole = data
         self.data = DataSet(data.train.first(scale.train_images), data.test)
         self._digests = [part.digest() for part in data]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that makes measurements, one after the other and in silence."""
+        return {**self.__dict__, "say": _silent, "progress": False, "jobs": 1}
 
     def settings(self, method: str, seed: int = 0, attack: Attack | None = None, **changes: Any) -> Settings:
         """Settings of a method at this scale; a penalty's strength is searched for if none is given.
@@ -243,22 +238,43 @@ class Lab:
         measure: Callable[[], Any],
         plan: Any = None,
     ) -> Any:
-        """What ``measure`` returns, from disk if it was measured before with the same version, scale, data
-        and networks.
+        """A `Measurement`'s result, from disk if it was made before with the same version, scale, data and networks."""
+        return self._made(Measurement(experiment, name, networks, measure, plan))
+
+    def measured(self, wanted: Sequence[Measurement], description: str) -> list[Any]:
+        """The results of measurements, made now, several at a time, or before.
 
         Args:
-            experiment: Folder of the measurement.
-            name: Its name there.
-            networks: What it depends on.
-            measure: Gives something ready for JSON.
-            plan: What else it depends on, ready for JSON.
+            wanted: What to measure.
+            description: Of it, for people.
+
+        Raises:
+            MeasurementError: If one of several at a time fails.
         """
-        settings = [(n if isinstance(n, Settings) else n.settings).record() for n in networks]
+        missing = [measurement for measurement in wanted if not self._path(measurement).is_file()]
+        jobs = min(self.jobs, len(missing))
+        if jobs > 1:
+            with self._tqdm(total=len(missing), desc=description) as bar:
+
+                def watch() -> None:
+                    bar.update(sum(self._path(measurement).is_file() for measurement in missing) - bar.n)
+
+                run_all(
+                    [Share(description, self._made, missing[k::jobs]) for k in range(jobs)], jobs, self.say, watch=watch
+                )
+        return [self._made(measurement) for measurement in self.bar(wanted, description)]
+
+    def _path(self, measurement: Measurement) -> Path:
+        """Where it is remembered."""
+        settings = [(n if isinstance(n, Settings) else n.settings).record() for n in measurement.networks]
         question = [__version__, self._measured_at(), self._digests, settings]
-        key = digest(question if plan is None else [*question, plan])
-        path = self.out / "measurements" / experiment / f"{name}-{key}.json"
+        key = digest(question if measurement.plan is None else [*question, measurement.plan])
+        return self.out / "measurements" / measurement.experiment / f"{measurement.name}-{key}.json"
+
+    def _made(self, measurement: Measurement) -> Any:
+        path = self._path(measurement)
         if not path.is_file():
-            content = json.dumps(measure())
+            content = json.dumps(measurement.measure())
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content.encode())
         return json.loads(path.read_text())
@@ -272,8 +288,11 @@ class Lab:
 
     def bar(self, items: Sequence[T], description: str) -> Iterable[T]:
         """The items behind a progress bar."""
+        return self._tqdm(items, desc=description)
+
+    def _tqdm(self, *arguments: Any, **options: Any) -> Any:
         hidden = None if self.progress is None else not self.progress
-        return tqdm(items, desc=description, disable=hidden, leave=False)
+        return tqdm(*arguments, disable=hidden, leave=False, **options)
 
     def batches(self, count: int) -> Batches:
         """The first test images, in batches that suit the device."""

@@ -15,7 +15,8 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "Label leaking"
 LEAKING = "fgsm, true labels"
@@ -28,11 +29,11 @@ def measure(lab: Lab) -> dict[str, Any]:
     if lab.scale.leaking_network:
         settings = lab.settings("fgsm", attack_labels="true")
         networks = {LEAKING: lab.network(settings, LEAKING), **networks}
-    found = {}
-    for name in lab.bar(list(networks), "label leaking"):
-        network = networks[name]
-        file = name.replace(", ", "-").replace(" ", "-")
-        found[name] = lab.cached("leaking", file, [network], partial(under_fgsm, lab, network))
+    wanted = [
+        Measurement("leaking", name.replace(", ", "-").replace(" ", "-"), [n], partial(under_fgsm, lab, n))
+        for name, n in networks.items()
+    ]
+    found = dict(zip(networks, lab.measured(wanted, "label leaking"), strict=True))
     return {"images": lab.scale.leaking_images, "networks": found}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import paper, pictures, stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 from sgr_kernels.reproduce.scales import NOISE_METHODS
 from sgr_kernels.training.search import Attack
 
@@ -32,21 +34,22 @@ def measure(lab: Lab) -> dict[str, Any]:
     """All decay lengths, strengths and seeds; then GN as the limit of SGR."""
     networks = lab.networks([m for m in NOISE_METHODS if m in lab.scale.methods], SEARCHED_UNDER)
     noises = {f"{length:g}": length for length in lab.scale.decay_lengths}
+    pairs = [(n, name) for n in networks for name in (*noises, DATA) if name != DATA or n.settings.seed == 0]
+    wanted = [
+        Measurement(
+            "lrc",
+            f"{n.settings.method}-seed{n.settings.seed}-{name.replace(' ', '-')}",
+            [n],
+            partial(under_noise, lab, n, noises.get(name), lab.scale.noise_eps),
+        )
+        for n, name in pairs
+    ]
     rows: dict[str, list[dict[str, Any]]] = {}
-    for network in lab.bar(networks, "correlated noise"):
-        method, seed = network.settings.method, network.settings.seed
-        curves = {}
-        for name in (*noises, DATA):
-            if name == DATA and seed > 0:
-                continue
-            curves[name] = lab.cached(
-                "lrc",
-                f"{method}-seed{seed}-{name.replace(' ', '-')}",
-                [network],
-                partial(under_noise, lab, network, noises.get(name), lab.scale.noise_eps),
-            )
-        rows.setdefault(method, []).append(
-            {"test_accuracy": lab.test_accuracy(network), "strength": network.settings.strength, "curves": curves}
+    found = zip(pairs, lab.measured(wanted, "correlated noise"), strict=True)
+    for network, named in groupby(found, key=lambda item: item[0][0]):
+        row = {"test_accuracy": lab.test_accuracy(network), "strength": network.settings.strength}
+        rows.setdefault(network.settings.method, []).append(
+            {**row, "curves": {name: curve for (_, name), curve in named}}
         )
     return {
         "images": lab.scale.noise_images,
@@ -91,17 +94,19 @@ def limit(lab: Lab) -> dict[str, Any]:
         wanted[f"{length:g}"] = lab.settings("sgr_exp", decay_length=length, strength=strength)
     shorter = lab.trained([(settings, f"sgr_exp, decay length {length}") for length, settings in wanted.items()])
     networks = {"gn": gn, **dict(zip(wanted, shorter, strict=True))}
+    cells = [(name, length) for name in networks for length in lab.scale.decay_lengths]
+    measurements = [
+        Measurement(
+            "lrc",
+            f"limit-{name}-{length:g}",
+            [networks[name]],
+            partial(under_noise, lab, networks[name], length, eps),
+        )
+        for name, length in cells
+    ]
     found: dict[str, Any] = {}
-    for name, network in networks.items():
-        found[name] = {
-            f"{length:g}": lab.cached(
-                "lrc",
-                f"limit-{name}-{length:g}",
-                [network],
-                partial(under_noise, lab, network, length, eps),
-            )
-            for length in lab.scale.decay_lengths
-        }
+    for (name, length), curve in zip(cells, lab.measured(measurements, "the limit of SGR"), strict=True):
+        found.setdefault(name, {})[f"{length:g}"] = curve
     return {"eps": eps[0], "strength": gn.settings.strength, "networks": found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import stats
-from sgr_kernels.reproduce.certified import certified, mean_radius
+from sgr_kernels.reproduce.certified import certification, mean_radius
 from sgr_kernels.reproduce.corruptions import answers, corrupted
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.lrc import under_noise
+from sgr_kernels.reproduce.measurements import Measurement, Network
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
@@ -67,26 +69,11 @@ def measure(lab: Lab) -> dict[str, Any]:
     networks = lab.trained(wanted)
     names = [(kind, method) for _ in range(lab.scale.beyond.seeds) for kind in NETWORKS for method in METHODS]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (kind, method), network in lab.bar(list(zip(names, networks, strict=True)), "smooth networks"):
-        name = f"{method}-{network.settings.activation}-seed{network.settings.seed}"
-        row = lab.cached("smooth", name, [network], partial(attacked, lab, network))
-        length, sigma = max(lab.scale.decay_lengths), lab.scale.beyond.certified_sigmas[0]
-        row["certified"] = certified(lab, network, length, sigma)
-        row["autoattack"] = lab.cached(
-            "smooth",
-            f"autoattack-{name}",
-            [network],
-            partial(_under_autoattack, lab, network),
-            [lab.scale.beyond.autoattack_images, lab.scale.beyond.autoattack_eps, AUTOATTACK],
-        )
-        row["corruptions"] = lab.cached(
-            "smooth",
-            f"corruptions-{name}",
-            [network],
-            partial(_under_corruptions, lab, network, kinds),
-            [lab.scale.beyond.corrupted_images, kinds, SEVERITIES],
-        )
-        found.setdefault(kind, {}).setdefault(method, []).append(row)
+    asked = [measurements(lab, network, kinds) for network in networks]
+    results = iter(lab.measured([each for part in asked for each in part.values()], "smooth networks"))
+    for (kind, method), part in zip(names, asked, strict=True):
+        row = dict(zip(part, results))  # no more results than there are names
+        found.setdefault(kind, {}).setdefault(method, []).append({**row.pop(""), **row})
     first = [(name, network.settings) for name, network in zip(names, networks, strict=True)]
     first = [(name, settings) for name, settings in first if settings.seed == 0]
     cost = lab.cached("smooth", "cost", [settings for _, settings in first], partial(costs, lab, first))
@@ -113,6 +100,25 @@ def measure(lab: Lab) -> dict[str, Any]:
             for kind, options in NETWORKS.items()
         },
         "networks": found,
+    }
+
+
+def measurements(lab: Lab, network: Network, kinds: list[str]) -> dict[str, Measurement]:
+    """Of one network: what `attacked` finds, and by the name of their part in the results, the others."""
+    plan, name = (
+        lab.scale.beyond,
+        f"{network.settings.method}-{network.settings.activation}-seed{network.settings.seed}",
+    )
+
+    def asked(part: str, measure: Callable[..., Any], question: list[Any], *arguments: Any) -> Measurement:
+        return Measurement("smooth", f"{part}-{name}", [network], partial(measure, lab, network, *arguments), question)
+
+    robust, corrupted = [plan.autoattack_images, plan.autoattack_eps, AUTOATTACK], [plan.corrupted_images, kinds]
+    return {
+        "": Measurement("smooth", name, [network], partial(attacked, lab, network)),
+        "certified": certification(lab, network, max(lab.scale.decay_lengths), plan.certified_sigmas[0]),
+        "autoattack": asked("autoattack", _under_autoattack, robust),
+        "corruptions": asked("corruptions", _under_corruptions, [*corrupted, SEVERITIES], kinds),
     }
 
 

@@ -16,7 +16,8 @@ from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 from sgr_kernels.reproduce.stats import Z95
 
 TITLE = "Smoothness"
@@ -29,10 +30,8 @@ def measure(lab: Lab) -> dict[str, Any]:
     """Lines for the networks that the figure shows, all over the same images."""
     networks = lab.first([name for name in SHOWN if name in lab.scale.methods])
     eps = min(lab.scale.single_eps)
-    found = {}
-    for name in lab.bar(list(networks), "softmax along lines"):
-        network = networks[name]
-        found[name] = lab.cached("smoothness", name, [network], partial(along_lines, lab, network, eps))
+    wanted = [Measurement("smoothness", name, [n], partial(along_lines, lab, n, eps)) for name, n in networks.items()]
+    found = dict(zip(networks, lab.measured(wanted, "softmax along lines"), strict=True))
     _, labels = lab.pixels(lab.scale.line_images)
     chosen = examples(found["clean"], labels.tolist())
     shown = {

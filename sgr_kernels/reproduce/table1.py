@@ -18,7 +18,8 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.page import Page
 from sgr_kernels.report.plots import Line, Panel
 from sgr_kernels.reproduce import paper, stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "White-box attacks"
 ATTACKS = {"rand": "uniform noise", "fgsm": "FGSM", "pgd": "PGD", "targeted": "PGD, targeted"}
@@ -29,11 +30,13 @@ SHOWN = ("clean", "wdecay", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp")
 def measure(lab: Lab) -> dict[str, Any]:
     """Every network under every attack."""
     networks = lab.networks(lab.scale.methods)
+    wanted = [
+        Measurement("table1", f"{n.settings.method}-seed{n.settings.seed}", [n], partial(attacked, lab, n))
+        for n in networks
+    ]
     rows: dict[str, list[dict[str, Any]]] = {}
-    for network in lab.bar(networks, "white-box attacks"):
-        method, seed = network.settings.method, network.settings.seed
-        row = lab.cached("table1", f"{method}-seed{seed}", [network], partial(attacked, lab, network))
-        rows.setdefault(method, []).append(row)
+    for network, row in zip(networks, lab.measured(wanted, "white-box attacks"), strict=True):
+        rows.setdefault(network.settings.method, []).append(row)
     return {
         "images": lab.scale.attack_images,
         "deepfool_images": lab.scale.deepfool_images,

@@ -16,7 +16,8 @@ from sgr_kernels.report import plots
 from sgr_kernels.report.maps import heat_map
 from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import paper, pictures, stats
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Measurement, Network
 
 TITLE = "Transferred attacks"
 SHOWN = ("clean", "pgd", "fgsm", "gn", "sgr_sign", "sgr_exp")
@@ -26,20 +27,29 @@ def measure(lab: Lab) -> dict[str, Any]:
     """Every network as a source; every first network, and none but them, as a target."""
     methods = lab.scale.methods
     targets, twins = lab.first(methods), lab.twins(methods)
-    from_source: dict[str, Any] = {}
-    from_twin: dict[str, Any] = {}
-    for method in lab.bar(methods, "transferred attacks"):
-        network = targets[method]
-        name = f"{method}-seed{network.settings.seed}"
-        everyone = list(targets.values())
-        from_source[method] = lab.cached(
-            "transfer", name, [network, *everyone], partial(transferred, lab, network, targets)
+    everyone = list(targets.values())
+    sources = [
+        Measurement(
+            "transfer",
+            f"{method}-seed{targets[method].settings.seed}",
+            [targets[method], *everyone],
+            partial(transferred, lab, targets[method], targets),
         )
-        if method in twins:
-            twin, own = twins[method], {method: network}
-            from_twin[method] = lab.cached(
-                "transfer", f"{method}-twin", [twin, network], partial(transferred, lab, twin, own)
-            )[method]
+        for method in methods
+    ]
+    from_source = dict(zip(methods, lab.measured(sources, "transferred attacks"), strict=True))
+    twinned = [method for method in methods if method in twins]
+    own = [
+        Measurement(
+            "transfer",
+            f"{method}-twin",
+            [twins[method], targets[method]],
+            partial(transferred, lab, twins[method], {method: targets[method]}),
+        )
+        for method in twinned
+    ]
+    from_twins = zip(twinned, lab.measured(own, "attacks from twins"), strict=True)
+    from_twin = {method: found[method] for method, found in from_twins}
     return {
         "images": lab.scale.attack_images,
         "pgd_steps": lab.scale.pgd_steps,

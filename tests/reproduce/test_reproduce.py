@@ -17,7 +17,8 @@ import torch
 from sgr_kernels.cli import main
 from sgr_kernels.reproduce import certified, claims, ensemble, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
-from sgr_kernels.reproduce.lab import Lab, Network
+from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
 from sgr_kernels.reproduce.scales import METHODS, SCALES, Beyond, SearchScale
 from sgr_kernels.reproduce.smoothness import softmax_along

@@ -1,17 +1,21 @@
-"""Trainings several at a time: the same networks as one after the other, whatever ends them."""
+"""Trainings and measurements several at a time: the same as one after the other, whatever ends them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from test_reproduce import TINY, lab_in
 
+from sgr_kernels.reproduce import leaking
+from sgr_kernels.reproduce.measurements import Measurement, MeasurementError
 from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.methods import Settings
 
@@ -75,10 +79,37 @@ def test_an_interrupt_stops_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_measurements_at_a_time_are_those_of_one_after_the_other(tmp_path):
+    scale = replace(TINY, methods=("clean", "fgsm"))
+    said = []
+    lab = parallel(tmp_path, said.append, scale)
+    together = leaking.measure(lab)
+    said = [line for line in said if line.startswith("measur")]
+    assert said[:2] == ["measuring label leaking: 2", "measuring label leaking: 1"]
+    assert sorted(said[2:]) == ["measured label leaking: 1", "measured label leaking: 2"]
+    shutil.move(tmp_path / "measurements", tmp_path / "before")
+    torch.set_num_threads(1)
+    lab.jobs = 1
+    assert leaking.measure(lab) == together
+    assert sorted(path.name for path in tmp_path.glob("before/*/*")) == sorted(
+        path.name for path in tmp_path.glob("measurements/*/*")
+    )
+
+
+@pytest.mark.slow
+def test_a_measurement_that_fails_stops_the_others(tmp_path):
+    wanted = [Measurement("x", "bad", [], partial(int, "nine")), Measurement("x", "long", [], partial(time.sleep, 600))]
+    with pytest.raises(MeasurementError, match=r"^numbers: ValueError: invalid literal"):
+        parallel(tmp_path).measured(wanted, "numbers")
+    assert not _children(os.getpid())
+    assert parallel(tmp_path, jobs=1).measured([replace(wanted[0], measure=partial(int, "9"))], "numbers") == [9]
+
+
+@pytest.mark.slow
 def test_trainings_end_when_the_reproduction_is_killed(tmp_path):
     script = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from test_trainings import *\n"
+        "from test_jobs import *\n"
         "if __name__ == '__main__':\n"
         "    settings = [(Settings('mnist', method=m, batch_size=16), m) for m in ('clean', 'lrc')]\n"
         "    parallel(Path(sys.argv[3]), scale=LONG).trained(settings)\n"
