@@ -19,9 +19,10 @@ from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
 from sgr_kernels.training.methods import build_criterion
 from sgr_kernels.training.models import ARCHITECTURES
-from sgr_kernels.training.network import Source, classes_of, load_weights, located, remember
+from sgr_kernels.training.network import Source, classes_of, located, remember
 from sgr_kernels.training.state import settings_of
 from sgr_kernels.training.trained import model_of
+from sgr_kernels.training.weights import load_weights
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -29,13 +29,13 @@ from sgr_kernels.training.network import (
     GIVEN,
     NetworkError,
     classes_of,
-    load_weights,
     remember,
 )
 from sgr_kernels.training.processes import Processes
 from sgr_kernels.training.records import claimed
 from sgr_kernels.training.state import data_of, require_sound, settings_of
 from sgr_kernels.training.trained import accuracy
+from sgr_kernels.training.weights import load_weights
 
 HISTORY_FILE = "history.json"
 

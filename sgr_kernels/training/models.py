@@ -37,6 +37,10 @@ ARCHITECTURES = {
 }
 
 
+class NetworkError(ValueError):
+    """A network cannot be made, or weights, images or classes do not fit it."""
+
+
 class Standardize(nn.Module):
     """Brings each image to zero mean and unit variance over all its pixels and channels.
 

@@ -1,6 +1,8 @@
 """Networks of one's own: made from a name, with weights that fit; and trained as the paper's are."""
 
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from sgr_kernels.training.images import DataError, DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.models import Normalize
-from sgr_kernels.training.network import NetworkError, Source, classes_of, load_weights, located
+from sgr_kernels.training.network import NetworkError, Source, classes_of, located
 from sgr_kernels.training.trained import load_model
+from sgr_kernels.training.weights import load_weights
 from tests.own_network import write_network
 from tests.training.test_loop import assert_same, stop_after
 
@@ -54,6 +57,10 @@ def test_a_network_is_what_the_callable_returns(file):
         ("net.py:number", "{}", "model: .*net.py:number must be a callable, got int 3"),
         ("net.py:no_module", "{}", r"model: .*no_module must return an nn.Module, got list \[1, 2\]"),
         ("net.py:fails", "{}", "model: .*net.py:fails raised RuntimeError: out of luck"),
+        ("net.py:leaves", "{}", "model: .*net.py:leaves raised SystemExit: 5"),
+        ("net.py:made", "{}", "model: .*net.py:made must be a callable that returns an nn.Module, got a Linear"),
+        ("script.py:main", "{}", "model: .*script.py cannot be imported: SystemExit: 0"),
+        ("script:main", "{}", "model: no module 'script' is installed; a file is named as script.py:CALLABLE"),
         ("nowhere.py:small", "{}", "model: there is no file .*nowhere.py"),
         ("broken.py:small", "{}", "model: .*broken.py cannot be imported: SyntaxError"),
         ("no_such_package.models:small", "{}", "model: no module 'no_such_package' is installed"),
@@ -67,9 +74,33 @@ def test_a_network_is_what_the_callable_returns(file):
 def test_what_makes_no_network_is_named_in_one_line(file, tmp_path, monkeypatch, name, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def small(:")
+    (tmp_path / "script.py").write_text("import sys\n\nsys.exit(0)\n")
+    with Path(file).open("a") as net:
+        net.write("\n\ndef leaves():\n    raise SystemExit(5)\n\n\nmade = nn.Linear(1, 1)\n")
     with pytest.raises(NetworkError, match=message) as error:
         Source(located(name), arguments).maker()()
     assert "\n" not in str(error.value)
+
+
+def test_each_file_has_its_own_neighbours(tmp_path):
+    """Also those that the callable itself asks for, and again after the other file's."""
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        (folder / "parts").mkdir(parents=True)
+        (folder / "layers.py").write_text(f"NAME = {name!r}\n")
+        (folder / "parts" / "__init__.py").write_text("from layers import NAME\n")
+        (folder / "later.py").write_text(f"NAME = {name!r}\n")
+        (folder / "net.py").write_text(
+            "from torch import nn\n\nimport layers\nfrom parts import NAME\n\n\n"
+            "class Named(nn.Identity):\n    pass\n\n\n"
+            "def named():\n    import later\n\n    found = Named()\n"
+            "    found.names = layers.NAME, NAME, later.NAME\n    return found\n"
+        )
+    path = list(sys.path)
+    makers = {name: Source(f"{tmp_path / name / 'net.py'}:named").maker() for name in ("a", "b")}
+    for name in ("a", "b", "a"):
+        assert makers[name]().names == (name, name, name)
+    assert sys.path == path
 
 
 def test_normalize_is_the_first_layer_and_no_weight(file):
@@ -91,12 +122,15 @@ def weights_file(path, state, kind):
         save_file(state, path)
     elif kind == "nested":
         torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, path)
+    elif kind == "compiled":
+        state = {f"model._orig_mod.{name}": value for name, value in state.items()}
+        torch.save({"model": {"model_state_dict": state}, "state_dict": "none"}, path)
     else:
         torch.save(state, path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "plain", "nested"])
+@pytest.mark.parametrize("kind", ["safetensors", "plain", "nested", "compiled"])
 @pytest.mark.parametrize("normalize", [None, ((0.5,), (0.2,))])
 def test_weights_are_read_from_files_of_several_kinds(file, tmp_path, kind, normalize):
     wanted = Source(f"{file}:small").maker()()
@@ -119,11 +153,20 @@ def test_weights_that_do_not_fit_are_named(file, tmp_path):
         assert "\n" not in str(error.value)
 
     refused(
-        {**state, "head.weight": torch.zeros(1000, 8)}, r"'head.weight' of shape \(1000, 8\), the network \(10, 8\)"
+        {**state, "head.weight": torch.zeros(1000, 8)}, r"'head.weight' of shape \(1000, 8\) .*, the network \(10, 8\)"
     )
     refused({k: v for k, v in state.items() if k != "head.bias"}, "lacks 'head.bias'")
     refused({**state, "fc.weight": torch.zeros(1)}, "has 'fc.weight', which the network lacks")
     refused([1, 2], "must hold a state dict")
+    refused({3: torch.zeros(1)}, "must hold a state dict, names and tensors")
+    weight = state["head.weight"]
+    for other, shown in (
+        (weight.to(torch.complex64), "complex64"),
+        (weight > 0, "bool"),
+        (weight.to_sparse(), "sparse or quantized, float32"),
+        (weight.to("meta"), "without numbers, float32"),
+    ):
+        refused({**state, "head.weight": other}, rf"of shape \(10, 8\) \({shown}\), the network \(10, 8\) \(float32\)")
     (tmp_path / "weights").write_bytes(pickle.dumps(print, protocol=2))  # reading it the old way would run code
     with pytest.raises(NetworkError, match="neither safetensors nor a state dict that can be read without running"):
         load_weights(network, tmp_path / "weights")
