@@ -209,11 +209,12 @@ def _subjects(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:
     """Checkpoints by their folders' names, or by their paths where names are alike."""
-    names = [checkpoint_file(path).resolve().parent.name for path in paths]
+    files = [checkpoint_file(path).resolve() for path in paths]
+    if len(set(files)) < len(files):
+        raise ValueError("CHECKPOINT: expected different checkpoints, got one twice")
+    names = [file.parent.name for file in files]
     if len(set(names)) < len(names):
         names = list(paths)
-    if len(set(names)) < len(names):
-        raise ValueError("CHECKPOINT: expected different checkpoints, got one twice")
     return dict(zip(names, paths))
 
 

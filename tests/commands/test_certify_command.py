@@ -98,7 +98,7 @@ def test_certificates_of_something_else_are_not_continued(networks, tmp_path, ca
 def test_bad_input_gets_one_line(networks, tmp_path, capsys):
     digits, folders = networks
     assert "draws: expected at least 10, got 9" in fails(command(networks, tmp_path / "a", "--draws", "9"), capsys)
-    twice = ["certify", folders[0], folders[0], "--data", digits, "--out", str(tmp_path / "b")]
+    twice = ["certify", folders[0], f"{folders[0]}/", "--data", digits, "--out", str(tmp_path / "b")]
     assert "got one twice" in fails(twice, capsys)
     assert "alpha: expected" in fails(command(networks, tmp_path / "c", "--alpha", "1.5"), capsys)
     (tmp_path / "file").write_text("in the way")
