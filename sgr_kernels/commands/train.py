@@ -167,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip-gradient", type=common.positive, metavar="NORM", help="largest norm of a step's gradient; none: any")
     add("--amp", choices=PRECISIONS, default=_DEFAULTS["amp"], help="bf16: the loss under autocast to bfloat16")
     add("--batch-size", type=common.whole, default=_DEFAULTS["batch_size"], help="images in a step")
+    add("--drop-last", action="store_true", help="leave an epoch's last batch out where it has fewer images")
     add("--augment", action=argparse.BooleanOptionalAction, default=_DEFAULTS["augment"], help="pad and crop at random")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images; none: only CIFAR-10's")
     add(

@@ -73,13 +73,17 @@ class Batches:
 
     Args:
         data: The images.
-        batch_size: Images in a batch; an epoch's last batch may hold fewer.
+        batch_size: Images in a batch; an epoch's last batch may hold fewer, unless ``drop_last``.
         device: Where the batches are wanted. What lies in memory is moved there once, as uint8; of an image folder the
             next batch is read while one is in use.
         seed: Seed of order and augmentation, drawn on the CPU whatever the device.
         shuffle: Whether each epoch has an order of its own.
         augmentation: Applied to each batch if given.
         processes: Those that share each batch; this one yields its part, perhaps an empty one.
+        drop_last: Whether a last batch that would hold fewer is left out.
+
+    Raises:
+        ValueError: If there are no images for a whole batch, and ``drop_last``.
     """
 
     def __init__(
@@ -92,16 +96,19 @@ class Batches:
         shuffle: bool = False,
         augmentation: Augmentation | None = None,
         processes: Processes = _ALONE,
+        drop_last: bool = False,
     ) -> None:
         check_count("batch_size", batch_size)
+        if drop_last and len(data) < batch_size:
+            raise ValueError(f"drop_last: expected at least a batch of {batch_size} images, got {len(data)}")
         check_count("seed", seed, least=0)
         self.data, self.device = data.to(device), torch.device(device)
         self.batch_size, self.seed, self.shuffle, self.augmentation = batch_size, seed, shuffle, augmentation
-        self.processes = processes
+        self.processes, self.drop_last = processes, drop_last
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.data) // self.batch_size)
+        return len(self.data) // self.batch_size if self.drop_last else -(-len(self.data) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(0)
@@ -190,8 +197,14 @@ class LoaderBatches:
 
 
 def batches_of(data: Images, batch_size: int, **options: Any) -> Batches | LoaderBatches:
-    """`Batches` of images that can be asked for one by one; of a loader its own, whose size and order are its own."""
+    """`Batches` of images that can be asked for one by one; of a loader its own, whose size and order are its own.
+
+    Raises:
+        ValueError: As of `Batches`; if ``drop_last`` is asked for of a loader.
+    """
     if isinstance(data, Loaded):
+        if options.get("drop_last"):
+            raise ValueError("drop_last: a DataLoader's batches are its own: give it drop_last=True")
         return LoaderBatches(
             data, **{name: options[name] for name in ("device", "seed", "processes") if name in options}
         )

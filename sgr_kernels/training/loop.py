@@ -115,6 +115,7 @@ class Trainer:
             shuffle=True,
             augmentation=Augmentation(fill=fill, flip=settings.flip) if settings.augment else None,
             processes=processes,
+            drop_last=settings.drop_last,
         )
         self.test_batches = batches_of(test, 100, device=device, processes=processes)
         self.data = data_of(train)
@@ -285,6 +286,19 @@ class Trainer:
             self.criterion.advance()
         self.step += 1
 
+    def _loss(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
+        try:
+            loss: Tensor = self.criterion(network, images, labels)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batch_size: the network's BatchNorm has one value a channel in a batch of {len(labels)}, perhaps "
+                "the last of an epoch: drop_last leaves that one out; or choose another batch_size, or fewer parts "
+                "(accumulate)"
+            ) from error
+        return loss
+
     def _backward(self, images: Tensor, labels: Tensor, whole: int, *, last: bool) -> None:
         """Add the gradient of a part of a step's batch, which in all processes has ``whole`` images."""
         if self._mixup is not None:
@@ -292,7 +306,7 @@ class Trainer:
         network = self._network
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
-                loss = self.criterion(network, images, labels)
+                loss = self._loss(network, images, labels)
             # DistributedDataParallel takes the mean over processes, whose parts of the batch may differ.
             (loss * (self.processes.size * len(labels) / whole)).backward()
         statistics = self.criterion.peek()

@@ -93,6 +93,7 @@ class Settings:
         corruption: Kind of corruption (`sgr_kernels.evaluation.corrupt.KINDS`) whose covariance method ``"sgr"`` takes,
             fixed, in place of one that learns from ``perturbation``: of a thousand training images. None: none.
         severity: Of the corruption, 1 to 5.
+        drop_last: Whether an epoch's last batch is left out where it has fewer images than the others.
     """
 
     architecture: str
@@ -141,6 +142,7 @@ class Settings:
     amp: str = "none"
     corruption: str | None = None
     severity: int = 3
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

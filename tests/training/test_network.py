@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,24 @@ def test_networks_and_data_from_python(digits, tmp_path):
         load_model(tmp_path / "sets")
     with pytest.raises(NetworkError, match="goes with the architecture 'given'"):
         Trainer(settings, parts)
+
+
+def test_a_last_batch_of_one_image_is_explained_and_can_be_left_out(digits):
+    """BatchNorm of vectors has nothing to normalize by there."""
+    parts = DataSet(digits.train.first(17), digits.test.first(10))
+
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+
+    settings = Settings("given", method="sgr_exp", batch_size=8, augment=False)
+    with pytest.raises(ValueError, match=r"^batch_size: the network's BatchNorm has one value.*: drop_last leaves"):
+        Trainer(settings, parts, model=network()).run(1, progress=False)
+    training = Trainer(replace(settings, drop_last=True), parts, model=network())
+    training.run(2, progress=False)
+    assert len(training.batches) == 2
+    assert [record["epoch"] for record in training.history] == [1, 2]
+    with pytest.raises(ValueError, match="drop_last: expected at least a batch of 18 images, got 17"):
+        Trainer(replace(settings, drop_last=True, batch_size=18), parts, model=network())
+    loader = DataLoader(TensorDataset(parts.train.images / 255, parts.train.labels), batch_size=8)
+    with pytest.raises(ValueError, match="drop_last: a DataLoader's batches are its own"):
+        Trainer(replace(settings, drop_last=True), (loader, parts.test), model=network())
