@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "fourier_product.cuh"
 #include "fused_cross_spectrum.cuh"
 #include "fused_product.cuh"
 #include "large_columns.cuh"
@@ -214,6 +215,71 @@ bool large_product_of(LAUNCHER& launcher, const LargeArguments& arguments, float
   });
 }
 
+template <int ROW_SIDE, int COLUMN_SIDE, int CHANNELS, bool SYMMETRIC, class LAUNCHER>
+bool launch_fourier_product(LAUNCHER& launcher, FourierArguments arguments, float* quadratic) {
+  using Row = Fourier<ROW_SIDE>;
+  using Column = Fourier<COLUMN_SIDE>;
+  constexpr int kPairs = kFourierPairs<CHANNELS, SYMMETRIC>;
+  const Geometry& geometry = arguments.geometry;
+  const auto axis = [&](int pixels, int frequencies, int side) {
+    return fourier_axis(pixels, frequencies, side, launcher.template constants<float>({-1, frequencies, side}, [&] {
+      return fourier_twiddles(frequencies, side);
+    }));
+  };
+  arguments.row = axis(geometry.width, geometry.columns, ROW_SIDE);
+  arguments.column = axis(geometry.height, geometry.rows, COLUMN_SIDE);
+  const int groups = 2 * geometry.columns / Column::kLines;
+  const int row_threads = kWarp * arguments.row.radix, column_threads = kWarp * arguments.column.radix;
+  const int row_shared = Row::shared_bytes(arguments.row.radix, 1);
+  const int column_shared =
+      Column::shared_bytes(arguments.column.radix, CHANNELS) + static_cast<int>(sizeof(double)) * kMostRadix;
+  if (column_shared > launcher.shared_limit) return false;
+  arguments.arranged = launcher.template workspace<float4>(kPairs * int64_t{geometry.rows} * geometry.columns / 4);
+  if (quadratic) arguments.partial = launcher.template workspace<double>(geometry.batch * groups);
+  launcher.launch(arrange_fourier_spectrum<COLUMN_SIDE, CHANNELS, SYMMETRIC>, groups * (COLUMN_SIDE / 4), 1,
+                  column_threads, 0, arguments);
+
+  const bool inverse = arguments.product.data != nullptr;
+  const int row_blocks = static_cast<int>(ceil_divide(geometry.height, Row::kLines));
+  arguments.pitch = row_blocks * Row::kLines;
+  const int64_t per_image = int64_t{CHANNELS} * geometry.columns * arguments.pitch;
+  const int64_t most = std::max<int64_t>(1, kPassBytes / sizeof(Complex) / per_image);
+  const int64_t images = ceil_divide(geometry.batch, ceil_divide(geometry.batch, most));
+  arguments.transformed = launcher.template workspace<Complex>(images * per_image);
+  for (; arguments.first < geometry.batch; arguments.first += images) {
+    const int64_t here = std::min(images, geometry.batch - arguments.first);
+    launcher.launch(fourier_rows<ROW_SIDE>, row_blocks, here * CHANNELS, row_threads, row_shared, arguments);
+    launcher.launch(fourier_columns<COLUMN_SIDE, CHANNELS, SYMMETRIC>, groups, here, column_threads, column_shared,
+                    arguments);
+    if (inverse)
+      launcher.launch(fourier_rows_back<ROW_SIDE>, row_blocks, here * CHANNELS, row_threads, row_shared, arguments);
+  }
+  if (quadratic)
+    launcher.launch(sum_quadratic<float>, geometry.batch, 1, kWarp, 0, static_cast<const double*>(arguments.partial),
+                    static_cast<int64_t>(groups), quadratic);
+  return true;
+}
+
+template <class LAUNCHER>
+bool fourier_product(LAUNCHER& launcher, const FourierArguments& arguments, float* quadratic, bool symmetric) {
+  const Geometry& geometry = arguments.geometry;
+  const auto with_side = [](int frequencies, auto action) {
+    const int side = fourier_side(frequencies);
+    if (side == 8) return action(std::integral_constant<int, 8>{});
+    return side == 4 && action(std::integral_constant<int, 4>{});
+  };
+  return with_number<3>(geometry.channels, [&](auto channels) {
+    return with_side(geometry.columns, [&](auto row) {
+      return with_side(geometry.rows, [&](auto column) {
+        if constexpr (channels > 1)
+          if (!symmetric)
+            return launch_fourier_product<row, column, channels, false>(launcher, arguments, quadratic);
+        return launch_fourier_product<row, column, channels, true>(launcher, arguments, quadratic);
+      });
+    });
+  });
+}
+
 template <class PRODUCT, class LAUNCHER>
 struct Staged {
   using T = typename PRODUCT::Number;
@@ -354,6 +420,7 @@ void compute_product(LAUNCHER& launcher, const ImageView& gradient, const Spectr
       constexpr bool (*kFused[])(LAUNCHER&, const ProductArguments&, const SpectrumView<float>&, bool) = {
           fused_product_of<Highest, LAUNCHER>, fused_product_of<High, LAUNCHER>, fused_product_of<Medium, LAUNCHER>};
       if (kFused[static_cast<int>(precision)](launcher, arguments, spectrum, symmetric || arranged)) return;
+      if (fourier_product(launcher, {gradient, product, spectrum, geometry}, quadratic, symmetric)) return;
       const LargeArguments large{examined(gradient, geometry), product, spectrum, geometry};
       constexpr bool (*kLarge[])(LAUNCHER&, const LargeArguments&, float*, bool) = {
           large_product_of<Highest, LAUNCHER>, large_product_of<High, LAUNCHER>, large_product_of<Medium, LAUNCHER>};

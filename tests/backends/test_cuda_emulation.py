@@ -101,7 +101,17 @@ def check_quadratic(
 ) -> None:
     """Compare v and q of the symmetric part with float64, relative to ||v|| and ||g|| ||v||."""
     q, v = emulator.product(gradient, spectrum_of(covariance, gradient, form), **options)  # type: ignore[arg-type]
-    expected = dense_product(gradient, covariance, form)
+    check_product(gradient, q, v, dense_product(gradient, covariance, form), limits)
+
+
+def check_product(
+    gradient: Tensor,
+    q: Tensor | None,
+    v: Tensor | None,
+    expected: Tensor,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Compare v, and q as the form of ``expected``, with float64."""
     v_limit, q_limit = limits or (V_TOLERANCE[gradient.dtype], Q_TOLERANCE[gradient.dtype])
     if v is not None:
         assert (norms(v.double() - expected) <= v_limit * norms(expected)).all()
@@ -199,6 +209,41 @@ def test_low_precision_elements(emulator: Emulator, shape: tuple[int, ...], dtyp
     check_quadratic(
         emulator, images(shape, dtype=dtype), table(shape[1], shape[2:]), limits=(torch.finfo(dtype).eps, 1e-6)
     )
+
+
+# Images above 64 pixels whose numbers of frequencies have a fast transform: more of them than pixels, or fewer.
+FOURIER = [
+    ((2, 1, 70, 75), (80, 112)),
+    ((1, 2, 97, 66), (192, 64)),
+    ((2, 3, 81, 130), (144, 160)),
+    ((1, 3, 66, 129), (48, 96)),
+    ((1, 2, 3, 250), (128, 224)),
+    ((1, 1, 200, 5), (240, 32)),
+    ((1, 1, 9, 600), (128, 384)),
+]
+
+
+def fourier_case(shape: tuple[int, ...], frequencies: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A covariance of the longest reach that these frequencies allow, random and asymmetric, and its spectrum."""
+    reach = [min(n, 2 * count - n) for n, count in zip(shape[2:], frequencies)]
+    covariance = table(shape[1], (reach[0], reach[1]), asymmetric=True)
+    return covariance, spectrum_from_table(covariance, frequencies, "even", torch.float32)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(("shape", "frequencies"), FOURIER, ids=str)
+def test_fast_fourier_transforms(
+    emulator: Emulator, shape: tuple[int, ...], frequencies: tuple[int, int], order: str
+) -> None:
+    gradient, (covariance, spectrum) = images(shape), fourier_case(shape, frequencies)
+    q, v = emulator.product(gradient, spectrum, order=order)
+    assert emulator.launches == 5  # arranged spectrum, rows, columns, rows, q
+    check_product(gradient, q, v, dense_product(gradient, covariance))
+    if order == "ascending":
+        alone, _ = emulator.product(gradient, spectrum, "quadratic_form_only")
+        assert torch.equal(alone, q)
+        _, v = emulator.product(gradient, spectrum, "product")
+        check_product(gradient, None, v, dense_product(gradient, covariance, symmetric=False))
 
 
 def layouts(dense: Tensor) -> dict[str, Tensor]:
