@@ -148,12 +148,16 @@ __device__ inline void with_radix(int radix, const Action& action) {
   }
 }
 
+// Of so many regions.
+inline int fourier_shared_bytes(int side, int regions) {
+  return static_cast<int>(sizeof(Complex)) * kWarp * (side + 1) * regions;
+}
+
 // What a block of R warps does with SETS sets of kLines lines; a lane belongs to one of a set's lines throughout.
 template <int SIDE>
 struct Fourier {
   static constexpr int kLines = kWarp / SIDE, kSquare = SIDE * SIDE;
   static constexpr int kRegion = kWarp * (SIDE + 1);  // of a warp, for a set; one row more than it has, for the banks
-  static int shared_bytes(int radix, int sets) { return static_cast<int>(sizeof(Complex)) * kRegion * radix * sets; }
 
   const FourierAxis& axis;
   Complex* memory;
@@ -177,7 +181,7 @@ struct Fourier {
   __device__ void for_pixels(int sets, const Action& action) const {
     with_radix(axis.radix, [&](auto radix) {
 #pragma unroll 1
-      for (int task = warp; task < SIDE * sets; task += radix) action(radix, task / SIDE, task % SIDE * SIDE + place);
+      for (int task = warp; task < SIDE * sets; task += radix.value) action(radix, task / SIDE, task % SIDE * SIDE + place);
     });
   }
 

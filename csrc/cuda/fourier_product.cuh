@@ -26,76 +26,94 @@ __device__ inline int folded(int frequency, int frequencies) {  // of the one wi
   return 2 * frequency < frequencies ? 2 * frequency : 2 * (frequencies - frequency) - 1;
 }
 
-// Rows of pixels to T: a block for kLines rows of a plane.
-template <int SIDE>
-__global__ void __launch_bounds__(kFourierThreads, 1) fourier_rows(const __grid_constant__ FourierArguments arguments) {
-  SGR_SHARED_MEMORY(shared);
-  const Fourier<SIDE> lines(arguments.row, shared);
-  const Geometry& geometry = arguments.geometry;
-  const int image = blockIdx.y / geometry.channels, channel = blockIdx.y % geometry.channels;
-  const int y = blockIdx.x * lines.kLines + lines.line;
-  lines.for_pixels(1, [&](auto radix, int set, int b) {
-    Complex z[radix];
-    with_elements<float>(arguments.gradient, [&](const auto* data) {
-      const int64_t(&stride)[4] = arguments.gradient.stride;
-      const auto* row = data + (arguments.first + image) * stride[0] + channel * stride[1] +
-                        min(y, geometry.height - 1) * stride[2];
+// A thread's pixels of a line, from pixel b on, and those F further where a line is so long; load(s): pixel b + s.
+template <int STEP, int R, class Load>
+__device__ inline void load_line(Complex (&z)[R], int pixels, int frequencies, int b, const Load& load) {
 #pragma unroll
-      for (int a = 0; a < radix; ++a) {
-        const int x = b + lines.kSquare * a, further = x + lines.axis.frequencies;
-        z[a].x = x < geometry.width ? widen(row[x * stride[3]]) : 0.0f;
-        z[a].y = further < geometry.width ? widen(row[further * stride[3]]) : 0.0f;
-      }
-    });
+  for (int a = 0; a < R; ++a) z[a].x = b + STEP * a < pixels ? load(STEP * a) : 0.0f;
+  if (pixels <= frequencies) return;
+#pragma unroll
+  for (int a = 0; a < R; ++a) z[a].y = b + STEP * a + frequencies < pixels ? load(STEP * a + frequencies) : 0.0f;
+}
+template <int STEP, int R, class Store>
+__device__ inline void store_line(const Complex (&z)[R], int pixels, int frequencies, int b, const Store& store) {
+#pragma unroll
+  for (int a = 0; a < R; ++a)
+    if (b + STEP * a < pixels) store(STEP * a, z[a].x);
+  if (pixels <= frequencies) return;
+#pragma unroll
+  for (int a = 0; a < R; ++a)
+    if (b + STEP * a + frequencies < pixels) store(STEP * a + frequencies, z[a].y);
+}
+
+// A block's rows of pixels and their columns of T; a block for kLines rows of a plane.
+template <int SIDE, class Element>
+struct FourierRows {
+  const FourierArguments& arguments;
+  Fourier<SIDE> lines;
+  int y;
+
+  __device__ FourierRows(const FourierArguments& a, unsigned char* shared)
+      : arguments(a), lines(a.row, shared), y(blockIdx.x * lines.kLines + lines.line) {}
+
+  // From pixel b of the row on; of the last row beyond it.
+  __device__ Element* pixels(const ImageView& view, int b) const {
+    const Geometry& geometry = arguments.geometry;
+    const int image = blockIdx.y / geometry.channels, channel = blockIdx.y % geometry.channels;
+    return kept(static_cast<Element*>(view.data) + (arguments.first + image) * view.stride[0] +
+                channel * view.stride[1] + min(y, geometry.height - 1) * view.stride[2] + b * view.stride[3]);
+  }
+  __device__ Complex* transformed() const {
+    const int64_t column = static_cast<int64_t>(blockIdx.y) * arguments.geometry.columns + lines.warp;
+    return arguments.transformed + (column + lines.axis.radix * lines.place) * arguments.pitch + y;
+  }
+  __device__ int step() const { return SIDE * lines.axis.radix * arguments.pitch; }  // to a thread's next column
+};
+
+// Rows of pixels to T.
+template <int SIDE, class Element>
+__global__ void __launch_bounds__(kFourierThreads, 2) fourier_rows(const __grid_constant__ FourierArguments arguments) {
+  SGR_SHARED_MEMORY(shared);
+  const FourierRows<SIDE, Element> rows(arguments, shared);
+  const Fourier<SIDE>& lines = rows.lines;
+  const int width = arguments.row.pixels, frequencies = arguments.row.frequencies;
+  lines.for_pixels(1, [&](auto radix, int set, int b) {
+    Complex z[radix.value];
+    const int step = static_cast<int>(arguments.gradient.stride[3]);
+    const Element* row = rows.pixels(arguments.gradient, b);
+    load_line<lines.kSquare>(z, width, frequencies, b, [&](int x) { return widen(row[x * step]); });
     lines.analyse(set, b, z);
   });
   __syncthreads();
-  Complex z[SIDE], *own = lines.region(0, lines.warp);
+  Complex z[SIDE], *own = lines.region(0, lines.warp), *target = rows.transformed();
   lines.load(z, own);
   lines.transform(z, own);
-  Complex* target =
-      arguments.transformed +
-      (static_cast<int64_t>(blockIdx.y) * geometry.columns + lines.warp + lines.axis.radix * lines.place) *
-          arguments.pitch +
-      y;
 #pragma unroll
-  for (int i = 0; i < SIDE; ++i) target[i * SIDE * lines.axis.radix * arguments.pitch] = z[i];
+  for (int i = 0; i < SIDE; ++i) target[i * rows.step()] = z[i];
 }
 
 // T back to rows of pixels.
-template <int SIDE>
-__global__ void __launch_bounds__(kFourierThreads, 1)
+template <int SIDE, class Element>
+__global__ void __launch_bounds__(kFourierThreads, 2)
     fourier_rows_back(const __grid_constant__ FourierArguments arguments) {
   SGR_SHARED_MEMORY(shared);
-  const Fourier<SIDE> lines(arguments.row, shared);
-  const Geometry& geometry = arguments.geometry;
-  const int image = blockIdx.y / geometry.channels, channel = blockIdx.y % geometry.channels;
-  const int y = blockIdx.x * lines.kLines + lines.line;
+  const FourierRows<SIDE, Element> rows(arguments, shared);
+  const Fourier<SIDE>& lines = rows.lines;
+  const int width = arguments.row.pixels, frequencies = arguments.row.frequencies;
   Complex z[SIDE], *own = lines.region(0, lines.warp);
-  const Complex* source =
-      arguments.transformed +
-      (static_cast<int64_t>(blockIdx.y) * geometry.columns + lines.warp + lines.axis.radix * lines.place) *
-          arguments.pitch +
-      y;
+  const Complex* source = rows.transformed();
 #pragma unroll
-  for (int i = 0; i < SIDE; ++i) z[i] = swapped(source[i * SIDE * lines.axis.radix * arguments.pitch]);
+  for (int i = 0; i < SIDE; ++i) z[i] = swapped(source[i * rows.step()]);
   lines.transform(z, own);
   lines.store(z, own);
   __syncthreads();
   lines.for_pixels(1, [&](auto radix, int set, int b) {
-    Complex z[radix];
+    Complex z[radix.value];
     lines.synthesise(set, b, z);
-    if (y >= geometry.height) return;
-    with_elements<float>(arguments.product, [&](auto* data) {
-      const int64_t(&stride)[4] = arguments.product.stride;
-      auto* row = data + (arguments.first + image) * stride[0] + channel * stride[1] + y * stride[2];
-#pragma unroll
-      for (int a = 0; a < radix; ++a) {
-        const int x = b + lines.kSquare * a, further = x + lines.axis.frequencies;
-        if (x < geometry.width) narrow(z[a].x, row[x * stride[3]]);
-        if (further < geometry.width) narrow(z[a].y, row[further * stride[3]]);
-      }
-    });
+    if (rows.y >= arguments.geometry.height) return;
+    const int step = static_cast<int>(arguments.product.stride[3]);
+    Element* row = rows.pixels(arguments.product, b);
+    store_line<lines.kSquare>(z, width, frequencies, b, [&](int x, float value) { narrow(value, row[x * step]); });
   });
 }
 
@@ -138,18 +156,14 @@ __global__ void __launch_bounds__(kFourierThreads, 1)
   constexpr int kColumns = kWarp / SIDE / 2, kPairs = kFourierPairs<CHANNELS, SYMMETRIC>;
   const Fourier<SIDE> lines(arguments.column, shared);
   const Geometry& geometry = arguments.geometry;
+  const int height = arguments.column.pixels, frequencies = arguments.column.frequencies;
   const int64_t step = 2 * static_cast<int64_t>(geometry.columns) * arguments.pitch;  // from channel to channel
   float* data = reinterpret_cast<float*>(arguments.transformed) + CHANNELS * step * blockIdx.y +
                 2 * static_cast<int64_t>(blockIdx.x * kColumns + lines.line / 2) * arguments.pitch + lines.line % 2;
   lines.for_pixels(CHANNELS, [&](auto radix, int set, int b) {
-    Complex z[radix];
-    const float* column = data + set * step;
-#pragma unroll
-    for (int a = 0; a < radix; ++a) {
-      const int y = b + lines.kSquare * a, further = y + lines.axis.frequencies;
-      z[a].x = y < geometry.height ? column[2 * y] : 0.0f;
-      z[a].y = further < geometry.height ? column[2 * further] : 0.0f;
-    }
+    Complex z[radix.value];
+    const float* column = data + set * step + 2 * b;
+    load_line<lines.kSquare>(z, height, frequencies, b, [&](int y) { return column[2 * y]; });
     lines.analyse(set, b, z);
   });
   __syncthreads();
@@ -192,7 +206,7 @@ __global__ void __launch_bounds__(kFourierThreads, 1)
       }
     }
   }
-  double* forms = reinterpret_cast<double*>(shared + lines.shared_bytes(lines.axis.radix, CHANNELS));
+  double* forms = reinterpret_cast<double*>(lines.memory + CHANNELS * lines.axis.radix * lines.kRegion);
   if (arguments.partial) {
     const double sum = warp_sum(static_cast<double>(form));
     if (threadIdx.x % kWarp == 0) forms[lines.warp] = sum;
@@ -211,15 +225,10 @@ __global__ void __launch_bounds__(kFourierThreads, 1)
   }
   if (!arguments.product.data) return;
   lines.for_pixels(CHANNELS, [&](auto radix, int set, int b) {
-    Complex z[radix];
+    Complex z[radix.value];
     lines.synthesise(set, b, z);
-    float* column = data + set * step;
-#pragma unroll
-    for (int a = 0; a < radix; ++a) {
-      const int y = b + lines.kSquare * a, further = y + lines.axis.frequencies;
-      if (y < geometry.height) column[2 * y] = z[a].x;
-      if (further < geometry.height) column[2 * further] = z[a].y;
-    }
+    float* column = data + set * step + 2 * b;
+    store_line<lines.kSquare>(z, height, frequencies, b, [&](int y, float value) { column[2 * y] = value; });
   });
 }
 
