@@ -3,7 +3,7 @@
 From the machine code (registers, spills, instructions that a warp issues) and from executing the schedule on the
 emulated device (launches, bytes of device memory), for the headline shapes; and the least time that each count allows.
 Needs nvcc, cuobjdump (the toolkit's, or Triton's) and g++. Counts are exact up to what is said here: instructions are
-those of four warps of a block, of three blocks where a block has one turn, times all, and of the busiest of a warp's
+those of four warps of a block (of all where they differ), of three blocks where a block has one turn, times all, and of the busiest of a warp's
 first, middle and last thread where loops depend on tables; bytes of images above 64 pixels
 are those of one and two images, extrapolated.
 """
@@ -225,9 +225,9 @@ def walk_warp(launch: Launch, code: Code, architecture: str, block: int, warp: i
 
 
 def sampled_warps(launch: Launch) -> list[int]:
-    """The outer and the middle ones."""
+    """The outer and the middle ones; all of kernels whose warps do not do alike."""
     count = launch.threads // 32
-    return sorted({0, (count - 1) // 2, count // 2, count - 1})
+    return [*range(count)] if launch.name.startswith("fourier") else sorted({0, (count - 1) // 2, count // 2, count - 1})
 
 
 def walk_launch(launch: Launch, code: Code, architecture: str) -> dict[str, float]:

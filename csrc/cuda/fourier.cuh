@@ -19,15 +19,17 @@ namespace sgr::cuda {
 
 using Complex = float2;
 
-constexpr int kMostRadix = 16, kFourierThreads = kMostRadix * kWarp;
+constexpr int kMostRadix = 16;
+// With 14 warps a multiprocessor has registers for two blocks.
+__host__ __device__ constexpr int most_radix(int side) { return side == 4 ? 14 : kMostRadix; }
+__host__ __device__ constexpr bool is_radix(int radix) { return radix != 11 && radix != 13; }
 
-__host__ __device__ constexpr bool is_radix(int radix) {
-  return radix >= 2 && radix <= kMostRadix && radix != 11 && radix != 13;
-}
 // 0 where a number of frequencies is none that these transforms serve.
 inline int fourier_side(int frequencies) {
-  for (int side : {8, 4})
-    if (frequencies % (side * side) == 0 && is_radix(frequencies / (side * side))) return side;
+  for (int side : {8, 4}) {
+    const int radix = frequencies / (side * side);
+    if (frequencies == radix * side * side && radix >= 2 && radix <= most_radix(side) && is_radix(radix)) return side;
+  }
   return 0;
 }
 
@@ -67,6 +69,7 @@ __device__ inline Complex operator-(Complex a, Complex b) { return make_float2(a
 __device__ inline Complex operator*(Complex a, Complex b) {
   return make_float2(a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x);
 }
+__device__ inline Complex operator*(float a, Complex b) { return make_float2(a * b.x, a * b.y); }
 __device__ inline Complex swapped(Complex z) { return make_float2(z.y, z.x); }
 
 // roots[n] = exp(-2 pi i n / (R STEP)). All numbers of turns are known when this is compiled.
@@ -92,8 +95,8 @@ __device__ inline void butterfly(Complex (&z)[R], const Roots& roots) {
 #pragma unroll
       for (int p = 0; p < R / 2; ++p) {
         const Complex root = roots[STEP * ((p + 1) * k % R)];
-        even = make_float2(even.x + root.x * sum[p].x, even.y + root.x * sum[p].y);
-        odd = make_float2(odd.x + root.y * difference[p].x, odd.y + root.y * difference[p].y);
+        even = even + root.x * sum[p];
+        odd = odd + root.y * difference[p];
       }
       z[k] = make_float2(even.x - odd.y, even.y + odd.x);
       z[R - k] = make_float2(even.x + odd.y, even.y - odd.x);
@@ -135,7 +138,7 @@ struct EighthTurns {  // what butterflies of 8 and of 4 ask for
 };
 
 // action(R), R == radix known when this is compiled.
-template <int LEAST = 2, int MOST = kMostRadix, class Action>
+template <int LEAST, int MOST, class Action>
 __device__ inline void with_radix(int radix, const Action& action) {
   if constexpr (LEAST == MOST) {
     if constexpr (is_radix(LEAST)) action(std::integral_constant<int, LEAST>{});
@@ -157,82 +160,106 @@ inline int fourier_shared_bytes(int side, int regions) {
 template <int SIDE>
 struct Fourier {
   static constexpr int kLines = kWarp / SIDE, kSquare = SIDE * SIDE;
+  static constexpr int kThreads = kWarp * most_radix(SIDE);
   static constexpr int kRegion = kWarp * (SIDE + 1);  // of a warp, for a set; one row more than it has, for the banks
 
   const FourierAxis& axis;
   Complex* memory;
   int warp, place, line;  // `place` of SIDE
-  Complex inner[SIDE];
 
-  __device__ Fourier(const FourierAxis& a, unsigned char* shared)
+  __device__ Fourier(const FourierAxis& a, unsigned char* shared, int thread)
       : axis(a), memory(reinterpret_cast<Complex*>(shared)) {
-    const int lane = threadIdx.x % kWarp;
-    warp = threadIdx.x / kWarp;
+    const int lane = thread % kWarp;
+    warp = thread / kWarp;
     place = lane / kLines;
     line = lane % kLines;
-#pragma unroll
-    for (int m = 0; m < SIDE; ++m) inner[m] = a.twiddles[a.frequencies + place * SIDE + m];
   }
 
   __device__ Complex* region(int set, int first) const { return memory + (set * axis.radix + first) * kRegion + line; }
 
   // The block's tasks of the outer steps: action(R, set, b).
-  template <class Action>
-  __device__ void for_pixels(int sets, const Action& action) const {
-    with_radix(axis.radix, [&](auto radix) {
+  template <int SETS, class Action>
+  __device__ void for_pixels(const Action& action) const {
+    with_radix<2, most_radix(SIDE)>(axis.radix, [&](auto radix) {
 #pragma unroll 1
-      for (int task = warp; task < SIDE * sets; task += radix.value) action(radix, task / SIDE, task % SIDE * SIDE + place);
+      for (int task = warp; task < SIDE * SETS; task += radix.value)
+        action(radix, SETS == 1 ? 0 : task / SIDE, task % SIDE * SIDE + place);
     });
   }
 
-  // x[b + M a], and x[b + M a + F] where a line is so long, into shared memory.
-  template <int R>
-  __device__ void analyse(int set, int b, Complex (&z)[R]) const {
-    if (axis.pixels > axis.frequencies) {
+  // x[s], s = b + M a, and x[s + F] where a line is so long, into shared memory; load(i) is x[b + i].
+  template <int R, class Load>
+  __device__ void analyse(int set, int b, const Load& load) const {
+    const int left = axis.pixels - b, further = axis.frequencies;
+    Complex z[R];
+    if (axis.pixels > further) {
 #pragma unroll
-      for (int a = 0; a < R; ++a) z[a] = make_float2(z[a].x, -z[a].y) * axis.twist[a];
+      for (int a = 0; a < R; ++a) {
+        const float x = kSquare * a < left ? load(kSquare * a) : 0.0f;
+        z[a] = make_float2(x, kSquare * a + further < left ? -load(kSquare * a + further) : 0.0f) * axis.twist[a];
+      }
     } else {
 #pragma unroll
-      for (int a = 0; a < R; ++a) z[a] = make_float2(z[a].x * axis.twist[a].x, z[a].x * axis.twist[a].y);
+      for (int a = 0; a < R; ++a) z[a] = (kSquare * a < left ? load(kSquare * a) : 0.0f) * axis.twist[a];
     }
     butterfly<R, 1>(z, axis.roots);
     Complex* target = region(set, 0) + b * kLines;
 #pragma unroll
-    for (int j = 0; j < R; ++j) target[j * kRegion] = z[j] * axis.twiddles[j * kSquare + b];
+    for (int j = 0; j < R; ++j) target[j * kRegion] = z[j];
   }
-  // The other way.
-  template <int R>
-  __device__ void synthesise(int set, int b, Complex (&z)[R]) const {
+  // The other way; store(i, value) takes x[b + i].
+  template <int R, class Store>
+  __device__ void synthesise(int set, int b, const Store& store) const {
+    const int left = axis.pixels - b, further = axis.frequencies;
     const Complex* source = region(set, 0) + b * kLines;
+    Complex z[R];
 #pragma unroll
-    for (int j = 0; j < R; ++j) z[j] = source[j * kRegion] * axis.twiddles[j * kSquare + b];
+    for (int j = 0; j < R; ++j) z[j] = source[j * kRegion];
     butterfly<R, 1>(z, axis.roots);
 #pragma unroll
-    for (int a = 0; a < R; ++a) {
-      z[a] = swapped(z[a] * axis.twist[a]);
-      z[a].y = -z[a].y;
+    for (int a = 0; a < R; ++a) z[a] = swapped(z[a] * axis.twist[a]);
+#pragma unroll
+    for (int a = 0; a < R; ++a)
+      if (kSquare * a < left) store(kSquare * a, z[a].x);
+    if (axis.pixels <= further) return;
+#pragma unroll
+    for (int a = 0; a < R; ++a)
+      if (kSquare * a + further < left) store(kSquare * a + further, -z[a].y);
+  }
+
+  // A warp's constants, fetched once for all sets.
+  struct Turns {
+    Complex outer[SIDE], inner[SIDE];
+  };
+  __device__ Turns turns() const {
+    Turns result;
+#pragma unroll
+    for (int m = 0; m < SIDE; ++m) {
+      result.outer[m] = axis.twiddles[warp * kSquare + place + SIDE * m];
+      result.inner[m] = axis.twiddles[axis.frequencies + place * SIDE + m];
     }
+    return result;
   }
 
   // Of length M: the i-th of a thread at place q is value q + SIDE i, before and after; `own` is the warp's region.
-  __device__ void transform(Complex (&z)[SIDE], Complex* own) const {
+  __device__ void transform(Complex (&z)[SIDE], Complex* own, const Turns& turns) const {
     butterfly<SIDE, 1>(z, EighthTurns{});
     __syncwarp();
 #pragma unroll
-    for (int m = 0; m < SIDE; ++m) own[(m * (SIDE + 1) + place) * kLines] = m == 0 ? z[m] : z[m] * inner[m];
+    for (int m = 0; m < SIDE; ++m) own[(m * (SIDE + 1) + place) * kLines] = m == 0 ? z[m] : z[m] * turns.inner[m];
     __syncwarp();
 #pragma unroll
     for (int b = 0; b < SIDE; ++b) z[b] = own[(place * (SIDE + 1) + b) * kLines];
     butterfly<SIDE, 1>(z, EighthTurns{});
   }
-  __device__ void load(Complex (&z)[SIDE], const Complex* own) const {
+  __device__ void load(Complex (&z)[SIDE], const Complex* own, const Turns& turns) const {
 #pragma unroll
-    for (int i = 0; i < SIDE; ++i) z[i] = own[(place + SIDE * i) * kLines];
+    for (int i = 0; i < SIDE; ++i) z[i] = own[(place + SIDE * i) * kLines] * turns.outer[i];
   }
-  __device__ void store(const Complex (&z)[SIDE], Complex* own) const {
+  __device__ void store(const Complex (&z)[SIDE], Complex* own, const Turns& turns) const {
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < SIDE; ++i) own[(place + SIDE * i) * kLines] = z[i];
+    for (int i = 0; i < SIDE; ++i) own[(place + SIDE * i) * kLines] = z[i] * turns.outer[i];
   }
 };
 

@@ -26,94 +26,81 @@ __device__ inline int folded(int frequency, int frequencies) {  // of the one wi
   return 2 * frequency < frequencies ? 2 * frequency : 2 * (frequencies - frequency) - 1;
 }
 
-// A thread's pixels of a line, from pixel b on, and those F further where a line is so long; load(s): pixel b + s.
-template <int STEP, int R, class Load>
-__device__ inline void load_line(Complex (&z)[R], int pixels, int frequencies, int b, const Load& load) {
-#pragma unroll
-  for (int a = 0; a < R; ++a) z[a].x = b + STEP * a < pixels ? load(STEP * a) : 0.0f;
-  if (pixels <= frequencies) return;
-#pragma unroll
-  for (int a = 0; a < R; ++a) z[a].y = b + STEP * a + frequencies < pixels ? load(STEP * a + frequencies) : 0.0f;
-}
-template <int STEP, int R, class Store>
-__device__ inline void store_line(const Complex (&z)[R], int pixels, int frequencies, int b, const Store& store) {
-#pragma unroll
-  for (int a = 0; a < R; ++a)
-    if (b + STEP * a < pixels) store(STEP * a, z[a].x);
-  if (pixels <= frequencies) return;
-#pragma unroll
-  for (int a = 0; a < R; ++a)
-    if (b + STEP * a + frequencies < pixels) store(STEP * a + frequencies, z[a].y);
-}
+// Sets of kLines rows of a plane, that a block takes: enough for its warps.
+__host__ __device__ constexpr int row_sets(int side) { return side == 4 ? 2 : 1; }
 
-// A block's rows of pixels and their columns of T; a block for kLines rows of a plane.
+// A block's rows of pixels and their columns of T.
 template <int SIDE, class Element>
 struct FourierRows {
   const FourierArguments& arguments;
   Fourier<SIDE> lines;
-  int y;
 
-  __device__ FourierRows(const FourierArguments& a, unsigned char* shared)
-      : arguments(a), lines(a.row, shared), y(blockIdx.x * lines.kLines + lines.line) {}
+  __device__ FourierRows(const FourierArguments& a, unsigned char* shared, int thread)
+      : arguments(a), lines(a.row, shared, thread) {}
 
+  __device__ int y(int set) const { return (blockIdx.x * row_sets(SIDE) + set) * lines.kLines + lines.line; }
   // From pixel b of the row on; of the last row beyond it.
-  __device__ Element* pixels(const ImageView& view, int b) const {
+  __device__ Element* pixels(const ImageView& view, int set, int b) const {
     const Geometry& geometry = arguments.geometry;
     const int image = blockIdx.y / geometry.channels, channel = blockIdx.y % geometry.channels;
     return kept(static_cast<Element*>(view.data) + (arguments.first + image) * view.stride[0] +
-                channel * view.stride[1] + min(y, geometry.height - 1) * view.stride[2] + b * view.stride[3]);
+                channel * view.stride[1] + min(y(set), geometry.height - 1) * view.stride[2] + b * view.stride[3]);
   }
-  __device__ Complex* transformed() const {
+  __device__ Complex* transformed(int set) const {
     const int64_t column = static_cast<int64_t>(blockIdx.y) * arguments.geometry.columns + lines.warp;
-    return arguments.transformed + (column + lines.axis.radix * lines.place) * arguments.pitch + y;
+    return arguments.transformed + (column + lines.axis.radix * lines.place) * arguments.pitch + y(set);
   }
   __device__ int step() const { return SIDE * lines.axis.radix * arguments.pitch; }  // to a thread's next column
 };
 
-// Rows of pixels to T.
+// Rows of pixels to T. Each step finds its places anew: registers are for the numbers.
 template <int SIDE, class Element>
-__global__ void __launch_bounds__(kFourierThreads, 2) fourier_rows(const __grid_constant__ FourierArguments arguments) {
+__global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
+    fourier_rows(const __grid_constant__ FourierArguments arguments) {
   SGR_SHARED_MEMORY(shared);
-  const FourierRows<SIDE, Element> rows(arguments, shared);
-  const Fourier<SIDE>& lines = rows.lines;
-  const int width = arguments.row.pixels, frequencies = arguments.row.frequencies;
-  lines.for_pixels(1, [&](auto radix, int set, int b) {
-    Complex z[radix.value];
+  const FourierRows<SIDE, Element> before(arguments, shared, threadIdx.x);
+  before.lines.template for_pixels<row_sets(SIDE)>([&](auto radix, int set, int b) {
     const int step = static_cast<int>(arguments.gradient.stride[3]);
-    const Element* row = rows.pixels(arguments.gradient, b);
-    load_line<lines.kSquare>(z, width, frequencies, b, [&](int x) { return widen(row[x * step]); });
-    lines.analyse(set, b, z);
+    const Element* row = before.pixels(arguments.gradient, set, b);
+    before.lines.template analyse<radix.value>(set, b, [&](int x) { return widen(row[x * step]); });
   });
   __syncthreads();
-  Complex z[SIDE], *own = lines.region(0, lines.warp), *target = rows.transformed();
-  lines.load(z, own);
-  lines.transform(z, own);
+  const FourierRows<SIDE, Element> after(arguments, shared, fresh_thread_index());
+  const auto turns = after.lines.turns();
 #pragma unroll
-  for (int i = 0; i < SIDE; ++i) target[i * rows.step()] = z[i];
+  for (int set = 0; set < row_sets(SIDE); ++set) {
+    Complex z[SIDE], *own = after.lines.region(set, after.lines.warp), *target = after.transformed(set);
+    after.lines.load(z, own, turns);
+    after.lines.transform(z, own, turns);
+#pragma unroll
+    for (int i = 0; i < SIDE; ++i) target[i * after.step()] = z[i];
+  }
 }
 
 // T back to rows of pixels.
 template <int SIDE, class Element>
-__global__ void __launch_bounds__(kFourierThreads, 2)
+__global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
     fourier_rows_back(const __grid_constant__ FourierArguments arguments) {
   SGR_SHARED_MEMORY(shared);
-  const FourierRows<SIDE, Element> rows(arguments, shared);
-  const Fourier<SIDE>& lines = rows.lines;
-  const int width = arguments.row.pixels, frequencies = arguments.row.frequencies;
-  Complex z[SIDE], *own = lines.region(0, lines.warp);
-  const Complex* source = rows.transformed();
+  const FourierRows<SIDE, Element> before(arguments, shared, threadIdx.x);
+  const auto turns = before.lines.turns();
 #pragma unroll
-  for (int i = 0; i < SIDE; ++i) z[i] = swapped(source[i * rows.step()]);
-  lines.transform(z, own);
-  lines.store(z, own);
+  for (int set = 0; set < row_sets(SIDE); ++set) {
+    Complex z[SIDE], *own = before.lines.region(set, before.lines.warp);
+    const Complex* source = before.transformed(set);
+#pragma unroll
+    for (int i = 0; i < SIDE; ++i) z[i] = swapped(source[i * before.step()]);
+    before.lines.transform(z, own, turns);
+    before.lines.store(z, own, turns);
+  }
   __syncthreads();
-  lines.for_pixels(1, [&](auto radix, int set, int b) {
-    Complex z[radix.value];
-    lines.synthesise(set, b, z);
-    if (rows.y >= arguments.geometry.height) return;
+  const FourierRows<SIDE, Element> after(arguments, shared, fresh_thread_index());
+  after.lines.template for_pixels<row_sets(SIDE)>([&](auto radix, int set, int b) {
+    if (after.y(set) >= arguments.geometry.height) return;
     const int step = static_cast<int>(arguments.product.stride[3]);
-    Element* row = rows.pixels(arguments.product, b);
-    store_line<lines.kSquare>(z, width, frequencies, b, [&](int x, float value) { narrow(value, row[x * step]); });
+    Element* row = after.pixels(arguments.product, set, b);
+    after.lines.template synthesise<radix.value>(
+        set, b, [&](int x, float value) { narrow(value, row[x * step]); });
   });
 }
 
@@ -148,87 +135,99 @@ __global__ void arrange_fourier_spectrum(const __grid_constant__ FourierArgument
     }
 }
 
-// Columns of T to those of Sigma's product, in place: a block for kLines real lines of an image, of all channels.
+// A block's columns of T: kLines real lines of an image, of all channels.
+template <int SIDE>
+struct FourierColumns {
+  static constexpr int kColumns = kWarp / SIDE / 2;
+  const FourierArguments& arguments;
+  Fourier<SIDE> lines;
+
+  __device__ FourierColumns(const FourierArguments& a, unsigned char* shared, int thread)
+      : arguments(a), lines(a.column, shared, thread) {}
+
+  __device__ float* pixels(int channel, int b) const {
+    const Geometry& geometry = arguments.geometry;
+    const int64_t plane = static_cast<int64_t>(blockIdx.y) * geometry.channels + channel;
+    const int64_t column = plane * geometry.columns + blockIdx.x * kColumns + lines.line / 2;
+    return kept(reinterpret_cast<float*>(arguments.transformed + column * arguments.pitch + b) + lines.line % 2);
+  }
+};
+
+// Columns of T to those of Sigma's product, in place. Each step finds its places anew: registers are for the numbers.
 template <int SIDE, int CHANNELS, bool SYMMETRIC>
-__global__ void __launch_bounds__(kFourierThreads, 1)
+__global__ void __launch_bounds__(Fourier<SIDE>::kThreads, SIDE == 4 ? 2 : 1)
     fourier_columns(const __grid_constant__ FourierArguments arguments) {
   SGR_SHARED_MEMORY(shared);
-  constexpr int kColumns = kWarp / SIDE / 2, kPairs = kFourierPairs<CHANNELS, SYMMETRIC>;
-  const Fourier<SIDE> lines(arguments.column, shared);
-  const Geometry& geometry = arguments.geometry;
-  const int height = arguments.column.pixels, frequencies = arguments.column.frequencies;
-  const int64_t step = 2 * static_cast<int64_t>(geometry.columns) * arguments.pitch;  // from channel to channel
-  float* data = reinterpret_cast<float*>(arguments.transformed) + CHANNELS * step * blockIdx.y +
-                2 * static_cast<int64_t>(blockIdx.x * kColumns + lines.line / 2) * arguments.pitch + lines.line % 2;
-  lines.for_pixels(CHANNELS, [&](auto radix, int set, int b) {
-    Complex z[radix.value];
-    const float* column = data + set * step + 2 * b;
-    load_line<lines.kSquare>(z, height, frequencies, b, [&](int y) { return column[2 * y]; });
-    lines.analyse(set, b, z);
+  using Columns = FourierColumns<SIDE>;
+  const Columns before(arguments, shared, threadIdx.x);
+  before.lines.template for_pixels<CHANNELS>([&](auto radix, int set, int b) {
+    const float* column = before.pixels(set, b);
+    before.lines.template analyse<radix.value>(set, b, [&](int y) { return column[2 * y]; });
   });
   __syncthreads();
 
+  const Fourier<SIDE> lines(arguments.column, shared, fresh_thread_index());
   Complex z[CHANNELS][SIDE];
+  const auto turns = lines.turns();
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
-    lines.load(z[c], lines.region(c, lines.warp));
-    lines.transform(z[c], lines.region(c, lines.warp));
+    lines.load(z[c], lines.region(c, lines.warp), turns);
+    lines.transform(z[c], lines.region(c, lines.warp), turns);
   }
-  const int count = kColumns * SIDE * lines.axis.radix;
+  constexpr int kPairs = kFourierPairs<CHANNELS, SYMMETRIC>;
+  const int count = Columns::kColumns * SIDE * lines.axis.radix;
   const float4* arranged = arguments.arranged + static_cast<int64_t>(blockIdx.x) * (SIDE / 4) * kPairs * count +
-                           (lines.warp * SIDE + lines.place) * kColumns + lines.line / 2;
+                           (lines.warp * SIDE + lines.place) * Columns::kColumns + lines.line / 2;
   float form = 0.0f;
 #pragma unroll
   for (int half = 0; half < SIDE / 4; ++half) {
-    float lambda[kPairs][4];
+    Complex y[CHANNELS][4] = {};
+    int pair = half * kPairs;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const float4 four = arranged[(half * kPairs + pair) * count];
-      lambda[pair][0] = four.x, lambda[pair][1] = four.y, lambda[pair][2] = four.z, lambda[pair][3] = four.w;
-    }
+    for (int c = 0; c < CHANNELS; ++c)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Complex y[CHANNELS] = {};
-      int pair = 0;
+      for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
+        const float4 four = arranged[pair++ * count];
+        const float lambda[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c)
-#pragma unroll
-        for (int d = SYMMETRIC ? c : 0; d < CHANNELS; ++d) {
-          const float entry = lambda[pair++][i];
-          const Complex zc = z[c][4 * half + i], zd = z[d][4 * half + i];
-          y[c] = make_float2(y[c].x + entry * zd.x, y[c].y + entry * zd.y);
-          if (SYMMETRIC && c != d) y[d] = make_float2(y[d].x + entry * zc.x, y[d].y + entry * zc.y);
+        for (int i = 0; i < 4; ++i) {
+          y[c][i] = y[c][i] + lambda[i] * z[d][4 * half + i];
+          if (SYMMETRIC && c != d) y[d][i] = y[d][i] + lambda[i] * z[c][4 * half + i];
         }
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        form += y[c].x * z[c][4 * half + i].x + y[c].y * z[c][4 * half + i].y;
-        z[c][4 * half + i] = swapped(y[c]);
       }
-    }
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Complex& value = z[c][4 * half + i];
+        if (SYMMETRIC) form += y[c][i].x * value.x + y[c][i].y * value.y;  // q is of symmetric matrices
+        value = swapped(y[c][i]);
+      }
   }
   double* forms = reinterpret_cast<double*>(lines.memory + CHANNELS * lines.axis.radix * lines.kRegion);
-  if (arguments.partial) {
+  if (SYMMETRIC && arguments.partial) {
     const double sum = warp_sum(static_cast<double>(form));
     if (threadIdx.x % kWarp == 0) forms[lines.warp] = sum;
   }
-  if (arguments.product.data)
+  if (arguments.product.data) {
+    const auto again = lines.turns();
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      lines.transform(z[c], lines.region(c, lines.warp));
-      lines.store(z[c], lines.region(c, lines.warp));
+      lines.transform(z[c], lines.region(c, lines.warp), again);
+      lines.store(z[c], lines.region(c, lines.warp), again);
     }
+  }
   __syncthreads();
-  if (arguments.partial && threadIdx.x == 0) {
+  if (SYMMETRIC && arguments.partial && threadIdx.x == 0) {
     double sum = 0.0;
     for (int i = 0; i < lines.axis.radix; ++i) sum += forms[i];
     arguments.partial[(arguments.first + blockIdx.y) * gridDim.x + blockIdx.x] = sum;
   }
   if (!arguments.product.data) return;
-  lines.for_pixels(CHANNELS, [&](auto radix, int set, int b) {
-    Complex z[radix.value];
-    lines.synthesise(set, b, z);
-    float* column = data + set * step + 2 * b;
-    store_line<lines.kSquare>(z, height, frequencies, b, [&](int y, float value) { column[2 * y] = value; });
+  const Columns after(arguments, shared, fresh_thread_index());
+  after.lines.template for_pixels<CHANNELS>([&](auto radix, int set, int b) {
+    float* column = after.pixels(set, b);
+    after.lines.template synthesise<radix.value>(set, b, [&](int y, float value) { column[2 * y] = value; });
   });
 }
 
