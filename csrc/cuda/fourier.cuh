@@ -26,7 +26,7 @@ __host__ __device__ constexpr bool is_radix(int radix) { return radix != 11 && r
 
 // 0 where a number of frequencies is none that these transforms serve.
 inline int fourier_side(int frequencies) {
-  for (int side : {8, 4}) {
+  for (int side : {4, 8}) {
     const int radix = frequencies / (side * side);
     if (frequencies == radix * side * side && radix >= 2 && radix <= most_radix(side) && is_radix(radix)) return side;
   }
