@@ -26,8 +26,7 @@ __device__ inline int folded(int frequency, int frequencies) {  // of the one wi
   return 2 * frequency < frequencies ? 2 * frequency : 2 * (frequencies - frequency) - 1;
 }
 
-// Sets of kLines rows of a plane, that a block takes: enough for its warps.
-__host__ __device__ constexpr int row_sets(int side) { return side == 4 ? 2 : 1; }
+constexpr int kRowSets = 2;  // of kLines rows of a plane, that a block takes: enough for its warps
 
 // A block's rows of pixels and their columns of T.
 template <int SIDE, class Element>
@@ -38,7 +37,7 @@ struct FourierRows {
   __device__ FourierRows(const FourierArguments& a, unsigned char* shared, int thread)
       : arguments(a), lines(a.row, shared, thread) {}
 
-  __device__ int y(int set) const { return (blockIdx.x * row_sets(SIDE) + set) * lines.kLines + lines.line; }
+  __device__ int y(int set) const { return (blockIdx.x * kRowSets + set) * lines.kLines + lines.line; }
   // From pixel b of the row on; of the last row beyond it.
   __device__ Element* pixels(const ImageView& view, int set, int b) const {
     const Geometry& geometry = arguments.geometry;
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
     fourier_rows(const __grid_constant__ FourierArguments arguments) {
   SGR_SHARED_MEMORY(shared);
   const FourierRows<SIDE, Element> before(arguments, shared, threadIdx.x);
-  before.lines.template for_pixels<row_sets(SIDE)>([&](auto radix, int set, int b) {
+  before.lines.template for_pixels<kRowSets>([&](auto radix, int set, int b) {
     const int step = static_cast<int>(arguments.gradient.stride[3]);
     const Element* row = before.pixels(arguments.gradient, set, b);
     before.lines.template analyse<radix.value>(set, b, [&](int x) { return widen(row[x * step]); });
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
   const FourierRows<SIDE, Element> after(arguments, shared, fresh_thread_index());
   const auto turns = after.lines.turns();
 #pragma unroll
-  for (int set = 0; set < row_sets(SIDE); ++set) {
+  for (int set = 0; set < kRowSets; ++set) {
     Complex z[SIDE], *own = after.lines.region(set, after.lines.warp), *target = after.transformed(set);
     after.lines.load(z, own, turns);
     after.lines.transform(z, own, turns);
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
   const FourierRows<SIDE, Element> before(arguments, shared, threadIdx.x);
   const auto turns = before.lines.turns();
 #pragma unroll
-  for (int set = 0; set < row_sets(SIDE); ++set) {
+  for (int set = 0; set < kRowSets; ++set) {
     Complex z[SIDE], *own = before.lines.region(set, before.lines.warp);
     const Complex* source = before.transformed(set);
 #pragma unroll
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
   }
   __syncthreads();
   const FourierRows<SIDE, Element> after(arguments, shared, fresh_thread_index());
-  after.lines.template for_pixels<row_sets(SIDE)>([&](auto radix, int set, int b) {
+  after.lines.template for_pixels<kRowSets>([&](auto radix, int set, int b) {
     if (after.y(set) >= arguments.geometry.height) return;
     const int step = static_cast<int>(arguments.product.stride[3]);
     Element* row = after.pixels(arguments.product, set, b);

@@ -250,7 +250,7 @@ bool fourier_product(LAUNCHER& launcher, FourierArguments arguments, float* quad
   arguments.row = axis(geometry.width, geometry.columns, row_side);
   arguments.column = axis(geometry.height, geometry.rows, column_side);
   const int row_threads = kWarp * arguments.row.radix, column_threads = kWarp * arguments.column.radix;
-  const int row_shared = fourier_shared_bytes(row_side, row_sets(row_side) * arguments.row.radix);
+  const int row_shared = fourier_shared_bytes(row_side, kRowSets * arguments.row.radix);
   const int column_shared = fourier_shared_bytes(column_side, geometry.channels * arguments.column.radix) +
                             static_cast<int>(sizeof(double)) * kMostRadix;
   if (column_shared > launcher.shared_limit) return false;
@@ -269,7 +269,7 @@ bool fourier_product(LAUNCHER& launcher, FourierArguments arguments, float* quad
 
   // T of a pass stays in a large GPU's L2 cache.
   const bool inverse = arguments.product.data != nullptr;
-  const int rows_of_block = kWarp / row_side * row_sets(row_side);
+  const int rows_of_block = kWarp / row_side * kRowSets;
   const int64_t row_blocks = ceil_divide(geometry.height, rows_of_block);
   arguments.pitch = static_cast<int>(row_blocks) * rows_of_block;
   const int64_t per_image = int64_t{geometry.channels} * geometry.columns * arguments.pitch;
