@@ -1,15 +1,16 @@
-// Fourier transforms in registers, of real lines at their odd frequencies: a line has at most 2F pixels, F = R M, and M is
-// the square of SIDE, 4 or 8.
+// Fourier transforms in registers, of real lines at their odd frequencies: a line has at most 2F pixels, F = R M, and M
+// is the square of SIDE, 4 or 8.
 //
-// The pixels c[s] = x[s] - i x[s + F], s < F, and the frequencies theta_2j, which say everything of a real line, are one
-// transform of length F, twisted. With s = b + M a and j = j' + R k
+// The pixels c[s] = x[s] - i x[s + F], s < F, and the frequencies theta_2j, which say everything of a real line, are
+// one transform of length F, twisted. With s = b + M a and j = j' + R k
 //   X[j] = sum_b exp(-2 pi i b k / M) t[j', b] sum_a exp(-2 pi i a j' / R) exp(-i pi a / (2R)) c[s],
 //   t[j', b] = exp(-i pi b (4j' + 1) / (2F)):
 // R pixels in a thread, and then a warp for each j', with SIDE of a line's M values in a thread. Shared memory brings
-// them from one to the other. Backwards the same goes from last to first, on numbers whose real and imaginary parts have
-// changed places, which conjugates all constants.
+// them from one to the other. Backwards the same goes from last to first, on numbers whose real and imaginary parts
+// have changed places, which conjugates all constants.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "../plan.h"
@@ -35,7 +36,7 @@ inline int fourier_side(int frequencies) {
 
 struct FourierAxis {
   int pixels, frequencies, radix;
-  const Complex* twiddles;                        // t, then exp(-2 pi i q m / M): fourier_twiddles
+  const Complex* twiddles;                       // t, then exp(-2 pi i q m / M): fourier_twiddles
   Complex twist[kMostRadix], roots[kMostRadix];  // exp(-i pi n / (2R)), exp(-2 pi i n / R)
 };
 
@@ -55,7 +56,8 @@ inline std::vector<float> fourier_twiddles(int frequencies, int side) {
   return numbers;
 }
 inline FourierAxis fourier_axis(int pixels, int frequencies, int side, const float* twiddles) {
-  FourierAxis axis{pixels, frequencies, frequencies / (side * side), reinterpret_cast<const Complex*>(twiddles), {}, {}};
+  FourierAxis axis{pixels, frequencies, frequencies / (side * side), reinterpret_cast<const Complex*>(twiddles),
+                   {},     {}};
   const Angles angles(axis.radix);
   for (int n = 0; n < axis.radix; ++n) {
     axis.twist[n] = {static_cast<float>(angles.cosine(n)), static_cast<float>(-angles.sine(n))};

@@ -1,8 +1,9 @@
 // v = Sigma g and q = g' Sigma g of large images by fast Fourier transforms, in three passes over memory.
 //
-// The first kernel transforms rows of pixels; F complex numbers a row are left, in T. The second one takes columns of T:
-// their real and imaginary parts are real lines that go the same way and never meet, as Lambda is real. It transforms
-// them, multiplies with Lambda, adds up q and transforms back, in place. The third one brings rows back to pixels.
+// The first kernel transforms rows of pixels; F complex numbers a row are left, in T. The second one takes columns of
+// T: their real and imaginary parts are real lines that go the same way and never meet, as Lambda is real. It
+// transforms them, multiplies with Lambda, adds up q and transforms back, in place. The third one brings rows back to
+// pixels.
 #pragma once
 
 #include "fourier.cuh"
@@ -98,13 +99,12 @@ __global__ void __launch_bounds__(Fourier<SIDE>::kThreads, 2)
     if (after.y(set) >= arguments.geometry.height) return;
     const int step = static_cast<int>(arguments.product.stride[3]);
     Element* row = after.pixels(arguments.product, set, b);
-    after.lines.template synthesise<radix.value>(
-        set, b, [&](int x, float value) { narrow(value, row[x * step]); });
+    after.lines.template synthesise<radix.value>(set, b, [&](int x, float value) { narrow(value, row[x * step]); });
   });
 }
 
 template <int CHANNELS, bool SYMMETRIC>
-constexpr int kFourierPairs = SYMMETRIC ? CHANNELS*(CHANNELS + 1) / 2 : CHANNELS* CHANNELS;
+constexpr int kFourierPairs = SYMMETRIC ? CHANNELS * (CHANNELS + 1) / 2 : CHANNELS * CHANNELS;
 
 // Lambda as fourier_columns reads it; a block for each of the first two indices.
 template <int SIDE, int CHANNELS, bool SYMMETRIC>
@@ -126,8 +126,8 @@ __global__ void arrange_fourier_spectrum(const __grid_constant__ FourierArgument
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int k = folded(first + radix * (place + SIDE * (4 * half + i)), geometry.rows);
-        value[i] = scale * (SYMMETRIC ? arguments.spectrum.symmetric_at(0, c, d, k, l)
-                                      : arguments.spectrum.at(0, c, d, k, l));
+        value[i] =
+            scale * (SYMMETRIC ? arguments.spectrum.symmetric_at(0, c, d, k, l) : arguments.spectrum.at(0, c, d, k, l));
       }
       arguments.arranged[(static_cast<int64_t>(blockIdx.x) * kPairs + pair++) * count + thread] =
           make_float4(value[0], value[1], value[2], value[3]);

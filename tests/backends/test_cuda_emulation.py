@@ -203,7 +203,9 @@ def test_lower_precision_on_request(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (2, 1, 33, 40), (2, 1, 67, 9), (2, 2, 32, 80), (2, 5, 9, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 32, 32), (2, 1, 33, 40), (2, 1, 67, 9), (2, 2, 32, 80), (2, 5, 9, 8)], ids=str
+)
 def test_low_precision_elements(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     # The result differs from the exact one by its own rounding and little more; q is not rounded.
     check_quadratic(
@@ -264,7 +266,9 @@ def layouts(dense: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["channels last", "slice", "steps", "transposed"])
-@pytest.mark.parametrize("shape", [(3, 3, 12, 15), (2, 5, 7, 9), (2, 2, 34, 33), (2, 2, 9, 68), (1, 2, 32, 80)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 12, 15), (2, 5, 7, 9), (2, 2, 34, 33), (2, 2, 9, 68), (1, 2, 32, 80)], ids=str
+)
 def test_layouts(emulator: Emulator, shape: tuple[int, ...], layout: str) -> None:
     gradient = layouts(images(shape))[layout]
     check_quadratic(emulator, gradient, table(shape[1], shape[2:]))
@@ -276,7 +280,9 @@ def test_expanded_images(emulator: Emulator, shape: tuple[int, ...]) -> None:
     check_quadratic(emulator, gradient, table(shape[1], shape[2:]))
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 10, 11), (3, 1, 28, 28), (2, 1, 40, 33), (2, 2, 70, 9), (2, 2, 32, 80)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 10, 11), (3, 1, 28, 28), (2, 1, 40, 33), (2, 2, 70, 9), (2, 2, 32, 80)], ids=str
+)
 @pytest.mark.parametrize("factor", [1e-15, 1e15], ids=str)
 @pytest.mark.parametrize("shared", [HOPPER, STAGED_ONLY], ids=["fused", "staged"])
 def test_scaled_images(emulator: Emulator, shape: tuple[int, ...], factor: float, shared: int) -> None:
@@ -284,7 +290,9 @@ def test_scaled_images(emulator: Emulator, shape: tuple[int, ...], factor: float
     check_quadratic(emulator, images(shape), table(shape[1], shape[2:]) * factor, shared=shared)
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 9, 8), (4, 3, 10, 11), (4, 1, 40, 33), (5, 2, 7, 66), (4, 1, 32, 80)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 1, 9, 8), (4, 3, 10, 11), (4, 1, 40, 33), (5, 2, 7, 66), (4, 1, 32, 80)], ids=str
+)
 @pytest.mark.parametrize("shared", [HOPPER, STAGED_ONLY], ids=["fused", "staged"])
 def test_special_values_stay_in_their_sample(emulator: Emulator, shape: tuple[int, ...], shared: int) -> None:
     covariance, gradient = table(shape[1], shape[2:]), images(shape)
