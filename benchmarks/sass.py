@@ -356,10 +356,9 @@ def _execute(machine: Machine, instruction: Instruction) -> None:
         machine.write(operands[0], machine.special.get(operands[1]))
     elif name == "CS2R":
         machine.write(operands[0], machine.read(operands[1]), "32" not in modifiers)
-    elif name == "P2R":  # the predicates that a mask chooses, into a register
-        bits = [machine.test(f"P{i}") for i in range(7) if (machine.read(operands[3]) or 0) >> i & 1]
-        known = None not in bits and machine.read(operands[2]) == 0 and machine.read(operands[3]) == 1
-        machine.write(operands[0], int(bool(bits[0])) if known else None)
+    elif name == "P2R":  # of the predicates into a register; the first one alone is followed
+        bit = machine.test("P0") if [machine.read(text) for text in operands[2:4]] == [0, 1] else None
+        machine.write(operands[0], None if bit is None else int(bit))
     elif name in ("LDC", "ULDC"):
         wide = "64" in modifiers
         value = machine.pair(operands[1]) if wide else machine.read(operands[1])

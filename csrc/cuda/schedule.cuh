@@ -238,6 +238,10 @@ std::array<FourierKernel, 2> fourier_column_kernels(int channels, bool symmetric
   return kernels;
 }
 
+// Serves whatever has transforms. Microseconds that an H100 issues instructions for, or its tensor cores are busy, by
+// these and by the products of matrices below (sgr bench cuda-static): of 64 images of three channels 20 and 20 at 96
+// pixels, 35 and 35 at 128, 57 and 68 at 160, 79 and 104 at 192, 114 and 152 at 224; of 8 images 29 and 66 at 320, 41
+// and 112 at 384, 70 and 272 at 512.
 template <class LAUNCHER>
 bool fourier_product(LAUNCHER& launcher, FourierArguments arguments, float* quadratic, bool symmetric) {
   const Geometry& geometry = arguments.geometry;
