@@ -3,8 +3,8 @@
 From the machine code (registers, spills, instructions that a warp issues) and from executing the schedule on the
 emulated device (launches, bytes of device memory), for the headline shapes; and the least time that each count allows.
 Needs nvcc, cuobjdump (the toolkit's, or Triton's) and g++. Counts are exact up to what is said here: instructions are
-those of four warps of a block, of three blocks where a block has one turn, times all, and of the busiest of a warp's
-first, middle and last thread where loops depend on tables; bytes of images above 64 pixels
+those of four warps of a block, of all where they differ, of three blocks where a block has one turn, times all, and of
+the busiest of a warp's first, middle and last thread where loops depend on tables; bytes of images above 64 pixels
 are those of one and two images, extrapolated.
 """
 
@@ -45,7 +45,7 @@ CASES = [
     ("update", (1024, 3, 32, 32)),
 ]
 # Of these, where PyTorch's chain of rfft2 may be faster, instructions alone.
-CROSSOVERS = [("v+q", (8, 1, 640, 640)), ("v+q", (8, 4, 512, 512))]
+CROSSOVERS = [("v+q", (8, 1, 641, 641)), ("v+q", (8, 4, 512, 512)), ("v+q", (8, 3, 1024, 1024))]
 SAMPLED_BLOCKS = 3
 TURN = 12  # images that a block takes in whole turns: it has one to four at a time
 
@@ -225,8 +225,10 @@ def walk_warp(launch: Launch, code: Code, architecture: str, block: int, warp: i
 
 
 def sampled_warps(launch: Launch) -> list[int]:
-    """The outer and the middle ones."""
+    """The outer and the middle ones; all of kernels whose warps do not do alike."""
     count = launch.threads // 32
+    if launch.name.startswith("fourier"):
+        return [*range(count)]
     return sorted({0, (count - 1) // 2, count // 2, count - 1})
 
 

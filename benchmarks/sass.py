@@ -356,6 +356,9 @@ def _execute(machine: Machine, instruction: Instruction) -> None:
         machine.write(operands[0], machine.special.get(operands[1]))
     elif name == "CS2R":
         machine.write(operands[0], machine.read(operands[1]), "32" not in modifiers)
+    elif name == "P2R":  # of the predicates into a register; the first one alone is followed
+        bit = machine.test("P0") if [machine.read(text) for text in operands[2:4]] == [0, 1] else None
+        machine.write(operands[0], None if bit is None else int(bit))
     elif name in ("LDC", "ULDC"):
         wide = "64" in modifiers
         value = machine.pair(operands[1]) if wide else machine.read(operands[1])

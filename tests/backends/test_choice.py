@@ -95,9 +95,11 @@ def cuda_request(channels: int, side: int, dtype: torch.dtype = torch.float32, f
 @pytest.mark.parametrize(
     ("request_", "chosen"),
     [
-        (cuda_request(3, 512), "native"),  # in two passes over memory
-        (cuda_request(1, 639), "native"),
-        (cuda_request(1, 640), "torch"),
+        (cuda_request(3, 512), "native"),  # by Fourier transforms of their own
+        (cuda_request(3, 1024), "native"),
+        (cuda_request(3, 1152), "torch"),  # which these are not
+        (cuda_request(1, 639), "native"),  # in two passes over memory
+        (cuda_request(1, 641), "torch"),
         (cuda_request(3, 600), "torch"),  # columns of three channels that fit no shared memory: a pass for each step
         (cuda_request(4, 480), "native"),
         (cuda_request(4, 512), "torch"),
@@ -117,11 +119,19 @@ def test_large_images_on_gpus_go_through_fft(request_, chosen, monkeypatch):
     assert backends.choose("native", request_) == "native"
 
 
-def test_an_a100_sends_three_channels_of_512_pixels_through_fft(monkeypatch):
+def test_an_a100_sends_three_channels_of_513_pixels_through_fft(monkeypatch):
     monkeypatch.setattr(native, "_shared_memory", lambda device: 163 << 10)
-    assert native.fft_expected_faster(cuda_request(3, 512))
-    assert not native.fft_expected_faster(cuda_request(1, 512))
-    assert not native.fft_expected_faster(cuda_request(3, 352))
+    assert native._slow(cuda_request(3, 513))
+    assert not native._slow(cuda_request(3, 512))
+    assert not native._slow(cuda_request(1, 513))
+    assert not native._slow(cuda_request(3, 352))
+
+
+def test_fourier_transforms_need_shared_memory_for_all_channels(monkeypatch):
+    monkeypatch.setattr(native, "_shared_memory", lambda device: 99 << 10)
+    assert native.transformed(cuda_request(3, 896))
+    assert not native.transformed(cuda_request(3, 1024))
+    assert native.transformed(cuda_request(2, 1024))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -140,10 +150,10 @@ def test_the_committed_counts_expect_so(architecture):
         return native_time / (1e6 * moved / bandwidth)
 
     assert ratio(64, 3, 224) < 0.8
-    assert 0.75 < ratio(8, 1, native._FFT_FROM) < 1.33
+    assert ratio(8, 3, 1024) < 0.2  # by transforms, as at 224 pixels
+    assert 0.75 < ratio(8, 1, native._FFT_FROM + 1) < 1.33
     assert 0.75 < ratio(8, 4, native._FFT_FROM_IN_PASSES) < 1.33
-    # In two passes where a column fits shared memory, in a pass for each step elsewhere.
-    assert (ratio(8, 3, 512) < 0.6) == (architecture == "sm_90")
+    assert ratio(8, 3, 512) < 0.2
 
 
 def test_a_device_that_was_not_measured_forms_no_matrix():

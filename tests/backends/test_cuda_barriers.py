@@ -20,7 +20,7 @@ from tests.cuda_emulator import GROUPS, HOPPER, KERNELS, STAGED_ONLY, Emulator, 
 _REASON = missing_compiler()
 pytestmark = [pytest.mark.skipif(_REASON is not None, reason=str(_REASON)), pytest.mark.slow]
 
-_CALL = re.compile(r"__syncthreads\(\)|\.wait\(\)")
+_CALL = re.compile(r"__sync(?:threads|warp)\(\)|\.wait\(\)")
 
 
 def sites() -> list[str]:
@@ -96,6 +96,8 @@ SUMS = sums(images(9, 2, 4, 8))
 CASES = {
     "covariance_update": [UPDATE, update(images(4, 2, 6, 8), 1e25)],  # whose squares are not finite
     "device": [UPDATE, update(torch.zeros(20, 2, 6, 8))],
+    "fourier": [product(images(1, 1, 32, 80))],
+    "fourier_product": [product(images(1, 1, 32, 80))],
     "fused_cross_spectrum": [SUMS, sums(images(600, 1, 4, 4))],
     "fused_product": [SMALL, TALL],
     "image_tiles": [SMALL, STRIDED],

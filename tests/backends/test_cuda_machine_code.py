@@ -142,6 +142,9 @@ def test_every_kernel_is_there_for_both_architectures(compiled: list[Kernel]) ->
             "mix_channels",
             "correlate_channels",
             "arrange_spectrum",
+            "fourier_rows",
+            "fourier_columns",
+            "fourier_rows_back",
             "update_covariance",
         ):
             assert any(name in k.symbol for k in here)
@@ -160,6 +163,15 @@ def test_three_blocks_of_small_images_fit_a_multiprocessor(compiled: list[Kernel
     for kernel in compiled:
         if kernel.name == "fused_product" and kernel.sizes[0] <= 3 and kernel.sizes[2] == 1:
             assert kernel.registers <= 168, kernel
+
+
+def test_two_blocks_of_fourier_transforms_fit_a_multiprocessor(compiled: list[Kernel]) -> None:
+    """Of 14 warps for a square of 4, of 16 for one of 8, whose columns have 512 threads a multiprocessor in all."""
+    for kernel in compiled:
+        match = re.search(r"\d(fourier_(?:rows|rows_back|columns))ILi([48])E", kernel.symbol)
+        if match:
+            limits = {"4": 72, "8": 128 if match[1] == "fourier_columns" else 64}
+            assert kernel.registers <= limits[match[2]], kernel
 
 
 def instructions(kernel: Kernel, cuobjdump: str) -> str:

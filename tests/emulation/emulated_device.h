@@ -301,6 +301,12 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
   if (!emulation::omitted(file, line)) emulation::device().barrier();
 }
 
+inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  uint32_t nothing = 0;
+  if (!emulation::omitted(file, line))
+    emulation::device().collective("__syncwarp", &nothing, 0, 0, [](auto&, auto&) {});
+}
+
 namespace sgr::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
