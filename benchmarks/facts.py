@@ -28,7 +28,7 @@ Fact = tuple[str, Callable[[], Any]]
 RAGGED = [
     *(Problem(9, 1, 28, 28), Problem(7, 3, 32, 32), Problem(3, 4, 19, 32), Problem(5, 3, 40, 33)),
     *(Problem(4, 1, 64, 64), Problem(3, 4, 64, 64), Problem(3, 5, 20, 12), Problem(2, 1, 70, 31)),
-    *(Problem(2, 3, 224, 224), Problem(1, 3, 512, 512)),
+    *(Problem(2, 3, 224, 224), Problem(1, 3, 512, 512), Problem(2, 3, 100, 150)),
 ]
 """Odd batches and sizes, one or more for each kernel."""
 

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 OPS = torch.ops.sgr_kernels
-# Fused kernels of one and two tiles a side, and the general path.
+# Fused kernels of one and two tiles a side, the general path, large images by products and by Fourier transforms.
 SHAPES = [
     (9, 1, 28, 28),
     (7, 3, 32, 32),
@@ -32,6 +32,8 @@ SHAPES = [
     (4, 1, 64, 64),
     (3, 5, 20, 12),
     (2, 1, 70, 31),
+    (3, 1, 32, 80),
+    (1, 1, 128, 32),
 ]
 
 
