@@ -16,7 +16,8 @@ from torch import nn
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
-from sgr_kernels.training.images import DataSet, matched
+from sgr_kernels.training.images import DataSet
+from sgr_kernels.training.matching import matched
 from sgr_kernels.training.methods import build_criterion
 from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, load_weights, located, remember

@@ -23,7 +23,8 @@ from sgr_kernels.training import checkpoint, optimizers
 from sgr_kernels.training.batches import Augmentation, batches_of, promised
 from sgr_kernels.training.checkpoint import CHECKPOINT_FILE, TrainingError, checkpoint_file
 from sgr_kernels.training.criteria import classes
-from sgr_kernels.training.images import DataSet, alike, images_of
+from sgr_kernels.training.images import DataSet, images_of
+from sgr_kernels.training.matching import alike
 from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
 from sgr_kernels.training.network import (
     GIVEN,

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from sgr_kernels.training.batches import Batches, batches_of
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.folders import ImageFolder
-from sgr_kernels.training.images import DataError, DataSet, ImageSet, images_of, matched
+from sgr_kernels.training.images import DataError, DataSet, ImageSet, images_of
 from sgr_kernels.training.loop import Trainer
+from sgr_kernels.training.matching import matched
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.processes import Processes
 
