@@ -204,6 +204,8 @@ def _subjects(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
                 f"{places[name]}: expected a network for {first.name}, got one for another kind of images, "
                 f"{subject.data.test.name}"
             )
+        if subject.data.test.classes != first.classes:  # what the labels count
+            raise ValueError(f"{places[name]}: expected a network of the first one's classes, got one of others")
     return found
 
 

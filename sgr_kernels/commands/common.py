@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from sgr_kernels.training.datasets import FOLDER, SAMPLE
+from sgr_kernels.training.records import require_folder
 
 
 def whole(text: str) -> int:
@@ -125,6 +126,7 @@ def writable(path: str | Path) -> Path:
         OSError: if no file can be written there.
     """
     target = Path(path)
+    require_folder(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder, not a file to write")

@@ -17,6 +17,7 @@ from sgr_kernels.covariance import Covariance
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
+from sgr_kernels.training.matching import matched
 from sgr_kernels.training.methods import build_criterion
 from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, located, remember
@@ -132,7 +133,8 @@ class Trained:
 def trained(arguments: argparse.Namespace, device: torch.device) -> Trained:
     """The network of CHECKPOINT, or of ``--model`` and ``--weights``, and images for it.
 
-    Without ``--data`` they are those that the checkpoint was trained on, or else the shipped digits.
+    Without ``--data`` they are those that the checkpoint was trained on, or else the shipped digits. Labels count the
+    classes of the training, which are found by name.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -156,6 +158,7 @@ def trained(arguments: argparse.Namespace, device: torch.device) -> Trained:
             f"the checkpoint was trained on {known['name']} ({wanted}), but --data {name} holds {data.test.name} "
             f"({found}): name the folder of its data set"
         )
+    data = DataSet(*(matched(part, known.get("classes"), "the checkpoint's training") for part in data))
     model = model.to(device)
     classes_of(model, data.test, device)
     record = {"settings": settings, "epochs": state["position"]["epoch"]}

@@ -13,6 +13,7 @@ from sgr_kernels.reproduce.scales import SCALES
 from sgr_kernels.training.datasets import SAMPLE, load
 from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.models import architecture_for
+from sgr_kernels.training.records import require_folder
 
 _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reproduce, resuming what an earlier run left in ``--out``."""
     out = Path(arguments.out)
+    require_folder(out)
     if arguments.pages_only:
         show(out / "results")
     else:

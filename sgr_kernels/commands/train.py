@@ -36,7 +36,7 @@ from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, architecture_for
 from sgr_kernels.training.network import Source
 from sgr_kernels.training.optimizers import OPTIMIZERS
 from sgr_kernels.training.processes import Processes, joined, local_device
-from sgr_kernels.training.records import digest, remembered
+from sgr_kernels.training.records import digest, remembered, require_folder
 from sgr_kernels.training.search import Attack, attack_area, held_out, strength_search
 
 _SEARCH_IMAGES = 500
@@ -199,6 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
     say = tqdm.write if processes.first else lambda line: None
     out = Path(arguments.out)
+    require_folder(out)
     existing = (out / CHECKPOINT_FILE).is_file()
     if existing and not arguments.resume:
         raise ValueError(f"{out} already holds a checkpoint: add --resume to continue it, or name another --out")

@@ -26,6 +26,7 @@ from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import SAMPLE, DataSet, ImageSet, load
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import EXPONENTIAL, Settings
+from sgr_kernels.training.records import require_folder
 
 CLEAN, GN, SGR = "clean", "GN", "SGR"
 
@@ -79,6 +80,7 @@ def run(out: str | Path, options: Options, *, device: torch.device | str = "cpu"
     """
     begun = time.perf_counter()
     folder = Path(out)
+    require_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = load(SAMPLE)
     data = DataSet(data.train.first(options.train_images), data.test)

@@ -1,8 +1,9 @@
 """Data sets in ``.npz`` files: arrays ``images``, ``labels``, perhaps ``test_images``, ``test_labels``; no pickle.
 
-Images are uint8, (N, H, W, C), (N, C, H, W) or (N, H, W); labels are whole numbers from 0, (N,) or (N, 1); names of
-classes may come as an array ``classes`` of strings. ``train_images`` and ``train_labels`` are other names of the first
-two. Without test images of its own, a tenth of the set, in a fixed random order, is what it is tested on.
+Images are uint8, (N, H, W, C), (N, C, H, W) or (N, H, W); labels are whole numbers from 0 to 999,999, (N,) or (N, 1),
+two or more; names of classes may come as an array ``classes`` of strings. ``train_images`` and ``train_labels`` are
+other names of the first two. Test images are of the same size and channels; without any, a tenth of the set, in a fixed
+random order, is what it is tested on.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch
 from sgr_kernels.training.images import DataError, DataSet, ImageSet
 
 _DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further
+_MOST_CLASSES = 1_000_000  # more than networks have; their names are held in memory, whatever the images
 
 
 def load_npz(path: str | os.PathLike[str]) -> DataSet:
     """Read a ``.npz`` file.
 
     Raises:
-        DataError: if there is no such file, an array is missing, of another kind or shape than the module says,
+        DataError: if there is no such file, an array is missing, of another kind, shape or range than the module says,
             truncated, or holds pickled objects.
     """
     path = Path(path)
@@ -44,11 +46,18 @@ def load_npz(path: str | os.PathLike[str]) -> DataSet:
     if train is None:
         raise DataError(f"data file {path} lacks the array 'images'; it must hold 'images' and 'labels'")
     labels = np.concatenate([train[1], *([] if test is None else [test[1]])])
+    kinds = names or np.unique(labels).tolist()
     names = names or tuple(map(str, range(int(labels.max()) + 1)))
-    parts = [part if part is None else _image_set(path, *part, names) for part in (train, test)]
-    if parts[1] is None:
-        return split(parts[0])
-    return DataSet(parts[0], parts[1])
+    images = _image_set(path, *train, names)
+    tested = None if test is None else _image_set(path, *test, names)
+    if len(kinds) < 2:
+        raise DataError(f"data file {path} must hold images of two or more classes, got the one class {kinds[0]!r}")
+    if tested is None:
+        return split(images)
+    if tested.shape != images.shape:
+        found, wanted = ("x".join(map(str, part.shape)) for part in (tested, images))
+        raise DataError(f"data file {path}: 'test_images' must be {wanted} (C x H x W) like 'images', got {found}")
+    return DataSet(images, tested)
 
 
 def split(whole: Any) -> DataSet:
@@ -106,7 +115,12 @@ def _split(path: Path, arrays: Any, prefixes: tuple[str, ...]) -> tuple[np.ndarr
             f"data file {path}: '{prefix}labels' must be whole numbers of shape ({len(images)},) like the images, "
             f"got {labels.dtype} of {labels.shape}"
         )
-    return _channels_first(where, images), labels
+    for extreme in (int(labels.min()), int(labels.max())):
+        if not abs(extreme) < _MOST_CLASSES:
+            raise DataError(
+                f"data file {path}: '{prefix}labels' must lie in 0..{_MOST_CLASSES - 1}, got the label {extreme}"
+            )
+    return _channels_first(where, images), labels.astype(np.int64)
 
 
 def _channels_first(where: str, images: np.ndarray) -> np.ndarray:
@@ -136,7 +150,7 @@ def _image_set(path: Path, images: np.ndarray, labels: np.ndarray, classes: tupl
     order = shuffled(len(labels)).numpy()
     return ImageSet(
         torch.from_numpy(np.ascontiguousarray(images[order])),
-        torch.from_numpy(labels[order].astype(np.int64)),
+        torch.from_numpy(labels[order]),
         path.stem,
         classes,
     )

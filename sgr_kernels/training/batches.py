@@ -18,7 +18,7 @@ from sgr_kernels.attacks.guard import random_streams
 from sgr_kernels.attacks.inputs import check_count
 from sgr_kernels.evaluation.loaders import batches
 from sgr_kernels.training.folders import ImageFolder
-from sgr_kernels.training.images import Images, Indexed, Loaded, pixels
+from sgr_kernels.training.images import DataError, Images, Indexed, Loaded, pixels
 from sgr_kernels.training.processes import Processes
 
 _ALONE = Processes()
@@ -162,7 +162,8 @@ class LoaderBatches:
     def __init__(
         self, data: Loaded, *, device: torch.device | str = "cpu", seed: int = 0, processes: Processes = _ALONE
     ) -> None:
-        self.loader, self.device, self.seed, self.processes = data.loader, torch.device(device), seed, processes
+        self.data, self.loader, self.device = data, data.loader, torch.device(device)
+        self.seed, self.processes = seed, processes
         self._count = 0
 
     def __len__(self) -> int:
@@ -210,6 +211,29 @@ def batches_of(data: Images, batch_size: int, **options: Any) -> Batches | Loade
         )
     assert isinstance(data, Indexed)
     return Batches(data, batch_size, **options)
+
+
+def promised(batches: Batches | LoaderBatches, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch from a step on, as many as ``len(batches)`` says: schedules and positions count on it.
+
+    Raises:
+        DataError: If a loader yields fewer, or, when the promised ones have been used, one more.
+    """
+    step = start
+    for found in batches.epoch(epoch, start):
+        if step == len(batches):
+            break
+        yield found
+        step += 1
+    else:
+        if step == len(batches):
+            return
+    loader = getattr(batches, "loader", batches)
+    got = f"{step}" if step < len(batches) else "more"
+    raise DataError(
+        f"data: {type(loader).__name__} of {batches.data.name}: expected {len(batches)} batches an epoch, which its "
+        f"len() promises, got {got}"
+    )
 
 
 class _Streams:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sgr_kernels.evaluation.loaders import batches
 
 _CHUNK = 256
 _VARIANCE_IMAGES = 2048  # what the variance of images that do not lie in memory is estimated from
+_LOOKED_AT = 8  # items, spread over somebody's data set, that have to be images in [0, 1]
 
 
 class DataError(ValueError):
@@ -38,11 +40,13 @@ class Images(ABC):
         name: What the images are, for example ``"mnist"``.
         classes: One name per class; None where they are not known.
         origin: What `sgr_kernels.training.datasets.load` reads them from again; None where they come from Python.
+        by_name: Whether labels follow from nothing but the names of the classes.
     """
 
     name: str
     classes: tuple[str, ...] | None
     origin: str | None = None
+    by_name: ClassVar[bool] = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -69,6 +73,20 @@ class Images(ABC):
     @abstractmethod
     def some(self, count: int) -> Tensor:
         """So many images (n, C, H, W), or all where there are fewer, float32 in [0, 1], the same each time."""
+
+    def renumbered(self, numbers: Tensor, classes: tuple[str, ...]) -> Images:
+        """The same of other classes, of which each label k becomes the label ``numbers[k]``.
+
+        Raises:
+            DataError: If labels are somebody's own.
+        """
+        for own, number in enumerate(numbers.tolist()):
+            if own != number:
+                raise DataError(
+                    f"data: {self.name} gives the class {classes[number]!r} the label {own}, the training {number}: "
+                    "number the classes of both alike"
+                )
+        return self
 
     def digest(self) -> str:
         """Hex digits to tell whether a training continues on the data it began with."""
@@ -178,6 +196,10 @@ class ImageSet(Indexed):
         """Those of a slice."""
         return replace(self, images=self.images[part], labels=self.labels[part])
 
+    def renumbered(self, numbers: Tensor, classes: tuple[str, ...]) -> ImageSet:
+        """As of all `Images`."""
+        return replace(self, labels=numbers.to(self.labels.device)[self.labels], classes=classes)
+
     def to(self, device: torch.device | str) -> ImageSet:
         """The same on a device, still as uint8."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -211,7 +233,10 @@ class Items(Indexed):
         dataset: Anything with ``__len__`` and ``__getitem__``.
         name: None: its type's name.
         classes: None: its own ``classes`` if it has any.
-        chosen: Indices of those that are meant; None: all.
+        chosen: Indices of those that are meant; None: all, of which a few are looked at.
+
+    Raises:
+        DataError: If there are none, or those looked at are no images in [0, 1] with labels.
     """
 
     def __init__(
@@ -227,6 +252,8 @@ class Items(Indexed):
         if not self.chosen:
             raise DataError(f"{self.name} holds no images")
         self._shape = tuple(self._item(0, 0)[0].shape)
+        if chosen is None:
+            _require_pixels(self.name, self.read(self._spread(_LOOKED_AT))[0])
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -262,14 +289,17 @@ class Items(Indexed):
                 f"{self.name}: expected items that begin with an image (C, H, W), as a tensor, and a label, "
                 f"got {describe(item)}"
             )
-        return item[0], int(item[1])
+        return item[0], _label(self.name, item[1])
 
 
 class Loaded(Images):
     """The batches (images, labels, ...) of any ``DataLoader``, in its own order and with its own transforms.
 
     Attributes:
-        loader: Yields images (B, C, H, W) in [0, 1] and labels (B,).
+        loader: Yields images (B, C, H, W) in [0, 1] and labels (B,); an epoch has ``len(loader)`` batches.
+
+    Raises:
+        DataError: If it does not know how many batches it has, or the first one is of no images in [0, 1].
     """
 
     def __init__(self, loader: Any, name: str | None = None, classes: Sequence[str] | None = None) -> None:
@@ -288,6 +318,7 @@ class Loaded(Images):
         self.classes = _classes(dataset, classes)
         with random_streams():
             images, _ = next(batches(loader, None))
+        _require_pixels(self.name, images)
         self._first = pixels(images[:2])
         self._count = len(dataset) if isinstance(dataset, Sized) else len(loader)
 
@@ -333,7 +364,7 @@ def images_of(data: Any) -> Images:
     """Images as they are, and anybody's ``Dataset`` or ``DataLoader`` as `Images`.
 
     Raises:
-        DataError: If it is none of these, or holds nothing.
+        DataError: If it is none of these, or holds nothing, or no images in [0, 1] with labels.
     """
     if isinstance(data, Images):
         return data
@@ -347,3 +378,29 @@ def images_of(data: Any) -> Images:
 def _classes(dataset: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     names = getattr(dataset, "classes", None) if given is None else given
     return None if names is None else tuple(map(str, names))
+
+
+def _require_pixels(name: str, images: Tensor) -> None:
+    """Expect bytes, or floating-point values in [0, 1] up to the rounding that attacks accept."""
+    if images.dtype in (torch.uint8, torch.bool):
+        return
+    if not images.is_floating_point():
+        raise DataError(
+            f"data: {name}: expected images that are uint8 or floating point, got {images.dtype}; "
+            "for values from 0 to 255: .to(torch.uint8)"
+        )
+    low, high = (float(value) for value in images.aminmax())
+    rounding = max(1e-6, torch.finfo(images.dtype).eps)
+    if not (-rounding <= low and high <= 1 + rounding):
+        remedy = "divide by 255" if low >= 0 and high <= 255 else "normalise inside the network"
+        raise DataError(f"data: {name}: expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {remedy}")
+
+
+def _label(name: str, value: Any) -> int:
+    """A whole number, also from a tensor or an array of one element."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        return operator.index(bool(value) if isinstance(value, np.bool_) else value)
+    except TypeError as error:
+        raise DataError(f"data: {name}: expected labels that are whole numbers, got {describe(value)}") from error

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from sgr_kernels.evaluation.suite import like_mnist
 from sgr_kernels.loss import SGRLoss
 from sgr_kernels.training import checkpoint, optimizers
-from sgr_kernels.training.batches import Augmentation, batches_of
+from sgr_kernels.training.batches import Augmentation, batches_of, promised
 from sgr_kernels.training.checkpoint import CHECKPOINT_FILE, TrainingError, checkpoint_file
 from sgr_kernels.training.criteria import classes
 from sgr_kernels.training.images import DataSet, images_of
+from sgr_kernels.training.matching import alike
 from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
 from sgr_kernels.training.network import (
     GIVEN,
@@ -32,7 +33,7 @@ from sgr_kernels.training.network import (
     remember,
 )
 from sgr_kernels.training.processes import Processes
-from sgr_kernels.training.records import claimed
+from sgr_kernels.training.records import claimed, require_folder
 from sgr_kernels.training.state import data_of, require_sound, settings_of
 from sgr_kernels.training.trained import accuracy
 from sgr_kernels.training.weights import load_weights
@@ -52,7 +53,7 @@ class Trainer:
         settings: What to train and how.
         data: Training and test images: `Images`, or any map-style ``Dataset`` or ``DataLoader`` that yields images
             (C, H, W), uint8 or in [0, 1], and labels. A loader's batches and transforms are its own: ``batch_size`` and
-            ``augment`` are not for it.
+            ``augment`` are not for it. Test images have the training images' shape; classes are matched by name.
         model: A network made in Python, images (B, C, H, W) in [0, 1] to logits; ``settings.architecture`` then is
             ``"given"``, and who loads or resumes the training has to make it again.
         device: Where to train.
@@ -69,7 +70,7 @@ class Trainer:
 
     Raises:
         NetworkError: If the network cannot be made, its weights do not fit, or it does not take these images.
-        DataError: If the images are none, or of more classes than the network's head.
+        DataError: If the images are none, of more classes than the network's head, or other ones to test than to train.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Trainer:
                 f"model: a network made in Python goes with the architecture {GIVEN!r}, got one of the two"
             )
         train, test = (images_of(part) for part in data)
+        test = alike(test, train)
         make = settings.network.maker() if model is None else lambda: model  # imports, which may draw random numbers
         torch.manual_seed(settings.seed)
         self.settings, self.device, self.processes = settings, torch.device(device), processes
@@ -153,6 +155,9 @@ class Trainer:
         Raises:
             TrainingError: if the loss is no longer finite; the last checkpoint, from before, is kept. Or if the
                 learning rate has begun to fall over another number of epochs, or another training writes into ``out``.
+            DataError: if a loader yields another number of batches in an epoch than its ``len()`` promises; where it
+                yields more, the epoch has been finished, without them.
+            NotADirectoryError: if ``out`` is a file.
         """
         if self.settings.schedule != "constant" and self._epochs not in (None, epochs):
             raise TrainingError(
@@ -163,6 +168,7 @@ class Trainer:
         if out is None:
             return self._run(epochs, None, checkpoint_every, progress, on_epoch, stop)
         folder = Path(out)
+        require_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder) if self.processes.first else nullcontext():
             return self._run(epochs, folder, checkpoint_every, progress, on_epoch, stop)
@@ -183,7 +189,7 @@ class Trainer:
         with tqdm(total=epochs * steps, initial=initial, disable=disable, unit="step", leave=False) as bar:
             clock = time.perf_counter()
             while self.epoch < epochs:
-                for images, labels in self.batches.epoch(self.epoch, self.step):
+                for images, labels in promised(self.batches, self.epoch, self.step):
                     self._set_learning_rate(self.epoch * steps + self.step, epochs * steps)
                     self._train_step(images, labels)
                     self._seconds += time.perf_counter() - clock

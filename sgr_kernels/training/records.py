@@ -56,6 +56,18 @@ def remembered(path: Path, question: Mapping[str, Any], measure: Callable[[], Ma
     return record
 
 
+def require_folder(path: str | os.PathLike[str], name: str = "out") -> None:
+    """Expect that a folder is there, or that no file is in its way; nothing is made.
+
+    Raises:
+        NotADirectoryError: with the argument's name, if there is a file.
+    """
+    path = Path(path)
+    place = next((place for place in (path, *path.parents) if place.exists()), path)
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder, got {path}: {place} is a file")
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Be a folder's only writer; the claim ends with the process at the latest, however that ends.

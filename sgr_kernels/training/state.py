@@ -16,7 +16,7 @@ from sgr_kernels.training.models import ARCHITECTURES
 
 _OUTLINE = {
     "settings": dict,
-    "data": {"name": "", "digest": "", "origin": object, "shape": object},
+    "data": {"name": "", "digest": "", "origin": object, "shape": object, "classes": object},
     "model": dict,
     "average": object,
     "criterion": dict,
@@ -30,7 +30,7 @@ _OUTLINE = {
 }
 # Older files lack these.
 _LATER: dict[str, Any] = {"epochs": None, "average": None}
-_LATER_DATA = {"origin": None, "shape": None}
+_LATER_DATA = {"origin": None, "shape": None, "classes": None}
 
 _RECORD = {
     "epoch": 0,
@@ -52,7 +52,9 @@ def settings_of(state: dict[str, Any]) -> Settings:
     data = state.get("data")
     later = {"data": {**_LATER_DATA, **data}} if isinstance(data, dict) else {}
     require_like({**_LATER, **state, **later}, _OUTLINE)
-    for name, like in (("origin", ""), ("shape", [0, 0, 0])):
+    names = later["data"]["classes"]
+    many = len(names) if isinstance(names, list) else 0
+    for name, like in (("origin", ""), ("shape", [0, 0, 0]), ("classes", [""] * many)):
         if later["data"][name] is not None:
             require_like(later["data"][name], like, f"data.{name}")
     try:
@@ -63,7 +65,13 @@ def settings_of(state: dict[str, Any]) -> Settings:
 
 def data_of(images: Images) -> dict[str, Any]:
     """What a checkpoint says of the images trained on."""
-    return {"name": images.name, "digest": images.digest(), "origin": images.origin, "shape": list(images.shape)}
+    return {
+        "name": images.name,
+        "digest": images.digest(),
+        "origin": images.origin,
+        "shape": list(images.shape),
+        "classes": None if images.classes is None else list(images.classes),
+    }
 
 
 def require_sound(

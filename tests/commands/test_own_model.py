@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from sgr_kernels.cli import main
 from sgr_kernels.commands import autoattack
+from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.trained import load_model
 from tests.autoattack_stand_in import stand_in
@@ -228,11 +230,58 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
 
 def test_other_images_are_brought_to_the_networks_size(trained, tmp_path):
     for k in range(12):
-        path = tmp_path / "pictures" / "abc"[k % 3] / f"{k}.jpg"
+        path = tmp_path / "pictures" / f"digit {k % 3}" / f"{k}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((30 + k, 50), 20 * k, np.uint8)).save(path)
     command = ["evaluate", str(trained), "--data", f"imagefolder:{tmp_path / 'pictures'}", *FEW["evaluate"]]
     assert main([*command, "--out", str(tmp_path / "e.json")]) == 0
+
+
+def test_images_are_of_the_classes_trained_on_by_name(trained, pictures, tmp_path, capsys):
+    """The training knows digits 0, 1 and 2; of the images that are looked at none is a 0, and names decide."""
+    for part in ("train", "test"):
+        for kind in ("digit 1", "digit 2"):
+            shutil.copytree(pictures / kind, tmp_path / "some" / part / kind)
+    test = load(f"imagefolder:{tmp_path / 'some'}").test
+    images, labels = test.read(torch.arange(len(test)))
+    model, state = load_model(trained)
+    assert state["data"]["classes"] == ["digit 0", "digit 1", "digit 2"]
+    right = float((model(images / 255).argmax(1) == labels + 1).double().mean())
+    few = ["--eps", "0", "--pgd-steps", "1", "--decay-lengths", "2", "--noise-eps", "0.1", "--draws", "1"]
+    command = ["evaluate", "--data", f"imagefolder:{tmp_path / 'some'}", *few, "--out", str(tmp_path / "e.json")]
+    assert main([*command, str(trained)]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["clean"]["accuracy"][0] == pytest.approx(right)
+    for part in ("train", "test"):
+        (tmp_path / "some" / part / "digit 2").rename(tmp_path / "some" / part / "emu")
+    error = fails([*command, str(trained)], capsys)
+    assert "--data: some has the class 'emu', which the checkpoint's training lacks: 'digit 1', 'emu', not" in error
+    other = ["--out", str(tmp_path / "certificates"), "--images", "1", "--draws", "2", "--selection", "1"]
+    assert "has the class 'emu'" in fails(["certify", str(trained), *command[1:3], *other], capsys)
+    del state["data"]["classes"]  # as of checkpoints from before
+    checkpoint.save(tmp_path / "checkpoint.safetensors", state)
+    assert main([*command, str(tmp_path)]) == 0
+    state["data"]["classes"] = ["a", 1, "b"]
+    checkpoint.save(tmp_path / "checkpoint.safetensors", state)
+    assert "the checkpoint's data.classes.1: expected '' or the like, got 1" in fails([*command, str(tmp_path)], capsys)
+
+
+def test_networks_of_classes_in_another_order_are_not_compared(trained, tmp_path, capsys):
+    _, state = load_model(trained)
+    state["data"]["classes"].reverse()
+    (tmp_path / "turned").mkdir()
+    checkpoint.save(tmp_path / "turned" / "checkpoint.safetensors", state)
+    few = ["--images", "1", "--draws", "2", "--selection", "1", "--out", str(tmp_path / "certificates")]
+    error = fails(["certify", str(trained), str(tmp_path / "turned"), *few], capsys)
+    assert "turned: expected a network of the first one's classes, got one of others" in error
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "reproduce", "certify"])
+def test_a_file_is_no_folder_to_write_into(command, trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    more = {"reproduce": ["table1"], "certify": [str(trained)]}
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        error = fails([command, *more.get(command, []), "--out", str(out)], capsys)
+        assert f"error: --out: expected a folder, got {out}: {tmp_path / 'file'} is a file" in error
 
 
 def test_a_training_of_ones_own_is_continued_and_searched_for(file, arrays, tmp_path, capsys):

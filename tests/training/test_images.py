@@ -1,19 +1,24 @@
 """Images of one's own: arrays, folders, data sets and loaders; what is read, and what is refused."""
 
 import io
+import os
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sgr_kernels.training.batches import Batches, batches_of
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.folders import ImageFolder
-from sgr_kernels.training.images import DataError, ImageSet, images_of
+from sgr_kernels.training.images import DataError, DataSet, ImageSet, images_of
+from sgr_kernels.training.loop import Trainer
+from sgr_kernels.training.matching import matched
+from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.processes import Processes
 
 RNG = np.random.default_rng(0)
@@ -83,6 +88,19 @@ IMAGES, LABELS = colours(4), np.arange(4) % 2
         ({"images": IMAGES[:, :3, :3], "labels": LABELS}, "fewer channels than rows and columns"),
         ({"images": IMAGES, "labels": LABELS, "test_images": IMAGES}, "lacks the array 'test_labels'"),
         ({"images": IMAGES, "labels": np.array([{}, 1, 2, 3], dtype=object)}, "pickled objects, which are not read"),
+        ({"images": IMAGES, "labels": 3_000_000_000 * LABELS}, r"'labels' must lie in .* got the label 3000000000$"),
+        ({"images": IMAGES, "labels": LABELS.astype(np.uint64) * (2**63 + 5)}, "got the label 9223372036854775813"),
+        ({"images": IMAGES, "labels": LABELS * (-(2**63))}, "got the label -9223372036854775808"),
+        ({"images": IMAGES, "labels": 0 * LABELS}, "must hold images of two or more classes, got the one class 0"),
+        ({"images": IMAGES, "labels": 0 * LABELS, "classes": np.array(["cat"])}, "got the one class 'cat'"),
+        (
+            {"images": IMAGES, "labels": LABELS, "test_images": IMAGES[:, 1:], "test_labels": LABELS},
+            r"'test_images' must be 3x6x7 .* like 'images', got 3x5x7",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "test_images": IMAGES[..., 0], "test_labels": LABELS},
+            r"'test_images' must be 3x6x7 .* like 'images', got 1x6x7",
+        ),
     ],
 )
 def test_arrays_that_are_no_images_are_refused(tmp_path, content, message):
@@ -199,6 +217,97 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     refused("test has the class 'cow', which .*train lacks")
 
 
+def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
+    layouts = {"upper": ("Train", "Test"), "other words": ("training", "testing", "a"), "one": ("VAL",)}
+    for name, parts in layouts.items():
+        for part in parts:
+            write_folder(tmp_path / name / part, colours(4))
+        with pytest.raises(DataError, match=f"has the folder '{sorted(parts)[0 if name != 'other words' else 1]}'"):
+            load(f"imagefolder:{tmp_path / name}")
+    write_folder(tmp_path / "loose", colours(4), ("training", "validation"))
+    with pytest.raises(DataError, match=r"folder 'training', .* the parts are 'train' and one of 'test', "):
+        load(f"imagefolder:{tmp_path / 'loose'}")
+    write_folder(tmp_path / "vehicles", colours(6), ("Bus", "Car", "Train"))
+    assert load(f"imagefolder:{tmp_path / 'vehicles'}").train.classes == ("Bus", "Car", "Train")
+
+
+def test_folders_within_count_and_hidden_ones_do_not(tmp_path):
+    write_folder(tmp_path, colours(4))
+    write_folder(tmp_path / "cat", colours(2), ("indoors/old", "outdoors"))
+    write_folder(tmp_path / "dog", colours(4), (".ipynb_checkpoints", ".git/objects"))
+    write_folder(tmp_path / ".thumbnails", colours(4))
+    (tmp_path / "dog" / "album.png").mkdir()
+    data = load(f"imagefolder:{tmp_path}")
+    assert len(data.train) + len(data.test) == 6
+    assert torch.cat([part.labels for part in data]).bincount().tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_images_are_turned_as_their_exif_data_say(tmp_path, ending):
+    """Each orientation of one picture is a file of its own; seen upright, all are that picture."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        tall = orientation > 4
+        image = np.kron(RNG.integers(0, 256, (3, 2) if tall else (2, 3)), np.ones((8, 8))).astype(np.uint8)
+        for kind in ("a", "b"):
+            write_folder(tmp_path / kind, [image], (f"{orientation}",), ending, exif=exif)
+    data = load(f"imagefolder:{tmp_path}")
+    assert data.train.shape == (1, 16, 24)
+    for part in data:
+        for path, image in zip(part.files, part.read(torch.arange(len(part)))[0]):
+            assert np.array_equal(image[0], np.asarray(ImageOps.exif_transpose(Image.open(path))))
+    small = load(f"imagefolder:{tmp_path}", image_size=(8, 12)).train
+    assert small.read(torch.arange(2))[0].shape == (2, 1, 8, 12)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_data_turn_nothing(tmp_path):
+    write_folder(tmp_path, colours(4)[..., 0].copy(), ending="jpg", exif=b"Exif\0\0II*\0 no such thing")
+    assert load(f"imagefolder:{tmp_path}").train.shape == (1, 6, 7)
+
+
+def test_file_names_may_be_of_any_bytes(tmp_path):
+    root = tmp_path / os.fsdecode(b"pets \xff")
+    write_folder(root, colours(6), ("cat", os.fsdecode(b"dog \xfe")))
+    (root / "cat" / "0000.png").rename(root / "cat" / os.fsdecode(b"\xff\xfe.png"))
+    train = load(f"imagefolder:{root}").train
+    assert len(train.digest()) == 16
+    assert train.name.encode()
+    assert len(as_set([train])) == 5
+
+
+def test_other_sizes_to_test_on_are_told_from_those_trained_on(tmp_path):
+    write_folder(tmp_path / "train", colours(4))
+    write_folder(tmp_path / "test", colours(4, 5))
+    with pytest.raises(DataError, match=r"test/.*png is 5 x 7 pixels, .*/train/.*png 6 x 7: "):
+        load(f"imagefolder:{tmp_path}")
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    """Of a folder, whose labels follow from the names alone, and of named arrays; numbers for names say nothing."""
+    write_folder(tmp_path / "pets", colours(6), ("cat", "dog", "emu"))
+    folder = load(f"imagefolder:{tmp_path / 'pets'}").train
+    names = [path.split("/")[-2] for path in folder.files]
+    known = ("emu", "cow", "cat", "dog")
+    found = matched(folder, known, "the training")
+    assert found.classes == known
+    assert [known[k] for k in found.labels.tolist()] == names
+    assert [known[k] for k in found.read(torch.arange(len(names)))[1].tolist()] == names
+    with pytest.raises(DataError, match=r"pets has the class 'emu', which .* lacks: 'cat', 'dog', 'emu', not "):
+        matched(folder, ("cat", "dog", "elk"), "the training")
+    with pytest.raises(DataError, match="pets has the class 'cat', which the training lacks"):
+        matched(folder, ("0", "1", "2"), "the training")
+    images, labels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 2, 1])
+    named = ImageSet(images, labels, "named", ("dog", "cat", "emu"))
+    assert matched(named, known, "the training").labels.tolist() == [3, 0, 2]
+    numbered = ImageSet(images, labels, "numbered", ("0", "1", "2"))
+    assert matched(numbered, known, "the training") is numbered
+    assert matched(named, ("0", "1", "2"), "the training") is named
+    assert matched(named, None, "the training") is named
+    assert matched(numbered, ("0", "1", "10", "2"), "the training").labels.tolist() == [0, 3, 1]
+
+
 def test_a_folder_streams(tmp_path, monkeypatch):
     """Before the first batch only headers are read; then no more images than a batch and the next one."""
     write_folder(tmp_path, colours(40))
@@ -224,7 +333,7 @@ class Noisy:
 
     def __getitem__(self, k):
         noise = torch.rand(1, 4, 5) + float(np.random.rand())  # noqa: NPY002 - as other people's transforms do
-        return noise + k, k % 2, "more"
+        return (noise + k) / 13, k % 2, "more"
 
 
 def same(a, b):
@@ -278,10 +387,120 @@ def test_what_is_no_data_set_is_refused(data, message):
         images_of(data)
 
 
+GREY, ZERO = torch.rand(1, 4, 5), torch.zeros(1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([(ZERO, 0), (255 * (GREY + 1) / 2, 1)], r"list: expected images in \[0, 1\], got values from 0 to .*255"),
+        ([(GREY - 3, 0)], r"list: expected images in \[0, 1\], got values from -.* normalise inside the network"),
+        ([(GREY * torch.nan, 0)], "got values from nan to nan"),
+        ([((255 * GREY).int(), 0)], r"list: expected images that are uint8 or .* got torch.int32; .*to\(torch.uint8\)"),
+        ([(GREY, 0.7)], "list: expected labels that are whole numbers, got float 0.7"),
+        ([(GREY, torch.tensor(0.75))], "list: expected labels that are whole numbers, got float 0.75"),
+        ([(GREY, "cat")], "list: expected labels that are whole numbers, got str 'cat'"),
+        ([(GREY, torch.tensor([0.0, 1.0]))], r"list: expected labels that are whole numbers, got \(2,\) torch.float32"),
+        ([(GREY, torch.tensor([0, 1]))], r"list: expected labels that are whole numbers, got \(2,\) torch.int64"),
+    ],
+)
+def test_items_that_are_no_images_with_labels_are_refused(items, message):
+    with pytest.raises(DataError, match=message):
+        images_of(items)
+    if "labels" not in message:
+        with pytest.raises(DataError, match=message):
+            images_of(DataLoader(items, batch_size=2))
+
+
+def test_labels_may_be_whole_numbers_of_any_type():
+    labels = [3, True, np.int32(2), np.uint8(1), np.bool_(True), torch.tensor(5), torch.tensor([4]), torch.tensor(True)]
+    items = images_of([(GREY, label) for label in labels])
+    assert items.read(torch.arange(8))[1].tolist() == [3, 1, 2, 1, 1, 5, 4, 1]
+
+
+def test_images_are_floating_point_of_any_precision_bytes_or_bits():
+    for image in (GREY, GREY.half(), GREY.double() * (1 + 2.4e-7), (255 * GREY).byte(), GREY > 0.5):
+        assert images_of([(image, 0)]).example().dtype == torch.float32
+
+
 def test_items_of_another_shape_are_named():
-    mixed = images_of([(torch.rand(1, 4, 5), 0), (torch.rand(1, 5, 5), 1)])
     with pytest.raises(DataError, match=r"an image has shape \(1, 5, 5\), the first one \(1, 4, 5\)"):
-        mixed.read(torch.arange(2))
+        images_of([(torch.rand(1, 4, 5), 0), (torch.rand(1, 5, 5), 1)])
+
+
+class Promising(IterableDataset):
+    """Says another number of images than it has."""
+
+    def __init__(self, says, has):
+        self.says, self.has = says, has
+
+    def __len__(self):
+        return self.says
+
+    def __iter__(self):
+        return iter([(GREY, k % 2) for k in range(self.has)])
+
+
+def trained(train, test, **options):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(20, 2))
+    trainer = Trainer(Settings("given", method="clean", augment=False), (train, test), model=network)
+    trainer.run(2, progress=False, **options)
+    return trainer
+
+
+PAIRS = [(GREY, k % 2) for k in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+@pytest.mark.parametrize(("has", "got", "epochs"), [(5, "3", 0), (13, "more", 1)])
+def test_a_loader_keeps_its_promise(tmp_path, has, got, epochs):
+    loader = DataLoader(Promising(8, has), batch_size=2)
+    done = []
+    with pytest.raises(DataError, match=f"DataLoader of Promising: expected 4 batches an epoch, .* got {got}$"):
+        trained(loader, PAIRS, on_epoch=done.append)
+    assert len(done) == epochs
+
+
+def test_a_loader_that_keeps_its_promise_is_trained_on():
+    assert len(trained(DataLoader(Promising(7, 7), batch_size=2), DataLoader(PAIRS, batch_size=3)).history) == 2
+
+
+class Named(list):
+    """Items of classes that have names."""
+
+    def __init__(self, items, classes):
+        super().__init__(items)
+        self.classes = classes
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (PAIRS, [(GREY[:, 1:], 0)], r"expected test images like the training images, 1x4x5 \(list\), got 1x3x5"),
+        (PAIRS, DataLoader([(GREY.expand(3, 4, 5), 0)]), r"1x4x5 \(list\), got 3x4x5 \(list\)"),
+        (
+            Named(PAIRS, ["cat", "dog"]),
+            Named(PAIRS, ["dog", "emu"]),
+            "Named has the class 'emu', which",
+        ),
+        (
+            Named(PAIRS, ["cat", "dog"]),
+            Named(PAIRS, ["dog"]),
+            "gives the class 'dog' the label 0, the training 1",
+        ),
+    ],
+)
+def test_other_images_to_test_than_to_train_are_refused(train, test, message):
+    with pytest.raises(DataError, match=message):
+        trained(train, test)
+
+
+def test_no_images_in_memory_are_refused():
+    digits = load("mnist-sample")
+    with pytest.raises(DataError, match="data: mnist-sample holds no images"):
+        Trainer(Settings("mnist"), DataSet(digits.train.first(0), digits.test))
+    with pytest.raises(DataError, match="data: mnist-sample holds no images"):
+        Trainer(Settings("mnist"), DataSet(digits.train.first(4), digits.test.first(0)))
 
 
 def test_some_images_are_pixels_and_the_same_each_time():

@@ -239,7 +239,7 @@ def without(tree, path):
 
 
 # A name to show; absent from older files.
-FREE = {("data", "name"), ("epochs",), ("average",), ("data", "origin"), ("data", "shape")}
+FREE = {("data", "name"), ("epochs",), ("average",), ("data", "origin"), ("data", "shape"), ("data", "classes")}
 
 
 def test_hand_edited_checkpoints_are_refused_in_one_line(digits, tmp_path):
