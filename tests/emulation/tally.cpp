@@ -6,9 +6,9 @@
 //
 //   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE SHARED [KERNEL BLOCKS]...
 //
-// OPERATOR as in emulator.cpp, or 5: quadratic_form of an arranged spectrum; SHARED: bytes of shared memory that a block may have; KERNEL BLOCKS: how many blocks of
-// a kernel, by its symbol, a multiprocessor holds. A line per launch: kernel, symbol, grid, threads, shared bytes,
-// arguments in hex, bytes.
+// OPERATOR as in emulator.cpp, or 5: quadratic_form of an arranged spectrum; SHARED: bytes of shared memory that a
+// block may have; KERNEL BLOCKS: how many blocks of a kernel, by its symbol, a multiprocessor holds. A line per launch:
+// kernel, symbol, grid, threads, shared bytes, arguments in hex, bytes.
 #include <cxxabi.h>
 #include <dlfcn.h>
 

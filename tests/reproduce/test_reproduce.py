@@ -358,7 +358,11 @@ def test_the_dataset_must_fit_the_data(tmp_path, capsys):
 
 def test_smooth_networks_get_a_page_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(smooth, "METHODS", {name: smooth.METHODS[name] for name in ("clean", "l1")})
+    monkeypatch.setattr(smooth, "_TIMED_ROUNDS", 1)
+    monkeypatch.setattr(smooth, "_TIMED_STEPS", 1)
+    monkeypatch.setattr(smooth, "_KINKED_IMAGES", 32)
     scale = replace(TINY, seeds=1, search=replace(TINY.search, attack_images=4, validation_images=10))
+    scale = replace(scale, beyond=Beyond(1, 4, 20, (0.5,), autoattack_images=6, corrupted_images=4))
     said = []
     reproduce(lab_in(tmp_path, said.append, scale), ["smooth"], "MNIST, tiny")
     found = load(tmp_path / "results")["smooth"]["networks"]

@@ -41,8 +41,9 @@ FLOAT32 = [
     # in three passes
     (1, (1, 90), "radial", None),
     (1, (66, 10), "even", None),
-    (3, (40, 71), "even", 9),
-    (4, (131, 5), "even", 4),
+    (3, (35, 66), "even", 9),
+    (4, (67, 5), "even", 4),
+    (1, (131, 5), "even", 4),
     # in five
     (5, (6, 13), "even", None),
     (5, (12, 13), "signed", None),
@@ -105,14 +106,14 @@ def test_displacement_covariance(dtype, channels, size, form, reach):
     assert ((f.double() - exact).abs() <= limit * variance).all()
 
 
-@pytest.mark.parametrize("form", ["even", "signed"])
-def test_first_derivatives(form):
+def test_first_derivatives():
+    """What is registered for all backends: `tests/operators` has the other forms."""
     g = gradients((2, 2, 2, 3)).requires_grad_()
-    f = covariances(form, 2, (2, 3)).requires_grad_()
+    f = covariances("signed", 2, (2, 3)).requires_grad_()
     for operator in (sgr.covariance_product, sgr.covariance_quadratic_form):
-        call = functools.partial(operator, form=form, backend="triton")
+        call = functools.partial(operator, form="signed", backend="triton")
         assert gradcheck(call, (g, f), fast_mode=True)
-    estimate = functools.partial(sgr.displacement_covariance, form=form, backend="triton")
+    estimate = functools.partial(sgr.displacement_covariance, form="signed", backend="triton")
     assert gradcheck(estimate, (g,), fast_mode=True)
 
 
