@@ -11,21 +11,14 @@ from sgr_kernels.training.datasets import load
 from tests.commands.outcomes import fails
 
 
+def searching(data, *options):
+    """A short training of method gn."""
+    return ["train", "--data", data, "--method", "gn", "--batch-size", "16", "--epochs", "1", *options]
+
+
 def test_train_can_search_for_its_strength(few_digits, tmp_path, capsys):
     out = tmp_path / "searched"
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--out",
-        str(out),
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-    ]
+    command = searching(few_digits, "--out", str(out))
     command += ["--search-strength", "0.5", "2", "--device", "cpu"]
     assert main(command) == 0
     record = json.loads((out / "search.json").read_text())
@@ -80,19 +73,7 @@ def test_a_search_for_something_else_is_not_an_answer(few_digits, searched, chan
 def searched(few_digits, tmp_path_factory):
     """A training's folder with the record of its search, and no checkpoint yet."""
     out = tmp_path_factory.mktemp("searched") / "gn"
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--out",
-        str(out),
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-    ]
+    command = searching(few_digits, "--out", str(out))
     assert main([*command, "--search-strength", "0.5", "--device", "cpu"]) == 0
     (out / "checkpoint.safetensors").unlink()
     return out
@@ -110,20 +91,8 @@ def test_trials_of_another_length_are_not_taken_for_these(few_digits, searched, 
     out = tmp_path / "again"
     shutil.copytree(searched, out)
     (out / "search.json").unlink()
-    command = [
-        "train",
-        "--data",
-        few_digits,
-        "--method",
-        "gn",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    command += ["--search-strength", "0.5", "--search-epochs", "2", "--out"]
+    command = searching(few_digits)
+    command += ["--device", "cpu", "--search-strength", "0.5", "--search-epochs", "2", "--out"]
     assert main([*command, str(out)]) == 0
     assert main([*command, str(tmp_path / "fresh")]) == 0
     again, fresh = (json.loads((folder / "search.json").read_text()) for folder in (out, tmp_path / "fresh"))
