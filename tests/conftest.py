@@ -113,7 +113,9 @@ def poison_uninitialised_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def backend_choice_is_restored() -> Iterator[None]:
-    """A test that chooses a backend for the whole process does not choose it for the next test."""
+def process_settings_are_restored() -> Iterator[None]:
+    """What a test, or a command that it runs, sets for the whole process does not hold for the next test."""
     with backends.use_backend("auto"):
         yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)

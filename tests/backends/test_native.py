@@ -35,14 +35,6 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.binary.select_instruction_set(INSTRUCTION_SETS[0])
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads afterwards."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def dense(spectrum: Tensor, height: int, width: int) -> Array:
     """The matrix (C H W, C H W) that a spectrum stands for: a sum of its frequencies, one displacement at a time."""
     parts = spectrum.double().numpy()
@@ -264,7 +256,7 @@ def test_nan_stays_in_its_sample(instruction_set: str, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("shape", [(70, 1, 28, 28), (1, 3, 200, 230), (3, 2, 130, 33)])
-def test_threads_do_not_change_the_result(threads: None, shape: tuple[int, ...]) -> None:
+def test_threads_do_not_change_the_result(shape: tuple[int, ...]) -> None:
     """Bitwise, whether the threads share images or parts of one."""
     rng = np.random.default_rng(7)
     images, spectrum = (draw(rng, *s, dtype=torch.float32) for s in (shape, (shape[1], shape[1], *shape[2:])))
@@ -290,7 +282,7 @@ class Answers(torch.utils.data.Dataset):
         return OPS.native_quadratic_form(*self.arguments, False, "highest")[0]
 
 
-def test_callers_side_by_side(threads: None) -> None:
+def test_callers_side_by_side() -> None:
     """Python threads that call at once, and DataLoader workers forked after a parallel call, get the same bits."""
     torch.set_num_threads(2)
     images, spectrum = torch.randn(70, 1, 28, 28), torch.rand(1, 1, 28, 28)
@@ -345,7 +337,7 @@ def peak_memory(function: object) -> int:
 
 
 @pytest.mark.parametrize("shape", [(256, 3, 32, 32), (32, 3, 128, 128), (8, 3, 224, 224)])
-def test_memory(threads: None, shape: tuple[int, ...]) -> None:
+def test_memory(shape: tuple[int, ...]) -> None:
     """Beyond outputs and spectrum: scratch that does not grow with the batch, above 128 at most twice the input."""
     torch.set_num_threads(1)
     images, spectrum = torch.randn(*shape), torch.rand(shape[1], shape[1], *shape[2:])
@@ -383,7 +375,7 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 3, 224, 224), (4, 3, 512, 512)])
 @pytest.mark.parametrize("count", [4, 8])
-def test_memory_of_many_threads(threads: None, count: int, shape: tuple[int, ...]) -> None:
+def test_memory_of_many_threads(count: int, shape: tuple[int, ...]) -> None:
     """Threads share large images rather than have one each, so that scratch stays at twice the input at most."""
     torch.set_num_threads(count)
     images, spectrum = torch.randn(*shape), torch.rand(shape[1], shape[1], *shape[2:])

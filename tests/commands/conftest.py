@@ -1,17 +1,9 @@
-"""What the commands' tests share: one thread, and folders of images."""
+"""What the commands' tests share: folders of images."""
 
 import pytest
 import torch
 
 from tests.data_files import write_idx
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

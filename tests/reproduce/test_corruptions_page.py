@@ -35,15 +35,12 @@ def lab_in(folder, say=lambda line: None):
 def page(tmp_path_factory):
     """A run; its folder and what it said."""
     folder, said = tmp_path_factory.mktemp("page"), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, stand_in(tmp_path_factory.mktemp("package")):
         patch.setattr(corruptions, "KINDS", {kind: corruptions.KINDS[kind] for kind in KINDS})
         reproduce(lab_in(folder, said.append), ["corruptions"], "MNIST, tiny")
         first = len(said)
         reproduce(lab_in(folder, said.append), ["corruptions"], "MNIST, tiny")
         yield folder, said[:first], said[first:]
-    torch.set_num_threads(threads)
 
 
 def test_every_network_is_tested_on_every_kind(page):

@@ -26,10 +26,7 @@ LONG = replace(TINY, epochs=100_000)
 @pytest.fixture(autouse=True)
 def _two_threads():
     """One for each of two trainings, and one for one alone: the same sums in the same order."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parallel(folder, say=lambda line: None, scale=TINY, jobs=2):

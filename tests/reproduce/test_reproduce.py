@@ -47,14 +47,6 @@ TINY = replace(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def lab_in(folder, say=lambda line: None, scale=TINY):
     train, test = load_data("mnist-sample")
     return Lab("mnist", scale, DataSet(train.first(200), test.first(60)), folder, say=say, progress=False)
