@@ -222,8 +222,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"{len(results['corruptions'])} common corruptions, the mean over severities "
         f"{', '.join(map(str, results['severities']))} of the first {results['corrupted_images']:,}"
         f"{_left_out(results)}. The mean "
-        f"certified radius ([what that is](certified.md)) of the first {results['certified_images']:,} under noise of "
-        f"decay length {results['certified_decay_length']:g}, sigma {results['certified_sigma']:g}. ± is half a "
+        f"certified radius of the first {results['certified_images']:,} is how far, in the metric of noise of decay "
+        f"length {results['certified_decay_length']:g}, a perturbation cannot change the answer of the network "
+        f"smoothed by that noise (sigma {results['certified_sigma']:g}). ± is half a "
         "95 % interval, from the images and, with several seeds, from the seeds. The cost is the time of a training "
         "step relative to a plain one of the same network, taken in turn. The cosine is between a finite "
         "difference and the exact gradient of the penalty in the parameters: near 1 where the input gradient is "
@@ -252,7 +253,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     page.table(["training", *(f"{kind}: {attack}" for kind in found for attack in under)], gains)
     _strengths(page, results["searches"])
     plots.save(_figure(found), folder / "smooth.png")
-    page.figure("smooth.png", "Accuracy under PGD against its strength. Means over seeds.")
+    seeds = "Means over seeds" if len(next(iter(next(iter(found.values())).values()))) > 1 else "One seed"
+    page.figure("smooth.png", f"Accuracy under PGD against its strength. {seeds}.")
     page.write(folder / "smooth.md")
 
 
