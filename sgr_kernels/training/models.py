@@ -183,8 +183,8 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
 
     ReLU and its relatives (ReLU6, LeakyReLU, PReLU, ELU, Hardswish, Hardtanh and so on) become the activation,
     Hardsigmoid a sigmoid, and max-pooling average pooling of the same windows. Only modules are seen: what a
-    ``forward`` calls by itself (``F.relu(x)``) stays, and so does max-pooling with a dilation or indices, fractional, or
-    of a class of your own. The log says what was exchanged, and warns of poolings that were not.
+    ``forward`` calls by itself (``F.relu(x)``) stays, and so does max-pooling with a dilation or indices, a fractional
+    one, or of a class of your own. The log says what was exchanged, and warns of poolings that were not.
 
     Args:
         model: Any network; it stays as it is. Weights are copied, but those of a trained network fit no longer.
