@@ -145,8 +145,11 @@ def transfer_curves(
                     adversarial = attack(source, images, start, eps=levels, generator=streams[0])
                 else:
                     runs = zip(levels, streams)
-                    # Images of its own for each run: some attacks perturb what they are given.
-                    adversarial = [attack(source, images.clone(), start, eps=e, generator=stream) for e, stream in runs]
+                    # Tensors of its own for each run: some attacks perturb what they are given.
+                    adversarial = [
+                        attack(source, images.clone(), None if start is None else start.clone(), eps=e, generator=stream)
+                        for e, stream in runs
+                    ]
             for name, target in targets.items():
                 unperturbed = correct_answers(target, images, truth)
                 clean[name].append(unperturbed)

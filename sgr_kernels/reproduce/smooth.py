@@ -213,7 +213,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     )
     eps = ", ".join(f"{level:g}" for level in first["pgd"]["eps"])
     page.text(
-        f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps) on the first "
+        f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps, from the network's own answers, "
+        "which may turn a mistake into the right one) on the first "
         f"{results['images']:,}, the mean over eps {eps} of 255 and at the "
         f"last of these; under the worst of {results['draws']} draws of noise of {results['noise_eps']:g} standard "
         f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}; under "
