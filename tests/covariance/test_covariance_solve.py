@@ -151,6 +151,8 @@ def test_jitter_makes_a_semidefinite_covariance_definite():
     assert (norms(mended.product(y.double()) - x) <= 1e-4 * norms(x)).all()
     with pytest.raises(ValueError, match="share: expected a positive number, got 0"):
         clipped.with_jitter(0)
+    with pytest.raises(ValueError, match="covariance: expected a positive mean variance, got 0"):
+        CovarianceFunction(1, 16).with_jitter(1e-2)
 
 
 @pytest.mark.parametrize("name", ["full", "identity", "even", "zero"])
