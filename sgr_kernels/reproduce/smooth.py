@@ -227,8 +227,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"decay length {results['certified_decay_length']:g}, sigma {results['certified_sigma']:g}. ± is half a "
         "95 % interval, from the images and, with several seeds, from the seeds. The cost is the time of a training "
         "step relative to a plain one of the same network, taken in turn. The cosine is between a finite "
-        "difference and the exact gradient of the penalty in the parameters: near 1 where the input gradient is "
-        "continuous."
+        "difference and the exact gradient of the penalty in the parameters: 1 but for rounding where the input "
+        "gradient is continuous."
     )
     for kind, methods in found.items():
         page.heading(kind)
