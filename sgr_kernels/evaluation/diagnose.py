@@ -78,8 +78,9 @@ class Diagnosis:
         suggested_strength: the largest strength up to which the prediction holds without a gap; None if it does not,
             or cannot be said to, already at the smallest.
         gradient_cosine: Cosine between the gradients of ``mean |g|^2`` in the parameters by a finite difference and
-            exact, on the first images: 1 within a thousandth on smooth networks, less with ReLU and max-pooling, down to
-            0 where their kinks lie closer together than float32 can tell. None if it cannot be had (no parameters, no second derivative).
+            exact, on the first images: 1 within a thousandth on smooth networks, less with ReLU and max-pooling, down
+            to 0 where their kinks lie closer together than float32 can tell, and less in low precision. None if it
+            cannot be had (no parameters, no second derivative).
     """
 
     images: int
@@ -135,8 +136,8 @@ class Diagnosis:
         if cosine >= _SERVES:
             method += ": finite differences serve so far, and may not once a penalty has trained the network"
         return [
-            f"{found}: the network has kinks (ReLU, max-pooling). {method}. What the penalty flattens are "
-            "the pieces between kinks; a network with smooth activations and average pooling (sgr.models.smooth, "
+            f"{found}: the network has kinks (ReLU, max-pooling), unless it computes in low precision. {method}. What "
+            "the penalty flattens are the pieces between kinks; a network with smooth activations and average pooling (sgr.models.smooth, "
             "trained from scratch) gains more from it."
         ]
 
