@@ -129,7 +129,7 @@ class Diagnosis:
         if self.gradient_cosine is None:
             return []
         cosine = self.gradient_cosine
-        found = f"Between a finite difference and the exact gradient of the penalty the cosine is {cosine:.2f}"
+        found = f"Between a finite difference and the exact gradient of the penalty the cosine is {cosine:.4f}"
         if cosine >= _SMOOTH:
             return [f"{found}: on these images no kinks were met; every method serves."]
         method = "Take an exact method"
@@ -137,8 +137,8 @@ class Diagnosis:
             method += ": finite differences serve so far, and may not once a penalty has trained the network"
         return [
             f"{found}: the network has kinks (ReLU, max-pooling), unless it computes in low precision. {method}. What "
-            "the penalty flattens are the pieces between kinks; a network with smooth activations and average pooling (sgr.models.smooth, "
-            "trained from scratch) gains more from it."
+            "the penalty flattens are the pieces between kinks; a network with smooth activations and average pooling "
+            "(sgr.models.smooth, trained from scratch) gains more from it."
         ]
 
 
