@@ -21,7 +21,7 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, model_device, plain
 from sgr_kernels.attacks.inputs import check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds
-from sgr_kernels.checks import check_number, number
+from sgr_kernels.checks import check_number, describe, number
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.evaluation.curves import wilson_interval
 from sgr_kernels.evaluation.smoothing import Row, Settings, count_answers
@@ -185,12 +185,14 @@ def certify(
         on_image: called with each image's number when it is done.
 
     Raises:
-        TypeError: images that are not floating point, or labels that are not integers.
+        TypeError: images that are not floating point, labels that are not integers, or a covariance that is none.
         ValueError: images, labels or numbers out of range; a covariance of another size, without variance, or that
             cannot be sampled; a model without finite logits, or one that answers the same images differently, by
             random numbers or by what else is in the batch.
     """
     images = check_images(images, bounds)
+    if not isinstance(covariance, Covariance):
+        raise TypeError(f"covariance: expected a Covariance, such as CovarianceFunction, got {describe(covariance)}")
     settings = Settings(sigma, draws, selection, alpha, chunk_size)
     rows: list[Row] = []
 

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
-from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance, NormPenalty
 from sgr_kernels.evaluation import certify
 from sgr_kernels.evaluation.certificates import CertificatePlan, certificates
 from sgr_kernels.evaluation.certify import clopper_pearson_lower
@@ -330,6 +330,12 @@ def test_integers_are_no_images_and_probabilities_no_labels(linear, covariance):
         certify(linear, torch.zeros(2, *SHAPE, dtype=torch.uint8), covariance=covariance, sigma=1.0)
     with pytest.raises(TypeError, match="labels: expected integer class indices"):
         certify(linear, torch.zeros(2, *SHAPE), torch.zeros(2), covariance=covariance, sigma=1.0, draws=10)
+
+
+@pytest.mark.parametrize("none", [None, torch.eye(36), NormPenalty()])
+def test_what_is_no_covariance_is_named(linear, images, none):
+    with pytest.raises(TypeError, match="covariance: expected a Covariance, such as CovarianceFunction, got "):
+        certify(linear, images, covariance=none, sigma=1.0)
 
 
 def test_a_plan_goes_on_image_by_image(linear, images):
