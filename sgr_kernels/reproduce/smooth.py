@@ -28,6 +28,7 @@ from sgr_kernels.reproduce.corruptions import answers, corrupted
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.lrc import under_noise
 from sgr_kernels.reproduce.measurements import Measurement, Network
+from sgr_kernels.reproduce.search import at_its_end
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
@@ -301,6 +302,13 @@ def _strengths(page: Page, searches: dict[str, dict[str, dict[str, Any]]]) -> No
                 tried.append(f"**{text}**" if own["strength"] == cell["strength"] else text)
             rows.append(["", f"{trial['strength']:.3g}", *tried])
     page.table(["training", "strength", *searches], rows)
+    ends = [
+        f"{METHODS[method]} ({'; '.join(kinds)})"
+        for method in first
+        if (kinds := [kind for kind, found in searches.items() if at_its_end(found[method])])
+    ]
+    if ends:
+        page.text(f"The largest strength that was tried is the one chosen for {', '.join(ends)}: more may do better.")
 
 
 def _figure(found: dict[str, dict[str, list[dict[str, Any]]]]) -> plots.Figure:
