@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     described = {}
     for name, subject in subjects.items():
         tensors = subject.model.state_dict().items()  # as bytes: NumPy has not all of torch's types
-        weights = {key: t.cpu().flatten().view(torch.uint8).numpy().tobytes().hex() for key, t in tensors}
+        weights = {
+            key: sha256(t.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest() for key, t in tensors
+        }
         described[name] = {**subject.record, "weights": digest(weights)}
     models = {name: subject.model for name, subject in subjects.items()}
     plan = CertificatePlan(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from torch import nn
 
 from sgr_kernels.evaluation.corrupt import (
     KINDS,
     SEVERITIES,
     SMALLEST,
+    CorruptionUnavailable,
     check_kinds,
     check_severities,
+    corrupt,
     require_package,
 )
 from sgr_kernels.evaluation.corruptions import CorruptionCurves, corruption_curves
 from sgr_kernels.evaluation.curves import RobustnessCurve
 from sgr_kernels.report.page import percent, text_table
 from sgr_kernels.training.batches import Batches
+from sgr_kernels.training.images import ImageSet, pixels
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +49,17 @@ def kinds(arguments: argparse.Namespace) -> list[str] | None:
     require_package()
     check_severities(arguments.severities)
     return check_kinds(arguments.corruptions) if arguments.corruptions else None
+
+
+def check_kinds_of(kinds: list[str] | None, images: ImageSet) -> None:
+    """Raises ValueError if the images, or the kinds that were named, cannot be: before the attacks have run."""
+    first = pixels(images.read(torch.arange(1))[0])
+    try:
+        for kind in KINDS[:1] if kinds is None else kinds:
+            corrupt(first, kind, SEVERITIES[0])
+    except CorruptionUnavailable:
+        if kinds is not None:
+            raise
 
 
 def measure(

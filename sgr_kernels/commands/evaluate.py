@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = common.writable(arguments.out or subject.beside("evaluation.json"))
     images = subject.data.test.first(arguments.images)
     autoattack.check_network(arguments, subject.model, images, device)
+    corruptions.check_kinds_of(kinds, images)
     plan = Plan(
         eps=arguments.eps or eps_grid(images.shape),
         pgd_steps=arguments.pgd_steps,

@@ -84,11 +84,15 @@ class Covariance(nn.Module):
         """
         self._check("delta", delta)
         wide = delta.to(wide_dtype(delta.device))
+        flat = wide.detach().flatten(1)
+        peak = flat.abs().amax(1) if flat.numel() else flat.new_ones(len(flat))
+        peak = torch.where(peak == 0, 1, peak)  # a constant: lengths are in proportion to it, whose squares may not fit
+        wide = wide / peak.view(-1, *(1,) * (wide.dim() - 1))
         solved = self.solve(wide, tolerance=tolerance, max_iterations=max_iterations)
         square = torch.linalg.vecdot(wide.flatten(1), solved.flatten(1))
         zero = square == 0
         length = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
-        return length.to(compute_dtype(delta.dtype))
+        return (length * peak).to(compute_dtype(delta.dtype))
 
     @torch.no_grad()
     def log_determinant(self) -> LogDeterminant:

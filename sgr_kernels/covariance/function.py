@@ -331,11 +331,13 @@ class CovarianceFunction(Estimate):
         """A frozen copy of Sigma plus white noise of ``share`` times its mean variance, which makes it definite.
 
         Raises:
-            ValueError: If the share is not a positive number.
+            ValueError: If the share is not a positive number, or there is no variance to take it of.
         """
         share = checks.number("share", share, "a positive number", lambda x: 0 < x < math.inf)
         table = self.table.clone()
         variances = at_zero(table, self.form).diagonal()
+        if not float(variances.mean()) > 0:
+            raise ValueError(f"covariance: expected a positive mean variance, got {float(variances.mean()):g}")
         variances += share * variances.mean()
         binning = "offset" if self.form == "signed" else "even"
         return type(self).from_values(table, self.shape[1:], binning=binning, psd="none")

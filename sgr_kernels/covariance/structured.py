@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -132,7 +134,7 @@ class StructuredMatrix(nn.Module):
             rest = log_quadrature(lambda z: near.whiten(system.product(near.spread(z))), signs)
         except ValueError as error:
             raise ValueError(f"covariance: {error}") from error
-        return near.log_determinant + rest
+        return near.log_determinant + system.dimension * math.log(system.scale) + rest
 
     def _prepared(self) -> System:
         system: System = self._system((self.table,), lambda: System(self.table, self.image_size, self.form))

@@ -8,6 +8,7 @@ class has a probability of at least p > 1/2, the answer is the same for every ``
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, model_device, plain
 from sgr_kernels.attacks.inputs import check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds
-from sgr_kernels.checks import check_number, number
+from sgr_kernels.checks import check_number, describe, number
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.evaluation.curves import wilson_interval
 from sgr_kernels.evaluation.smoothing import Row, Settings, count_answers
@@ -44,7 +45,7 @@ class Certification:
         selection: selecting draws an image.
         alpha: probability that an image's certificate is wrong.
         sigma: scale of the noise.
-        covariance: Sigma.
+        covariance: Sigma, as it was then.
         shape: of an image, (C, H, W).
     """
 
@@ -184,11 +185,14 @@ def certify(
         on_image: called with each image's number when it is done.
 
     Raises:
-        TypeError: images that are not floating point, or labels that are not integers.
-        ValueError: images, labels or numbers out of range; a covariance of another size, or that cannot be sampled;
-            a model without finite logits, or one that answers the same images differently.
+        TypeError: images that are not floating point, labels that are not integers, or a covariance that is none.
+        ValueError: images, labels or numbers out of range; a covariance of another size, without variance, or that
+            cannot be sampled; a model without finite logits, or one that answers the same images differently, by
+            random numbers or by what else is in the batch.
     """
     images = check_images(images, bounds)
+    if not isinstance(covariance, Covariance):
+        raise TypeError(f"covariance: expected a Covariance, such as CovarianceFunction, got {describe(covariance)}")
     settings = Settings(sigma, draws, selection, alpha, chunk_size)
     rows: list[Row] = []
 
@@ -196,6 +200,7 @@ def certify(
         rows.append(row)
         on_image(index)
 
+    covariance = _as_it_is(covariance)
     count_answers(model, images, labels, covariance, settings, private_generator(generator), keep)
     return certification(rows, labels, covariance, tuple(images.shape[1:]), settings)
 
@@ -229,6 +234,14 @@ def certification(
         covariance,
         shape,
     )
+
+
+def _as_it_is(covariance: Covariance) -> Covariance:
+    """One that later updates do not change: they would change what a radius means."""
+    if covariance.frozen:
+        return covariance
+    group = getattr(covariance, "process_group", None)  # of processes, which cannot be copied
+    return copy.deepcopy(covariance, {id(group): group})
 
 
 def _radius(agreeing: int, draws: int, alpha: float, sigma: float) -> float:

@@ -145,8 +145,10 @@ def transfer_curves(
                     adversarial = attack(source, images, start, eps=levels, generator=streams[0])
                 else:
                     runs = zip(levels, streams)
-                    # Images of its own for each run: some attacks perturb what they are given.
-                    adversarial = [attack(source, images.clone(), start, eps=e, generator=stream) for e, stream in runs]
+                    # Tensors of its own for each run: some attacks write into what they are given.
+                    adversarial = [
+                        attack(source, images.clone(), _copied(start), eps=e, generator=stream) for e, stream in runs
+                    ]
             for name, target in targets.items():
                 unperturbed = correct_answers(target, images, truth)
                 clean[name].append(unperturbed)
@@ -186,6 +188,10 @@ def correct_answers(model: Model, images: Tensor, truth: Tensor) -> Tensor:
         logits = clean_logits(model, images)
     check_labels(truth, len(images), logits.shape[1])
     return (logits.argmax(1) == truth).cpu()
+
+
+def _copied(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.clone()
 
 
 def _name_of(attack: Attack) -> str:

@@ -76,10 +76,13 @@ def count_answers(
     with preserve(model):
         images = plain(images)
         home = model_device(covariance) or images.device
-        found = tuple(covariance.sample(1, generator=torch.Generator(home).manual_seed(0)).shape[1:])
-        if found != images.shape[1:]:
-            raise ValueError(f"covariance: expected samples of shape {tuple(images.shape[1:])}, got {found}")
-        classes = _checked_classes(model, images, labels)
+        probe = plain(covariance.sample(2, generator=torch.Generator(home).manual_seed(0)))
+        if probe.shape[1:] != images.shape[1:]:
+            expected, found = tuple(images.shape[1:]), tuple(probe.shape[1:])
+            raise ValueError(f"covariance: expected samples of shape {expected}, got {found}")
+        if not bool(probe.any()):
+            raise ValueError("covariance: expected a positive variance, got draws of zero: nothing would be smoothed")
+        classes = _checked_classes(model, images, labels, probe, settings.sigma)
         for index, image in enumerate(images):
             stream = child_generator(generator, home)
             if index < done:
@@ -89,19 +92,25 @@ def count_answers(
             on_row(index, (selected, answers.count(settings.draws).tolist()))
 
 
-def _checked_classes(model: Model, images: Tensor, labels: Tensor | None) -> int:
-    """The number of classes, of a model that answers alike when asked twice."""
-    few = images[:DRAWS_AT_ONCE]
-    logits, again = clean_logits(model, few), clean_logits(model, few)
+def _checked_classes(model: Model, images: Tensor, labels: Tensor | None, noise: Tensor, sigma: float) -> int:
+    """The number of classes, of a model that answers alike when asked twice, in whatever company."""
+    few = images[: DRAWS_AT_ONCE // 2]
+    logits, again = (clean_logits(model, torch.cat([few, _noisy(few, each, sigma)]))[: len(few)] for each in noise)
     off = float((logits - again).abs().max() / logits.abs().max().clamp_min(1e-12))
     if off > 1e-4:
         raise ValueError(
             f"model: expected the same logits for the same images, got some that differ by {off:.1e} of the largest: "
-            "its own random numbers are no part of the certificate"
+            "a model's own random numbers, and what it takes from the other images of a batch (as BatchNorm does in "
+            "training mode), are no part of the certificate"
         )
     if labels is not None:
         check_labels(labels, len(images), logits.shape[1])
     return logits.shape[1]
+
+
+def _noisy(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    dtype = working_dtype(images)
+    return (images.to(dtype) + sigma * noise.to(images.device, dtype)).to(images.dtype)
 
 
 class _Answers:
@@ -134,9 +143,7 @@ class _Answers:
 
     def _noisy(self, size: int) -> Tensor:
         noise = plain(self.covariance.sample(size, generator=self.stream))
-        dtype = working_dtype(self.image)
-        noisy = self.image.to(dtype) + self.settings.sigma * noise.to(self.image.device, dtype)
-        return noisy.to(self.image.dtype)
+        return _noisy(self.image, noise, self.settings.sigma)
 
     def _classes(self, images: Tensor) -> Tensor:
         with torch.no_grad():

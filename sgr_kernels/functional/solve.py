@@ -41,14 +41,23 @@ class System:
         form: ``"even"`` or ``"signed"``.
         backend: ``"auto"`` or the name of a backend.
 
+    Attributes:
+        scale: Power of two that brings Sigma's variances to about one; what is kept, multiplied and factorized is
+            Sigma over it.
+
     Raises:
-        ValueError: If the table is not finite.
+        ValueError: If the table is not finite, or a variance not positive.
     """
 
     def __init__(self, table: Tensor, size: Size, form: str, backend: str = "auto") -> None:
         if not bool(table.isfinite().all()):
             raise ValueError("covariance: expected finite numbers, got NaN or infinity")
-        self.table = table.detach().to(wide_dtype(table.device), copy=True)  # as it is now
+        zero = (table.shape[-2] // 2, table.shape[-1] // 2) if form == "signed" else (0, 0)
+        variances = table.detach()[(..., *zero)].diagonal()
+        if not bool((variances > 0).all()):
+            raise ValueError(_not_definite(f"a channel has the variance {float(variances.min()):.3g}"))
+        self.scale = 2.0 ** math.frexp(float(variances.max()))[1]
+        self.table = table.detach().to(wide_dtype(table.device)) / self.scale  # a copy, as it is now
         self.size, self.form, self.backend = size, form, backend
 
     @property
@@ -72,7 +81,7 @@ class System:
 
     @functools.cached_property
     def factor(self) -> Tensor:
-        """Cholesky factor of Sigma, formed.
+        """Cholesky factor of Sigma over its scale, formed.
 
         Raises:
             ValueError: If Sigma is not positive definite.
@@ -80,7 +89,7 @@ class System:
         return definite_factor(dense_matrix(self.table, self.size, self.form))
 
     def product(self, images: Tensor) -> Tensor:
-        """``Sigma p`` for images (B, C, H, W) in float32 or the widest type."""
+        """``Sigma p`` over Sigma's scale, for images (B, C, H, W) in float32 or the widest type."""
         name = choose(self.backend, request("product", images, self.form))
         if name == "reference":
             return reference.product(images, self.table, self.form)
@@ -94,6 +103,15 @@ class System:
         Raises:
             ValueError: If Sigma is not positive definite, or the tolerance was not reached.
         """
+        # Whatever their scale, squares of what is solved for can be summed.
+        peak = images.flatten(1).abs().amax(1) if images.numel() else images.new_ones(len(images))
+        peak = torch.where(peak == 0, 1, peak)[:, None, None, None]
+        y = self._solve_scaled(images / peak, tolerance, limit)
+        factor = peak.to(self.table.dtype) / self.scale
+        return (y.to(factor.dtype) * factor).to(images.dtype)
+
+    def _solve_scaled(self, images: Tensor, tolerance: float, limit: int | None) -> Tensor:
+        """The solution over the scale, of images with a peak of one."""
         wide = images.to(self.table.dtype)
         if choose(self.backend, request("product", images, self.form)) == "reference":
             return torch.cholesky_solve(wide.flatten(1).mT, self.factor).mT.reshape(images.shape).to(images.dtype)
@@ -105,7 +123,7 @@ class System:
             y = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, tolerance, limit).y
             rest = wide - self.product(y.to(wide.dtype))
             off = torch.linalg.vector_norm(rest.flatten(1), dim=1)
-            # Also of those that did not converge, or whose scale single precision cannot hold.
+            # Also of those that did not converge.
             again = (~(off <= _ROUNDING * tolerance * size) & size.isfinite()).nonzero().squeeze(1)
             if len(again):
                 near = (off < size)[again, None, None, None]
@@ -120,11 +138,13 @@ class System:
         share = torch.where(own > 0, own / torch.where(size > 0, size, 1), 1)
         wanted = tolerance / share
         found = conjugate_gradients.solve(self.product, self.preconditioner.inverse, images, wanted, limit)
-        worst = float((found.residual * share).nan_to_num(0.0).max()) if len(images) else 0.0
+        missed = torch.where(size.isfinite(), (found.residual * share).nan_to_num(torch.inf), 0)
+        worst = float(missed.max()) if len(images) else 0.0
         if found.indefinite:
             how = f"conjugate gradients, at a relative residual of {worst:.2g}, met a direction p with p^T Sigma p <= 0"
             raise ValueError(_not_definite(how))
-        if bool((found.residual > wanted).any()):
+        # A residual that is NaN where the image is not: a breakdown is no convergence.
+        if bool((~(found.residual <= wanted) & size.isfinite()).any()):
             steps = int(found.iterations.max())
             raise ValueError(
                 f"covariance: conjugate gradients reached a relative residual of {worst:.2g} in {steps} iterations, "

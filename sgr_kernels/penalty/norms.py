@@ -45,7 +45,7 @@ class NormPenalty(nn.Module):
         """``||g_b||_p``, (B,), float32 or better, differentiable in the gradient (B, ...)."""
         checks.check_floating_point("gradient", gradient)
         values = gradient.flatten(1).to(compute_dtype(gradient.dtype))
-        if self.smoothing == 0:
+        if self._exact(values):
             return torch.linalg.vector_norm(values, self.p, dim=1)
         s = self.smoothing
         if self.p == 1:
@@ -55,11 +55,17 @@ class NormPenalty(nn.Module):
     def direction(self, gradient: Tensor) -> Tensor:
         """The derivative of ``||g_b||_p`` in g_b, like ``gradient``."""
         values = gradient.to(compute_dtype(gradient.dtype))
+        if self.p == 1 and self._exact(values):
+            return values.sign().to(gradient.dtype)
         squares = values.square()
         if self.p == 2:
             squares = squares.flatten(1).sum(1).view(-1, *(1,) * (values.dim() - 1))
         sizes = (squares + self.smoothing**2).sqrt()
         return torch.where(sizes > 0, values / torch.where(sizes > 0, sizes, 1), 0).to(gradient.dtype)
+
+    def _exact(self, values: Tensor) -> bool:
+        """Whether the smoothing is none, or one whose square the values' type cannot hold: roots have no slope at 0."""
+        return self.smoothing**2 < torch.finfo(values.dtype).tiny
 
     def scaled_mean(self) -> None:
         """There is no mean perturbation."""

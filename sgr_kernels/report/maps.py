@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sgr_kernels.report.plots import write_title
+
 
 def heat_map(
     values: np.ndarray,
@@ -63,6 +65,5 @@ def matrix_figure(matrices: Sequence[tuple[str, np.ndarray]], title: str = "", n
     row[0].set_xlabel(note, fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=list(row), label="covariance / largest", shrink=0.8)
-    if title:
-        figure.suptitle(title)
+    write_title(figure, title, 12)
     return figure

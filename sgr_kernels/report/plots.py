@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 COLORS = ("#4d4d4d", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b4226")
 _MARKERS = "osD^vPX*"
 _LEGEND_MARK, _LEGEND_LETTER, _LEGEND_LINE = 0.6, 0.075, 0.25  # inches, of a legend below the panels
+_TITLE_LETTER = 0.0078  # inches for each point of its size: a little wide
 _LINES_INSIDE = 4  # names of more would cover the lines
 _RIGHT, _WRONG = "#00794f", "#c40000"
 _DOTS_PER_INCH = 140
@@ -117,8 +119,7 @@ def line_figure(panels: Sequence[Panel], title: str = "", *, columns: int | None
     else:
         for axes in row:
             axes.legend(frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(title)
+    write_title(figure, title, 12)
     return figure
 
 
@@ -138,8 +139,7 @@ def image_grid(rows: Sequence[tuple[str, Sequence[Tile]]], title: str = "") -> F
         row[0].text(
             -0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10, multialignment="right"
         )
-    if title:
-        figure.suptitle(title, fontsize=11)
+    write_title(figure, title, 11)
     return figure
 
 
@@ -147,6 +147,13 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG."""
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+
+
+def write_title(figure: Figure, title: str, size: int) -> None:
+    """Above all panels, in as many lines as the figure's width asks for."""
+    if title:
+        letters = int(figure.get_figwidth() / (_TITLE_LETTER * size))
+        figure.suptitle("\n".join(textwrap.wrap(title, letters, break_on_hyphens=False)), fontsize=size)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:

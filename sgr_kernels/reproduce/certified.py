@@ -130,8 +130,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     )
     page.text(
         f"The first {results['certified_images']:,} test images, {results['certified_draws']:,} draws each (at most "
-        f"a radius of {_largest(results):.2f} for sigma {main:g}), alpha {results['alpha']:g}. Sigma is "
-        "`exp(-r / decay length)`, of variance 1 in pixel units. The mean radius counts zero where the answer is wrong "
+        f"a radius of {_largest(results):.2f} for sigma {main:g}), alpha {results['alpha']:g}, the probability with "
+        "which an image's certificate may be wrong. Sigma is `exp(-r / decay length)`, of variance 1 in pixel units. "
+        "The mean radius counts zero where the answer is wrong "
         "or missing; ± is half a 95 % interval, from the images and, with several seeds, from the seeds. SGR's "
         f"exponential covariance and the noise that training on correlated noise uses have decay length "
         f"{results['sgr_decay_length']:g}; the strengths of the gradient norm and of that covariance were searched for "
@@ -139,7 +140,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     )
     page.text(
         "Certified accuracy in %: the share of images answered rightly, certainly up to that radius. Over gradient "
-        "norm: difference of the mean radii, image by image."
+        "norm: difference of the mean radii, image by image. A network that gives one answer to all such noise "
+        "certifies the images of that class up to the largest radius, and no others."
     )
     for unit in results["units"]:
         length = unit["decay_length"]

@@ -199,7 +199,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"Corruptions by imagecorruptions, whose severities are meant for photographs of 224 pixels: on these images "
         f"they are harsher than CIFAR-10-C's. Trained for severity {severity}; tested on severities "
         f"{results['severities'][0]} to {results['severities'][-1]} of the first {results['images']:,} test images, "
-        "each with random numbers of its own. *SGR* has the fixed covariance function of 1,000 training images' "
+        "each with random numbers of its own, which are those of the training image of its number. "
+        "*SGR* has the fixed covariance function of 1,000 training images' "
         "perturbations (second moments, not centred, at the images' own variance), *Eq. 12* takes their mean into "
         f"account as well, where it is more than {_LARGE_MEAN:.0%} of the second moment. *On the corruption* is plain "
         "training on every training image twice, as it is and corrupted (half of all images), for half as many epochs: "
@@ -211,6 +212,10 @@ def show(results: dict[str, Any], folder: Path) -> None:
         "Accuracy by what was trained for (rows) and tested on (columns). Means over all severities.",
     )
     page.heading("What it says")
+    page.text(
+        "Each kind is judged by its own 95 % interval, which knows the images and not the seeds: of so many a few will "
+        "be wrong, and other seeds would differ by more."
+    )
     page.text("\n".join(f"- {line}" for line in conclusions(results)))
     page.heading("Gains")
     page.text(

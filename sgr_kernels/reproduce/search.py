@@ -59,9 +59,17 @@ def show(results: dict[str, Any], folder: Path) -> None:
             share = [f"{100 * trial[key]:.1f}" for key in ("accuracy", "area")]
             rows.append(["", f"{trial['strength']:g}", *share, mark])
     page.table(["method, attack", "strength", "accuracy", "area", ""], rows)
+    ends = [name for name, search in results["searches"].items() if at_its_end(search)]
+    if ends:
+        page.text(f"The largest strength that was tried is the one chosen for {'; '.join(ends)}: more may do better.")
     plots.save(_figure(results), folder / "search.png")
     page.figure("search.png", "Accuracy without an attack and mean accuracy under it, against the strength.")
     page.write(folder / "search.md")
+
+
+def at_its_end(search: dict[str, Any]) -> bool:
+    """Whether a search, as JSON, chose the largest strength it tried."""
+    return bool(search["strength"] == max(trial["strength"] for trial in search["trials"]))
 
 
 def _figure(results: dict[str, Any]) -> plots.Figure:

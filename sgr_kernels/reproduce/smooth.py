@@ -28,6 +28,7 @@ from sgr_kernels.reproduce.corruptions import answers, corrupted
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.lrc import under_noise
 from sgr_kernels.reproduce.measurements import Measurement, Network
+from sgr_kernels.reproduce.search import at_its_end
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
@@ -213,7 +214,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     )
     eps = ", ".join(f"{level:g}" for level in first["pgd"]["eps"])
     page.text(
-        f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps) on the first "
+        f"Accuracy in %: on all test images; under PGD ({results['pgd_steps']} steps, from the network's own answers, "
+        "which may turn a mistake into the right one) on the first "
         f"{results['images']:,}, the mean over eps {eps} of 255 and at the "
         f"last of these; under the worst of {results['draws']} draws of noise of {results['noise_eps']:g} standard "
         f"deviations on the first {results['noise_images']:,}, with decay lengths {' and '.join(lengths)}; under "
@@ -227,8 +229,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"network smoothed by that noise (sigma {results['certified_sigma']:g}). ± is half a "
         "95 % interval, from the images and, with several seeds, from the seeds. The cost is the time of a training "
         "step relative to a plain one of the same network, taken in turn. The cosine is between a finite "
-        "difference and the exact gradient of the penalty in the parameters: near 1 where the input gradient is "
-        "continuous."
+        "difference and the exact gradient of the penalty in the parameters: 1 but for rounding where the input "
+        "gradient is continuous."
     )
     for kind, methods in found.items():
         page.heading(kind)
@@ -302,6 +304,13 @@ def _strengths(page: Page, searches: dict[str, dict[str, dict[str, Any]]]) -> No
                 tried.append(f"**{text}**" if own["strength"] == cell["strength"] else text)
             rows.append(["", f"{trial['strength']:.3g}", *tried])
     page.table(["training", "strength", *searches], rows)
+    ends = [
+        f"{METHODS[method]} ({'; '.join(kinds)})"
+        for method in first
+        if (kinds := [kind for kind, found in searches.items() if at_its_end(found[method])])
+    ]
+    if ends:
+        page.text(f"The largest strength that was tried is the one chosen for {', '.join(ends)}: more may do better.")
 
 
 def _figure(found: dict[str, dict[str, list[dict[str, Any]]]]) -> plots.Figure:

@@ -183,8 +183,8 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
 
     ReLU and its relatives (ReLU6, LeakyReLU, PReLU, ELU, Hardswish, Hardtanh and so on) become the activation,
     Hardsigmoid a sigmoid, and max-pooling average pooling of the same windows. Only modules are seen: what a
-    ``forward`` calls by itself (``F.relu(x)``) stays, and so does max-pooling with a dilation or indices. The log says
-    what was exchanged.
+    ``forward`` calls by itself (``F.relu(x)``) stays, and so does max-pooling with a dilation or indices, a fractional
+    one, or of a class of your own. The log says what was exchanged, and warns of poolings that were not.
 
     Args:
         model: Any network; it stays as it is. Weights are copied, but those of a trained network fit no longer.
@@ -195,9 +195,12 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
     """
     act = _named("activation", activation, {name: make for name, make in ACTIVATIONS.items() if name != "relu"})
     changed: Counter[str] = Counter()
+    left: Counter[str] = Counter()
 
     def exchanged(module: nn.Module) -> nn.Module:
         other = _smooth_counterpart(module, act)
+        if isinstance(other, _STAY_KINKED):
+            left[type(other).__name__] += 1
         if other is not module:
             changed[f"{type(module).__name__} by {type(other).__name__}"] += 1
             return other
@@ -218,6 +221,8 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
             "(F.relu) have to be exchanged by hand"
         )
     logger.info("smooth: replaced %s", ", ".join(f"{count} {what}" for what, count in changed.items()))
+    if left:
+        logger.warning("smooth: left as they are: %s", ", ".join(f"{count} {what}" for what, count in left.items()))
     return result
 
 
@@ -235,6 +240,8 @@ _ADAPTIVE: dict[type[nn.Module], Any] = {
     nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool3d: nn.AdaptiveAvgPool3d,
 }
+_STAY_KINKED = (*_MAX_POOLINGS, *_ADAPTIVE, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+"""What may be left when all that can be is exchanged."""
 
 
 def _smooth_counterpart(module: Any, activation: Callable[[], nn.Module]) -> nn.Module:

@@ -73,6 +73,30 @@ def test_solutions_and_lengths_are_differentiable(name):
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("name", COVARIANCES)
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_lengths_are_in_proportion_at_any_scale(name, scale):
+    covariance = COVARIANCES[name]()
+    shape = getattr(covariance, "shape", None) or (2, 2, 3)
+    x = gradients((2, math.prod(shape), 1, 1)).view(2, *shape).requires_grad_()
+    length = covariance.mahalanobis(x)
+    found = covariance.mahalanobis(scale * x)
+    torch.testing.assert_close(found / scale, length)
+    (expected,) = torch.autograd.grad(length.sum(), x)
+    (gradient,) = torch.autograd.grad((found / scale).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+def test_the_determinant_of_a_covariance_of_any_scale(scale, monkeypatch):
+    monkeypatch.setattr(function, "_DENSE_UP_TO", 0)
+    values = CovarianceFunction.exponential(2, (9, 12), 2.0).table.double()
+    value, error = CovarianceFunction.from_values(values, (9, 12)).log_determinant()
+    scaled = CovarianceFunction.from_values(scale * values, (9, 12)).log_determinant()
+    assert scaled.value == pytest.approx(value + 216 * math.log(scale), rel=1e-6)
+    assert scaled.standard_error == pytest.approx(error, rel=1e-3)
+
+
 def test_a_running_estimate_solves_with_what_it_holds_now():
     """Also in the backward of a solution of before."""
     covariance = CovarianceFunction(1, 8, binning="even").double()
@@ -127,14 +151,17 @@ def test_jitter_makes_a_semidefinite_covariance_definite():
     assert (norms(mended.product(y.double()) - x) <= 1e-4 * norms(x)).all()
     with pytest.raises(ValueError, match="share: expected a positive number, got 0"):
         clipped.with_jitter(0)
+    with pytest.raises(ValueError, match="covariance: expected a positive mean variance, got 0"):
+        CovarianceFunction(1, 16).with_jitter(1e-2)
 
 
-@pytest.mark.parametrize("name", ["full", "identity", "even"])
+@pytest.mark.parametrize("name", ["full", "identity", "even", "zero"])
 def test_what_has_no_inverse_says_so(name):
     singular = {
         "full": FullCovariance(2, (2, 3)),
         "identity": IdentityCovariance(0.0, (2, 2, 3)),
         "even": CovarianceFunction.from_values(torch.ones(2, 2, 2, 3), (2, 3), psd="none"),
+        "zero": CovarianceFunction(2, (2, 3)),
     }[name]
     for ask in (lambda: singular.solve(torch.randn(2, 2, 2, 3)), singular.log_determinant):
         with pytest.raises(ValueError, match="covariance: expected a positive definite matrix"):

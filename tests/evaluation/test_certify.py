@@ -10,7 +10,7 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
-from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance
+from sgr_kernels import CovarianceFunction, FullCovariance, IdentityCovariance, NormPenalty
 from sgr_kernels.evaluation import certify
 from sgr_kernels.evaluation.certificates import CertificatePlan, certificates
 from sgr_kernels.evaluation.certify import clopper_pearson_lower
@@ -122,7 +122,7 @@ def test_the_same_numbers_whatever_the_chunk_size_and_one_pass_a_draw(linear, im
         options = {"covariance": covariance, "sigma": 0.3, "draws": 310, "selection": 30, "chunk_size": chunk_size}
         results.append(certify(linear, images, **options))
         assert max(linear.sizes[2:]) <= chunk_size
-        assert sum(linear.sizes) <= 12 * 340 + 2 * 12
+        assert sum(linear.sizes) <= 12 * 340 + 2 * 24
     for result in results[1:]:
         assert torch.equal(result.counts, results[0].counts)
         assert torch.equal(result.selected, results[0].selected)
@@ -250,6 +250,35 @@ class Random(Linear):
         return super().forward(nn.functional.dropout(images, 0.5, training=True))
 
 
+class InCompany(Linear):
+    """Normalizes by the batch's own statistics, as BatchNorm does in training mode; which a function may hide."""
+
+    def forward(self, images):
+        return super().forward((images - images.mean(0)) / (images.std(0, correction=0) + 0.1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 150])
+def test_answers_that_depend_on_the_batch_are_refused(covariance, count):
+    """Such a network is no function of an image: neither the draws nor the certificate would mean anything."""
+    images = torch.full((count, *SHAPE), 0.5)
+    network = InCompany(torch.ones(SHAPE), 0.3)
+    with pytest.raises(ValueError, match=r"model: expected the same logits for the same images.*training mode"):
+        certify(lambda x: network(x), images, covariance=covariance, sigma=1.0, draws=10)
+
+
+def test_units_are_those_of_the_covariance_certified_with(linear, images):
+    """Whatever updates come later."""
+    covariance = CovarianceFunction(1, 6, binning="even")
+    noise = torch.randn(200, *SHAPE, generator=torch.Generator().manual_seed(2))
+    covariance.update(noise)
+    result = certify(linear, images, covariance=covariance, sigma=0.3, draws=20)
+    shift, volume, along = result.largest_shift(), result.volume_radius(), result.largest_displacement(noise[0])
+    covariance.update(9 * noise)
+    assert torch.equal(result.largest_shift(), shift)
+    assert torch.equal(result.volume_radius(), volume)
+    assert torch.equal(result.largest_displacement(noise[0]), along)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -274,6 +303,9 @@ class Random(Linear):
             r'covariance: cannot draw samples, it is indefinite .*psd="clip"',
         ),
         ({"covariance": IdentityCovariance()}, r"shape: the identity's size is unknown"),
+        ({"covariance": CovarianceFunction(1, 6)}, r"covariance: expected a positive variance, got draws of zero"),
+        ({"covariance": FullCovariance(1, 6)}, r"covariance: expected a positive variance, got draws of zero"),
+        ({"covariance": IdentityCovariance(0.0, SHAPE)}, r"covariance: expected a positive variance"),
         ({"model": Random(torch.ones(SHAPE))}, r"model: expected the same logits for the same images"),
         ({"model": lambda x: x.flatten(1) * float("nan")}, r"model: expected finite logits"),
         ({"model": lambda x: x}, r"model: expected logits of shape"),
@@ -298,6 +330,12 @@ def test_integers_are_no_images_and_probabilities_no_labels(linear, covariance):
         certify(linear, torch.zeros(2, *SHAPE, dtype=torch.uint8), covariance=covariance, sigma=1.0)
     with pytest.raises(TypeError, match="labels: expected integer class indices"):
         certify(linear, torch.zeros(2, *SHAPE), torch.zeros(2), covariance=covariance, sigma=1.0, draws=10)
+
+
+@pytest.mark.parametrize("none", [None, torch.eye(36), NormPenalty()])
+def test_what_is_no_covariance_is_named(linear, images, none):
+    with pytest.raises(TypeError, match="covariance: expected a Covariance, such as CovarianceFunction, got "):
+        certify(linear, images, covariance=none, sigma=1.0)
 
 
 def test_a_plan_goes_on_image_by_image(linear, images):

@@ -216,10 +216,26 @@ def test_the_command_prints_the_table_and_writes_it(package, tmp_path, capsys):
     assert "not made: kinds: 'frost' cannot be made" in capsys.readouterr().out
     record = json.loads((tmp_path / "net" / "evaluation.json").read_text())["corruptions"]
     assert set(record["kinds"]) == STOOD_IN
-    assert main([*command, "frost"]) == 2
-    assert "'frost' cannot be made by the packages installed here" in capsys.readouterr().err
+    assert main([*command, "fog", "frost"]) == 2  # before an hour of attacks, not after it
+    said = capsys.readouterr()
+    assert "'frost' cannot be made by the packages installed here" in said.err
+    assert "to classify" not in said.out
     assert main([*command[:-1]]) == 0
     assert "corruptions" not in json.loads((tmp_path / "net" / "evaluation.json").read_text())
+
+
+def test_images_that_cannot_be_corrupted_are_refused_before_the_attacks(package, tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef small(): return nn.Sequential(nn.Flatten(), nn.Linear(72, 3))\n"
+    )
+    arrays = {f"{part}_images": np.zeros((9, 2, 6, 6), np.uint8) for part in ("train", "test")}
+    arrays |= {f"{part}_labels": np.arange(9) % 3 for part in ("train", "test")}
+    np.savez(tmp_path / "two.npz", **arrays)
+    command = ["evaluate", "--model", f"{tmp_path / 'net.py'}:small", "--data", str(tmp_path / "two.npz")]
+    assert main([*command, "--corruptions", "--out", str(tmp_path / "evaluation.json")]) == 2
+    said = capsys.readouterr()
+    assert "images: expected shape (B, C, H, W) with C 1 or 3, got (1, 2, 6, 6)" in said.err
+    assert "to classify" not in said.out
 
 
 def test_a_wrong_name_on_the_command_line(capsys):

@@ -281,15 +281,16 @@ def test_plain_functions_are_models():
 
 
 def writing_attack(model, images, labels, *, eps, generator):
-    """Perturbs in place, as much of the code that people have does."""
+    """Perturbs in place, as much of the code that people have does, and uses up its labels."""
+    labels.zero_()
     return images.add_(eps * torch.rand(images.shape, generator=generator)).clamp_(0, 1)
 
 
 @pytest.mark.parametrize("name", ["pgd", "uniform_noise", "correlated_noise", "writing"])
 def test_models_and_attacks_may_write_into_their_input(name, data):
     attack = {**ATTACKS, "writing": writing_attack}[name]
-    images, _ = data
-    before = images.clone()
+    images, labels = data
+    before, true = images.clone(), labels.clone()
     bodies = {seed: convolutional(seed) for seed in (0, 1)}
     found = []
     for in_place in (False, True):
@@ -297,6 +298,7 @@ def test_models_and_attacks_may_write_into_their_input(name, data):
         curves = transfer_curves(targets[0], targets, [data], attack, GRID, torch.Generator().manual_seed(3))
         found.append(curves)
         assert torch.equal(images, before)
+        assert torch.equal(labels, true)
     for seed in bodies:
         assert torch.equal(found[0][seed].correct, found[1][seed].correct)
         assert torch.equal(found[0][seed].clean, found[1][seed].clean)

@@ -152,6 +152,25 @@ def test_kinks_are_found_and_smoothness_too():
     assert function.gradient_cosine is None
 
 
+@pytest.mark.parametrize(
+    ("cosine", "words"),
+    [
+        (0.99998, "no kinks were met; every method serves"),  # GELU, the least of 21 trained networks
+        (
+            0.998,
+            "has kinks (ReLU, max-pooling), unless it computes in low precision. Take an exact method: finite",
+        ),  # plain ReLU
+        (
+            0.94,
+            "has kinks (ReLU, max-pooling), unless it computes in low precision. Take an exact method: finite",
+        ),  # the same
+        (0.3, "Take an exact method. What the penalty flattens are"),  # trained with a penalty
+    ],
+)
+def test_a_network_of_relus_is_not_called_smooth_for_having_few_kinks(cosine, words):
+    assert words in str(Diagnosis(1, 1.0, 1.0, [], None, cosine))
+
+
 def test_zero_gradients_predict_nothing():
     model = Linear(torch.zeros(3, 18, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
     result = diagnose(

@@ -97,6 +97,19 @@ def test_single_precision_is_accurate_where_sigma_is_hard_and_images_are_huge(ze
     assert (off <= 1e-4 * norms(x) + 2 * rounded).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-40, 1e40, 1e160, 1e300])
+def test_neither_the_images_scale_nor_the_covariances_matters(scale, backend):
+    """Though their squares, and single precision, hold neither."""
+    f, x = positive("even", 2, (5, 6)), gradients((3, 2, 5, 6))
+    solve = functools.partial(sgr.covariance_solve, tolerance=1e-10, backend=backend)
+    y = solve(x, f)
+    torch.testing.assert_close(solve(scale * x, f) / scale, y)
+    torch.testing.assert_close(solve(x, scale * f) * scale, y)
+    mixed = torch.tensor([scale, 0.0, 1.0], dtype=torch.float64)[:, None, None, None]
+    torch.testing.assert_close(solve(mixed * x, f), mixed * y, rtol=1e-7, atol=0)
+
+
 def test_signals_strides_and_empty_batches():
     f = positive("radial", 2, (1, 11))
     x = gradients((2, 2, 1, 11))
@@ -193,6 +206,16 @@ def test_an_indefinite_matrix_is_refused(backend):
     f = CovarianceFunction.exponential(1, 12, 4.0, rounded=True, psd="none").table
     with pytest.raises(ValueError, match=r'covariance: expected a positive definite matrix: .*psd="clip".*with_jitter'):
         sgr.covariance_solve(gradients((3, 1, 12, 12)), f, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_matrix_without_positive_variances_is_refused(factor, dtype, backend):
+    """A zero one as of an estimate that has seen nothing; a negative one."""
+    f = factor * positive("even", 2, (5, 6))
+    with pytest.raises(ValueError, match=r"covariance: expected a positive definite matrix: .*with_jitter"):
+        sgr.covariance_solve(gradients((3, 2, 5, 6), dtype=dtype), f, backend=backend)
 
 
 def test_a_singular_matrix_says_how_far_it_came_and_what_helps():

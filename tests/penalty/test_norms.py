@@ -74,6 +74,18 @@ def test_direction_is_the_derivative_and_zero_at_zero(p: int) -> None:
         assert float(penalty.omegas(g)[1]) == 0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 1e-25, 1e-200])
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_smoothing_whose_square_rounds_to_zero_is_none(p: int, smoothing: float) -> None:
+    """A zero gradient, as that of dead units, then has the slope zero, and no NaN."""
+    penalty = sgr.NormPenalty(p, smoothing=smoothing)
+    g = torch.tensor([[0.0, 0.0], [3e-20, -4e-3], [3.0, 4.0]], requires_grad=True)
+    (slope,) = torch.autograd.grad(penalty.omegas(g).sum(), g)
+    exact = g.detach().sign() if p == 1 else torch.tensor([[0.0, 0.0], [7.5e-18, -1.0], [0.6, 0.8]])
+    torch.testing.assert_close(slope, exact)
+    torch.testing.assert_close(penalty.direction(g.detach()), exact)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_smoothing_changes_little_above_it(p: int) -> None:
     g = torch.rand(4, 3, 8, 8) + 0.1

@@ -1,4 +1,4 @@
-"""The numbers on the front page, in docs/choose.md and in docs/cost.md are those of the committed results."""
+"""The numbers on the front page and in docs/ (choose, certify, cost) are those of the committed results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sgr_kernels.reproduce import stats
+from sgr_kernels.reproduce.certified import mean_radius
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,10 +68,18 @@ def gain(kind: str, method: str, under: str, data: str = "mnist", *, on: str = "
     return stats.difference(*([run[under] for run in found[name]] for name in (method, on))).points().lstrip("+")
 
 
-def radius(kind: str, method: str) -> str:
-    """Mean certified radius under noise over 16 pixels."""
-    runs = result("beyond/mnist/smooth.json")["networks"][kind][method]
-    return f"{fmean(fmean(run['certified']['radii']) for run in runs):.2f}"
+def radius(kind: str, method: str, *, half: bool = False) -> str:
+    """Mean certified radius under noise over 16 pixels, and half of its 95 % interval."""
+    found = mean_radius([run["certified"] for run in result("beyond/mnist/smooth.json")["networks"][kind][method]])
+    return f"{found.mean:.2f}" + (f" ± {found.half:.2f}" if half else "")
+
+
+def short_range_radius(method: str) -> str:
+    """Mean certified radius of ReLU networks under noise over one pixel, at the main sigma."""
+    found = result("beyond/mnist/certified.json")
+    wanted = (method, 1.0, found["certified_sigmas"][0])
+    runs = [run for run in found["certificates"] if (run["method"], run["decay_length"], run["sigma"]) == wanted]
+    return f"{mean_radius(runs).mean:.2f}"
 
 
 def corrupted(way: str, kind: str) -> str:
@@ -81,6 +90,7 @@ def corrupted(way: str, kind: str) -> str:
     return found.lstrip("+")
 
 
+CERTIFIED = ("clean", "gn", "sgr_exp", "lrc")
 RELU, GELU = "ReLU, max-pooling", "GELU, average pooling"
 
 
@@ -107,6 +117,9 @@ def front_page() -> list[str]:
         f"network, adversarial training {gain(GELU, 'pgd', 'autoattack', 'cifar10')}",
         f"{gain(GELU, 'sgr_sign', 'corruptions')} points where",
         f"gains {gain(GELU, 'pgd', 'corruptions')}",
+        "changes them by {}, with the exponential covariance by {}".format(
+            *(gain(RELU, method, "corruptions") for method in ("sgr_sign", "sgr_exp"))
+        ),
         "gained {} points under fog and {} under blur".format(*(corrupted("data", kind) for kind in ("fog", "blur"))),
         "[{} and {}]".format(*(corrupted("sgr", kind) for kind in ("fog", "blur"))),
         f"is {radius(GELU, 'sgr_exp')}, plain training's {radius(GELU, 'clean')}, adversarial training's "
@@ -171,6 +184,19 @@ def choose() -> list[str]:
     ]
 
 
+def certify() -> list[str]:
+    clean, gn, *close = (radius(RELU, method, half=method in ("sgr_exp", "lrc")) for method in CERTIFIED)
+    return [
+        f"is {clean} for plain training, {gn} for the gradient norm, {close[0]} for SGR with an exponential covariance",
+        f"and {close[1]} for training on such noise",
+        "they are {}, {}, {} and {}".format(
+            *(radius(GELU, method, half=method in ("sgr_exp", "lrc")) for method in CERTIFIED)
+        ),
+        f"the ReLU network of SGR has a radius of {short_range_radius('sgr_exp')}, plain training's "
+        f"{short_range_radius('clean')} and the gradient norm's {short_range_radius('gn')}",
+    ]
+
+
 def zoo(method: str, entry: str = "time_ratio") -> list[str]:
     """Median, the middle nine tenths and the most of a ratio over all real models."""
     lines = (ROOT / "benchmarks" / "results" / "zoo.jsonl").read_text().splitlines()
@@ -205,7 +231,8 @@ def costs() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("path", "numbers"), [("README.md", front_page), ("docs/choose.md", choose), ("docs/cost.md", costs)]
+    ("path", "numbers"),
+    [("README.md", front_page), ("docs/choose.md", choose), ("docs/certify.md", certify), ("docs/cost.md", costs)],
 )
 def test_numbers_are_those_of_committed_results(path: str, numbers: Any) -> None:
     text = page(path)

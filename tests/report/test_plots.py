@@ -37,6 +37,18 @@ def test_lines_error_bars_levels_and_marks_are_drawn_where_they_belong():
     assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == ["a", "b", "chance"]
 
 
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_a_long_title_stays_inside_the_figure(panels):
+    title = "Certified accuracy on 1000 test images of mnist-sample; dotted: the most that 10000 draws can certify"
+    figure = line_figure([Panel("", "x", "y", [Line("line", [0, 1], [0, 1])])] * panels, title)
+    FigureCanvasAgg(figure).draw()
+    assert " ".join(figure.get_suptitle().split()) == title
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 >= figure.axes[0].get_window_extent().y1
+
+
 def test_evenly_spaced_ticks_keep_their_names():
     y = [0.1, 0.2, 0.3]
     (axes,) = line_figure([panel(Line("a", [1, 2, 16], y), x_ticks=[1, 2, 16])]).axes

@@ -95,8 +95,21 @@ def test_smooth_exchanges_shared_nested_and_shaped_modules(caplog):
     assert "2 ReLU by SiLU, 1 MaxPool2d by AvgPool2d, 1 Hardsigmoid by Sigmoid" in caplog.text
     images = torch.rand(1, 2, 9, 9)
     assert model["c"][0](images).shape == block["c"][0](images).shape
-    dilated = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, dilation=2))
-    assert isinstance(smooth(dilated)[1], nn.MaxPool2d)  # average pooling has no dilation
+
+
+def test_smooth_says_what_it_left_as_it_was(caplog):
+    """Average pooling has no dilation and no indices, and of a class of somebody's own nothing is known."""
+
+    class SamePool(nn.MaxPool2d):
+        pass
+
+    poolings = [nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(2, return_indices=True), SamePool(2)]
+    poolings += [nn.AdaptiveMaxPool2d(2, return_indices=True), nn.FractionalMaxPool2d(2, 3)]
+    with caplog.at_level("WARNING", "sgr_kernels"):
+        model = smooth(nn.Sequential(nn.ReLU(), *poolings))
+    assert [type(pooling) for pooling in model[1:]] == [type(pooling) for pooling in poolings]
+    left = "smooth: left as they are: 2 MaxPool2d, 1 SamePool, 1 AdaptiveMaxPool2d, 1 FractionalMaxPool2d"
+    assert caplog.messages == [left]
 
 
 def test_unknown_activations_and_nothing_to_exchange_are_refused():
