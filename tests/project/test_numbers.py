@@ -230,9 +230,37 @@ def costs() -> list[str]:
     ]
 
 
+def solves() -> list[str]:
+    """Times in ms or s, and those of others in ours, at decay lengths 1, 4 and 16."""
+    cells = sorted(result("solve-cpu.json")["cells"], key=itemgetter("decay_length"))
+
+    def row(pixels: int, provider: str, digits: int = 0, unit: float = 1) -> str:
+        found = [row for c in cells if c["problem"]["height"] == pixels for row in c["rows"]]
+        found = [row for row in found if row["provider"] == provider]
+        values = [row["milliseconds"] / unit if provider == "sgr" else row["over sgr"]["ratio"] for row in found]
+        return "{}, {} and {}".format(*(f"{value:.{digits}f}" for value in values))
+
+    others = [
+        phrase
+        for pixels in (32, 64)
+        for phrase in (
+            f"{row(pixels, 'dense solve float32')} times as long in float32",
+            f"{row(pixels, 'dense solve float64')} times in float64",
+            f"{row(pixels, 'dense Cholesky float64 prepared', 1)} times",
+        )
+    ]
+    return [*others, *(f"{row(pixels, 'sgr')} ms" for pixels in (32, 64)), f"{row(224, 'sgr', 2, 1000)} s"]
+
+
 @pytest.mark.parametrize(
     ("path", "numbers"),
-    [("README.md", front_page), ("docs/choose.md", choose), ("docs/certify.md", certify), ("docs/cost.md", costs)],
+    [
+        ("README.md", front_page),
+        ("docs/choose.md", choose),
+        ("docs/certify.md", certify),
+        ("docs/cost.md", costs),
+        ("benchmarks/results/README.md", solves),
+    ],
 )
 def test_numbers_are_those_of_committed_results(path: str, numbers: Any) -> None:
     text = page(path)
