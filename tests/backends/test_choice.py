@@ -101,7 +101,7 @@ def cuda_request(channels: int, side: int, dtype: torch.dtype = torch.float32, f
         (cuda_request(4, 480), "native"),
         (cuda_request(4, 512), "torch"),
         (dataclasses.replace(cuda_request(1, 1), size=(1, 1024)), "native"),
-        (dataclasses.replace(cuda_request(1, 1), size=(1, 1025)), "torch"),
+        (dataclasses.replace(cuda_request(1, 1), size=(1, 1300)), "torch"),
         (cuda_request(3, 512, torch.float64), "torch"),
         (cuda_request(4, 1024, form="signed"), "native"),
         (dataclasses.replace(cuda_request(1, 1024), operator="cross_spectrum"), "native"),

@@ -94,8 +94,11 @@ def _can_run(request: Request) -> str | None:
 
 
 def _by_name_only(request: Request) -> bool:
-    fits = Columns.fitting(request.size, request.size, request.channels, request.form == "signed") is not None
-    return request.device.type == "cpu" or fft_expected_faster(request, _FFT_FROM if fits else _FFT_FROM_IN_STEPS)
+    if request.device.type == "cpu":
+        return True
+    size, signed = request.size, request.form == "signed"
+    fits = request.dtype != torch.float64 and Columns.fitting(size, size, request.channels, signed) is not None
+    return fft_expected_faster(request, _FFT_FROM if fits else _FFT_FROM_IN_STEPS)
 
 
 BACKEND = Backend("triton", _can_run, by_name_only=_by_name_only)
