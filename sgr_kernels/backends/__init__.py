@@ -2,7 +2,6 @@
 
 from sgr_kernels.backends import native, reference, triton_spectral
 from sgr_kernels.backends.extension import BuildInfo, build_info
-from sgr_kernels.backends.native import frequencies
 from sgr_kernels.backends.registry import Backend, Request, available, choose, names, register, use_backend
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "available",
     "build_info",
     "choose",
-    "frequencies",
     "names",
     "register",
     "use_backend",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sgr_kernels import checks
-from sgr_kernels.backends import Request, choose, frequencies, reference
+from sgr_kernels.backends import Request, choose, reference
+from sgr_kernels.backends.native import frequencies
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.ops import call
 from sgr_kernels.toeplitz.constants import plainly, tracing, wide_dtype

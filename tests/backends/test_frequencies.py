@@ -55,7 +55,7 @@ def more(monkeypatch):
     ],
 )
 def test_large_images_on_gpus_take_what_has_transforms(gpu, size, displacements, expected):
-    assert backends.frequencies(request_for(size), displacements) == expected
+    assert native.frequencies(request_for(size), displacements) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_large_images_on_gpus_take_what_has_transforms(gpu, size, displacements,
     ids=str,
 )
 def test_others_take_the_fewest(gpu, request_):
-    assert backends.frequencies(request_, (100, 70)) == (100, 70)
+    assert native.frequencies(request_, (100, 70)) == (100, 70)
 
 
 def test_where_no_kernels_run_they_are_the_fewest(monkeypatch):
     monkeypatch.setattr(native, "_can_run", lambda request: "no kernels")
-    assert backends.frequencies(request_for((100, 70)), (100, 70)) == (100, 70)
+    assert native.frequencies(request_for((100, 70)), (100, 70)) == (100, 70)
 
 
 @pytest.mark.parametrize("form", ["radial", "even", "signed"])
