@@ -258,6 +258,13 @@ def test_fast_fourier_transforms(emulator: Emulator, shape: tuple[int, ...], fre
     check_product(gradient, None, v, dense_product(gradient, covariance, symmetric=False))
 
 
+def test_numbers_without_a_transform_are_served_by_the_general_path(emulator: Emulator) -> None:
+    gradient, covariance = images((1, 2, 65, 20)), table(2, (65, 20), asymmetric=True)
+    q, v = emulator.product(gradient, spectrum_from_table(covariance, (65, 20), "even", torch.float32))
+    assert emulator.launches == 10
+    check_product(gradient, q, v, dense_product(gradient, covariance))
+
+
 def test_the_operators_know_what_has_transforms(emulator: Emulator) -> None:
     lengths = emulator.lengths()
     for most in range(65, 1100):
