@@ -19,13 +19,16 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.sass import Instruction, Machine, Walk, parse, walk
+from sgr_kernels.backends import Request, native
+from sgr_kernels.toeplitz.geometry import Size
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
@@ -44,8 +47,15 @@ CASES = [
     ("accumulation", (1024, 3, 32, 32)),
     ("update", (1024, 3, 32, 32)),
 ]
-# Of these, where PyTorch's chain of rfft2 may be faster, instructions alone.
-CROSSOVERS = [("v+q", (8, 1, 641, 641)), ("v+q", (8, 4, 512, 512)), ("v+q", (8, 3, 1024, 1024))]
+# Of these, instructions alone: images whose frequencies are rounded up, and what may be faster by PyTorch's rfft2.
+BY_INSTRUCTIONS = [
+    ("v+q", (64, 3, 65, 65)),
+    ("v+q", (64, 3, 100, 100)),
+    ("v+q", (8, 3, 300, 300)),
+    ("v+q", (64, 1, 1, 1024)),
+    ("v+q", (8, 4, 512, 512)),
+    ("v+q", (8, 3, 1024, 1024)),
+]
 SAMPLED_BLOCKS = 3
 TURN = 12  # images that a block takes in whole turns: it has one to four at a time
 
@@ -137,16 +147,16 @@ class Tools:
     def launches(
         self,
         operation: str,
-        shape: Iterable[int],
+        shape: tuple[int, ...],
         architecture: str,
         resident: dict[str, int] | None = None,
         execute: bool = False,
     ) -> list[Launch]:
         """The launches of a call; their bytes where it is executed."""
         blocks = [text for pair in (resident or {}).items() for text in map(str, pair)]
-        command = [str(self.directory / "tally"), str(OPERATIONS[operation]), *map(str, shape), str(int(execute))]
-        command.append(str(SHARED_MEMORY[architecture] - 1024))
-        text = subprocess.run([*command, *blocks], check=True, capture_output=True, text=True).stdout
+        numbers = [OPERATIONS[operation], *shape, *frequencies(shape), int(execute), SHARED_MEMORY[architecture] - 1024]
+        command = [str(self.directory / "tally"), *map(str, numbers), *blocks]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found: list[Launch] = []
         constants: dict[int, int] = {}
         for line in text.splitlines():
@@ -185,6 +195,13 @@ class Tools:
     def _dump(self, what: str, file: Path, *more: str) -> str:
         command = [self.cuobjdump, what, *more, str(file)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def frequencies(shape: tuple[int, ...]) -> Size:
+    """Numbers of frequencies that the operators take on a GPU for images of a shape and a covariance across them."""
+    batch, channels, height, width = shape
+    device, size = torch.device("cuda"), (height, width)
+    return native.transformed(Request("product", device, torch.float32, batch, channels, size, "even"), size) or size
 
 
 def find_cuobjdump() -> str | None:
@@ -362,10 +379,9 @@ def label(operation: str, shape: tuple[int, ...]) -> str:
 def report(tools: Tools) -> dict[str, Any]:
     """Counts by architecture and case."""
     tools.build_tally()
+    cases = CASES + BY_INSTRUCTIONS
     return {
-        architecture: {
-            label(*case): count(tools, *case, architecture, with_bytes=case in CASES) for case in CASES + CROSSOVERS
-        }
+        architecture: {label(*case): count(tools, *case, architecture, with_bytes=case in CASES) for case in cases}
         for architecture in PARAMETERS
     }
 

@@ -88,7 +88,7 @@ part facts 150 bash -c 'for _ in 1 2 3; do "$@"; status=$?; [ $status -eq 3 ] ||
 
 if command -v ncu >/dev/null; then
     sections=(SpeedOfLight WarpStateStats InstructionStats MemoryWorkloadAnalysis Occupancy LaunchStats)
-    for pair in "fused_product 1024,3,32,32" "fused_product 256,3,64,64" "large_columns 64,3,224,224"; do
+    for pair in "fused_product 1024,3,32,32" "fused_product 256,3,64,64" "fourier_columns 64,3,224,224"; do
         part counters 35 ncu --clock-control none --launch-skip 4 --launch-count 1 "${sections[@]/#/--section=}" \
             -k "regex:${pair% *}" "${sgr[@]}" bench operators --device cuda --shapes "${pair#* }" --operations v+q \
             --providers "sgr native" --budget 0.01

@@ -87,6 +87,11 @@ class Emulator:
         self.launches = int(np.frombuffer(raw[-8:], np.int64)[0])
         return raw[:-8]
 
+    def lengths(self) -> list[int]:
+        """Numbers of frequencies that have Fourier transforms."""
+        text = subprocess.run([str(self.binary), "lengths"], check=True, capture_output=True, text=True).stdout
+        return [int(line) for line in text.split()]
+
     def _fields(
         self, operator: str, images: Tensor, frequencies: tuple[int, int], parts: int, precision: str, shared: int
     ) -> list[int]:

@@ -32,13 +32,13 @@ struct FrequencyAxis {
   }
 };
 
-// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them; as_data: as the
-// second operand. SplitWide's rounded ones follow the others.
+// Tiles of constants for products, entry(tile, row, column), in the order in which lanes read them. SplitWide's rounded
+// ones follow the others.
 template <class FORMAT, class Entry>
-std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
+std::vector<uint32_t> constant_tiles(int count, Entry entry) {
   if constexpr (std::is_same_v<FORMAT, SplitWide>) {
-    std::vector<uint32_t> words = constant_tiles<SplitHalf>(count, as_data, entry);
-    const std::vector<uint32_t> rounded = constant_tiles<BrainFloat>(count, as_data, entry);
+    std::vector<uint32_t> words = constant_tiles<SplitHalf>(count, entry);
+    const std::vector<uint32_t> rounded = constant_tiles<BrainFloat>(count, entry);
     words.insert(words.end(), rounded.begin(), rounded.end());
     return words;
   } else {
@@ -52,8 +52,7 @@ std::vector<uint32_t> constant_tiles(int count, bool as_data, Entry entry) {
         uint32_t of_lane[FORMAT::kWords];
         FORMAT::constant_words(entries, of_lane);
         for (int w = 0; w < FORMAT::kWords; ++w)
-          words[static_cast<size_t>(index) * kStride + (w / 4 * kWarp + lane) * 4 + (as_data ? swapped(w) : w) % 4] =
-              of_lane[w];
+          words[static_cast<size_t>(index) * kStride + (w / 4 * kWarp + lane) * 4 + w % 4] = of_lane[w];
       }
     return words;
   }
@@ -79,7 +78,7 @@ struct BasisTiles {
   // The tiles for these numbers of frequencies, built by the host.
   static std::vector<uint32_t> table(int rows, int columns) {
     const Angles angles[2] = {Angles(2 * rows), Angles(2 * columns)};  // of the two axes
-    return constant_tiles<Inverse>(kTiles, false, [&](int index, int row, int column) {
+    return constant_tiles<Inverse>(kTiles, [&](int index, int row, int column) {
       const int64_t top = kTile * (index / BLOCKS % BLOCKS), left = kTile * (index % BLOCKS);
       const int64_t m = (2 * (top + row) + 1) * (2 * (left + column) + 1);
       const Angles& axis = angles[index / (kTiles / 2)];

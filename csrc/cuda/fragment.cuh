@@ -52,18 +52,6 @@ struct Words {
   uint32_t word[WORDS];
 };
 
-// The place in the other operand's order of a tile's word.
-__host__ __device__ constexpr int swapped(int word) { return word / 4 * 4 + word % 2 * 2 + word / 2 % 2; }
-
-// A data tile as first operand.
-template <int WORDS>
-__device__ inline Words<WORDS> as_matrix(const Words<WORDS>& tile) {
-  Words<WORDS> result;
-#pragma unroll
-  for (int w = 0; w < WORDS; ++w) result.word[w] = tile.word[swapped(w)];
-  return result;
-}
-
 template <int WORDS>
 __device__ inline void load_tile(Words<WORDS>& tile, const uint32_t* memory, int lane) {
 #pragma unroll

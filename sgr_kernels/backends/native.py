@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 
 from sgr_kernels.backends.extension import build_info
 from sgr_kernels.backends.registry import Backend, Request
+from sgr_kernels.toeplitz.geometry import Size
+from sgr_kernels.toeplitz.spectrum import frequency_counts
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Once, at import: a compiler that traces `can_run` sees constants.
@@ -64,50 +67,50 @@ def _can_run(request: Request) -> str | None:
     return _obstacle(request.device) if request.device.type == "cuda" else None
 
 
-# Of images on GPUs. By counts (benchmarks/results/cuda-static.json, `test_choice`): the kernels' instructions grow with
-# the cube of a side, the passes over memory of a Fourier transform with its square. An A100 issues two thirds of an
-# H100's instructions and moves half to two thirds of its bytes: the same sides serve both.
-_FFT_FROM, _FFT_FROM_IN_PASSES = 640, 512
-_FUSED_CHANNELS = 3
+# Numbers of frequencies for which the CUDA kernels have Fourier transforms, and the square that each is a multiple of.
+# `fourier_side` (csrc/cuda/fourier.cuh) has the rule; a test holds this beside it.
+_RADICES = {64: (*range(2, 11), 12, 14, 15, 16), 16: (*range(2, 11), 12, 14)}
+_SQUARES = {square * radix: square for square, radices in _RADICES.items() for radix in radices}
+_FUSED = 64
+_TRANSFORMED_CHANNELS = 3
+
+# Sides of images on GPUs. By counts (benchmarks/results/cuda-static.json, `test_choice`): instructions of products of
+# matrices grow with the cube of a side, the passes over memory of a Fourier transform with its square. An A100 issues
+# two thirds of an H100's instructions and moves half to two thirds of its bytes: the same sides serve both.
+_FFT_FROM = 512
 
 
-# Of 16 and of 64: numbers of frequencies for which the CUDA kernels have Fourier transforms (csrc/cuda/fourier.cuh).
-_MULTIPLES = {16: {*range(2, 11), 12, 14}, 64: {*range(2, 11), 12, 14, 15, 16}}
+def frequencies(request: Request, displacements: Size) -> Size:
+    """Numbers of odd frequencies (Fh, Fw) to take for a table of so many displacements (h, w), zero included.
 
-
-def transformed(request: Request) -> bool:
-    """Whether the CUDA kernels have Fourier transforms of their own for a covariance that reaches across the image.
-
-    By counts they take a sixth of the time of PyTorch's chain, which moves an image's bytes thirty times as often.
+    The fewest that are exact; on GPUs, where more of them have Fourier transforms in the compiled kernels, so many.
     """
-    if request.dtype == torch.float64 or request.channels > _FUSED_CHANNELS or request.form != "even":
-        return False
-    radices = [
-        next((n // square for square, known in _MULTIPLES.items() if n % square == 0 and n // square in known), 0)
-        for n in request.size
-    ]
-    shared = 32 * 9 * 8 * request.channels * radices[0] + 128  # of a block of columns, at most
-    return all(radices) and shared <= _shared_memory(request.device)
+    fewest = frequency_counts(request.size, displacements)
+    if request.device.type != "cuda" or _can_run(request) is not None:
+        return fewest
+    return transformed(request, fewest) or fewest
 
 
-def fft_expected_faster(request: Request) -> bool:
-    """Whether PyTorch's chain of rfft2 is expected to beat products of matrices on GPUs; none of it is measured yet.
+def transformed(request: Request, fewest: Size) -> Size | None:
+    """The next numbers from ``fewest`` on by which the CUDA kernels transform large images; None where they do not."""
+    if request.dtype == torch.float64 or request.channels > _TRANSFORMED_CHANNELS or request.form != "even":
+        return None
+    if max(*request.size, *fewest) <= _FUSED or max(fewest) > max(_SQUARES):
+        return None
+    rows, columns = (min(length for length in _SQUARES if length >= least) for least in fewest)
+    square = _SQUARES[rows]
+    shared = 256 * (math.isqrt(square) + 1) * request.channels * (rows // square) + 128  # of a block of columns
+    return (rows, columns) if shared <= _shared_memory(request.device) else None
 
-    Images above 64 pixels of up to three channels are served in two passes over memory as long as a column of 16
-    frequencies fits shared memory (of three channels: 544 rows on an H100, 352 on an A100, whose images of 512 pixels
-    therefore go through FFT); the others in a pass for each step, which costs about three times as much.
+
+def fft_expected_faster(request: Request, sides: int) -> bool:
+    """Whether PyTorch's chain of rfft2 is expected to beat products of matrices on GPUs: where sides average ``sides``.
+
+    None of it is measured yet.
     """
     if request.device.type != "cuda" or request.operator == "cross_spectrum" or request.form != "even":
         return False
-    if min(request.size) < _FFT_FROM_IN_PASSES:
-        return False
-    tiles = -(-((request.size[0] + 1) // 2) // 16)  # of half an image's rows
-    fused = (
-        request.dtype != torch.float64
-        and request.channels <= _FUSED_CHANNELS
-        and (4 * request.channels * tiles + 8 * request.channels + 1) << 10 <= _shared_memory(request.device)
-    )
-    return not fused or min(request.size) >= _FFT_FROM
+    return sum(request.size) >= 2 * sides
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -127,7 +130,8 @@ def _slow(request: Request) -> bool:
     images with a side of thousands that does not (2,039 is about the same, 4,093 several times slower).
     """
     if request.device.type == "cuda":
-        return fft_expected_faster(request) and not transformed(request)
+        # By counts transforms take a sixth of that chain's time, which moves an image's bytes thirty times as often.
+        return fft_expected_faster(request, _FFT_FROM) and transformed(request, request.size) is None
     if request.device.type != "cpu" or max(request.size) < 509:
         return False
     operations = max(map(_operations, request.size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sgr_kernels.toeplitz import embedding
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import Size, dense_matrix
 from sgr_kernels.toeplitz.lanczos import log_quadrature, smallest_eigenvalue
-from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 
 
 class StructuredMatrix(nn.Module):
@@ -38,10 +39,9 @@ class StructuredMatrix(nn.Module):
     def __init__(self, table: Tensor, image_size: Size, form: str) -> None:
         super().__init__()
         self.image_size, self.form = image_size, form
-        frequencies = frequency_counts(image_size, operators.reach(table, form))
         parts = (4,) if form == "signed" else ()
         self.register_buffer("table", table, persistent=False)
-        spectrum = table.new_zeros(*parts, *table.shape[:2], *frequencies)
+        spectrum = table.new_zeros(*parts, *table.shape[:2], *self._frequencies())
         self.register_buffer("spectrum", spectrum, persistent=False)
         self._root, self._system = Derived(), Derived()
         self._arranged = Arranged()
@@ -49,9 +49,21 @@ class StructuredMatrix(nn.Module):
     def assign(self, table: Tensor) -> None:
         """Become the matrix of another table of the same shape, in any precision."""
         self.table.copy_(table)
-        frequencies = (self.spectrum.shape[-2], self.spectrum.shape[-1])
+        frequencies = self._frequencies()
+        if self.spectrum.shape[-2:] != frequencies:  # as another device had them
+            self.spectrum = self.spectrum.new_empty(*self.spectrum.shape[:-2], *frequencies)
         self.spectrum.copy_(spectrum_from_table(table, frequencies, self.form, self.spectrum.dtype))
         self._arranged.renew(self.spectrum, self.image_size)
+
+    def _frequencies(self) -> Size:
+        return operators.spectrum_sizes(self.table, self.image_size, self.form, self.table.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.spectrum.shape[-2:] != self._frequencies():
+            with torch.no_grad():
+                self.assign(self.table)
+        return self
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Table, spectrum, and the arranged spectrum or nothing (0,): for what rewrites all of them in place."""

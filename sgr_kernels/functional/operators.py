@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from sgr_kernels import checks
 from sgr_kernels.backends import Request, choose, reference
+from sgr_kernels.backends.native import frequencies
 from sgr_kernels.backends.torch_spectral import compute_dtype
 from sgr_kernels.ops import call
 from sgr_kernels.toeplitz.constants import plainly, tracing, wide_dtype
@@ -40,6 +41,12 @@ def request(operator: str, images: Tensor, form: str) -> Request:
 def precision(device: torch.device) -> str:
     """The precision of the kernels' products: the user's choice for matrix products, in torch's words."""
     return "highest" if device.type == "cpu" else torch.get_float32_matmul_precision()
+
+
+def spectrum_sizes(table: Tensor, size: Size, form: str, dtype: torch.dtype) -> Size:
+    """Numbers of frequencies (Fh, Fw) to take for a table and images of a size in ``dtype``, on the table's device."""
+    wanted = Request("product", table.device, dtype, 1, table.shape[0], size, form)
+    return frequencies(wanted, reach(table, form))
 
 
 def reach(table: Tensor, form: str) -> Size:
@@ -73,8 +80,8 @@ class Operands:
 
         def derive() -> Tensor:
             table = self.table()
-            frequencies = frequency_counts(self._size, reach(table, self.form))
-            return spectrum_from_table(table, frequencies, self.form, dtype)
+            sizes = spectrum_sizes(table, self._size, self.form, self.images.dtype)
+            return spectrum_from_table(table, sizes, self.form, dtype)
 
         return _recent(self._covariance, (self._given_form, self._size, dtype), derive)
 
@@ -214,7 +221,10 @@ def correlate(a: Tensor, b: Tensor, shape: Size, form: str, backend: str = "auto
         return reference.correlate(a, b, shape, form)
     signed = form == "signed"
     displacements = ((shape[0] + 1) // 2, (shape[1] + 1) // 2) if signed else shape
-    rows, columns = frequency_counts((a.shape[2], a.shape[3]), displacements)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        rows, columns = frequencies(request("product", a, form), displacements)  # of the derivatives
+    else:
+        rows, columns = frequency_counts((a.shape[2], a.shape[3]), displacements)
     spectrum = call("cross_spectrum", name, a, b, rows, columns, signed, precision(a.device))
     table = table_from_cross_spectrum(spectrum, shape, form)
     height, width = a.shape[2:]

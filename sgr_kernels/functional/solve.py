@@ -17,14 +17,14 @@ from sgr_kernels.functional.operators import (
     correlate,
     covariance_product,
     product_from_spectrum,
-    reach,
     request,
+    spectrum_sizes,
 )
 from sgr_kernels.toeplitz import conjugate_gradients
 from sgr_kernels.toeplitz.constants import wide_dtype
 from sgr_kernels.toeplitz.geometry import Size, dense_matrix
 from sgr_kernels.toeplitz.preconditioner import Preconditioner
-from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 
 LIMIT = 1000
 """Iterations by default, but never many more than there are unknowns."""
@@ -72,12 +72,15 @@ class System:
 
     @functools.cached_property
     def _spectrum(self) -> Tensor:
-        frequencies = frequency_counts(self.size, reach(self.table, self.form))
-        return spectrum_from_table(self.table, frequencies, self.form, self.table.dtype)
+        sizes = spectrum_sizes(self.table, self.size, self.form, self.table.dtype)
+        return spectrum_from_table(self.table, sizes, self.form, self.table.dtype)
 
     @functools.cached_property
     def _narrow_spectrum(self) -> Tensor:
-        return self._spectrum.to(torch.float32)
+        sizes = spectrum_sizes(self.table, self.size, self.form, torch.float32)
+        if sizes == tuple(self._spectrum.shape[-2:]):
+            return self._spectrum.to(torch.float32)
+        return spectrum_from_table(self.table, sizes, self.form, torch.float32)
 
     @functools.cached_property
     def factor(self) -> Tensor:

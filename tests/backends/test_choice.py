@@ -95,14 +95,13 @@ def cuda_request(channels: int, side: int, dtype: torch.dtype = torch.float32, f
 @pytest.mark.parametrize(
     ("request_", "chosen"),
     [
-        (cuda_request(3, 512), "native"),  # by Fourier transforms of their own
+        (cuda_request(3, 641), "native"),  # by Fourier transforms of their own
         (cuda_request(3, 1024), "native"),
-        (cuda_request(3, 1152), "torch"),  # which these are not
-        (cuda_request(1, 639), "native"),  # in two passes over memory
-        (cuda_request(1, 641), "torch"),
-        (cuda_request(3, 600), "torch"),  # columns of three channels that fit no shared memory: a pass for each step
+        (cuda_request(3, 1025), "torch"),  # which has none
         (cuda_request(4, 480), "native"),
         (cuda_request(4, 512), "torch"),
+        (dataclasses.replace(cuda_request(1, 1), size=(1, 1024)), "native"),
+        (dataclasses.replace(cuda_request(1, 1), size=(1, 1300)), "torch"),
         (cuda_request(3, 512, torch.float64), "torch"),
         (cuda_request(4, 1024, form="signed"), "native"),
         (dataclasses.replace(cuda_request(1, 1024), operator="cross_spectrum"), "native"),
@@ -119,19 +118,11 @@ def test_large_images_on_gpus_go_through_fft(request_, chosen, monkeypatch):
     assert backends.choose("native", request_) == "native"
 
 
-def test_an_a100_sends_three_channels_of_513_pixels_through_fft(monkeypatch):
-    monkeypatch.setattr(native, "_shared_memory", lambda device: 163 << 10)
-    assert native._slow(cuda_request(3, 513))
-    assert not native._slow(cuda_request(3, 512))
-    assert not native._slow(cuda_request(1, 513))
-    assert not native._slow(cuda_request(3, 352))
-
-
 def test_fourier_transforms_need_shared_memory_for_all_channels(monkeypatch):
     monkeypatch.setattr(native, "_shared_memory", lambda device: 99 << 10)
-    assert native.transformed(cuda_request(3, 896))
-    assert not native.transformed(cuda_request(3, 1024))
-    assert native.transformed(cuda_request(2, 1024))
+    assert not native._slow(cuda_request(3, 896))
+    assert native._slow(cuda_request(3, 1024))
+    assert not native._slow(cuda_request(2, 1024))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -151,8 +142,7 @@ def test_the_committed_counts_expect_so(architecture):
 
     assert ratio(64, 3, 224) < 0.8
     assert ratio(8, 3, 1024) < 0.2  # by transforms, as at 224 pixels
-    assert 0.75 < ratio(8, 1, native._FFT_FROM + 1) < 1.33
-    assert 0.75 < ratio(8, 4, native._FFT_FROM_IN_PASSES) < 1.33
+    assert 0.75 < ratio(8, 4, native._FFT_FROM) < 1.33
     assert ratio(8, 3, 512) < 0.2
 
 

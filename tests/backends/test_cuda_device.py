@@ -12,8 +12,9 @@ from torch import Tensor
 import sgr_kernels as sgr
 from sgr_kernels.backends import extension
 from sgr_kernels.covariance import on_device
+from sgr_kernels.functional.operators import spectrum_sizes
 from sgr_kernels.ops import call
-from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
+from sgr_kernels.toeplitz.spectrum import spectrum_from_table
 from tests.helpers import assert_product_close, assert_quadratic_close, covariances, dense_product, gradients
 
 pytestmark = [
@@ -44,7 +45,7 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple
     covariance = (covariance + covariance.transpose(0, 1)) / 2
     v, q = dense_product(gradient, covariance, "even")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = frequency_counts((shape[2], shape[3]), (shape[2], shape[3]))
+    frequencies = spectrum_sizes(covariance.cuda(), (shape[2], shape[3]), "even", dtype)
     spectrum = spectrum_from_table(covariance, frequencies, "even", wide)
     return gradient.cuda(), spectrum.cuda(), v, q
 

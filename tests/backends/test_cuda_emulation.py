@@ -15,6 +15,7 @@ import torch
 from scipy.signal import fftconvolve
 from torch import Tensor
 
+from sgr_kernels.backends import Request, native
 from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 from tests.cuda_emulator import HOPPER, STAGED_ONLY, Emulator, build, missing_compiler
 
@@ -80,11 +81,18 @@ def dense_product(gradient: Tensor, covariance: Tensor, form: str = "even", symm
 
 
 def spectrum_of(covariance: Tensor, gradient: Tensor, form: str = "even") -> Tensor:
-    """The kernels' spectrum of a table for gradients of this shape."""
+    """The spectrum that the operators give the kernels, of a table for gradients of this shape."""
     reach = tuple((n + 1) // 2 if form == "signed" else n for n in covariance.shape[-2:])
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     frequencies = frequency_counts((gradient.shape[2], gradient.shape[3]), reach)
+    frequencies = native.transformed(request_of(gradient, form), frequencies) or frequencies
     return spectrum_from_table(covariance, frequencies, form, wide)
+
+
+def request_of(gradient: Tensor, form: str = "even") -> Request:
+    """A call on a GPU."""
+    batch, channels, height, width = gradient.shape
+    return Request("quadratic_form", torch.device("cuda"), gradient.dtype, batch, channels, (height, width), form)
 
 
 def norms(batch: Tensor) -> Tensor:
@@ -192,7 +200,7 @@ def test_short_covariances_need_fewer_frequencies(emulator: Emulator, shape: tup
     check_quadratic(emulator, images(shape), table(shape[1], shape[2:], reach=reach))
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (3, 3, 32, 32), (3, 1, 64, 50), (3, 1, 68, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (3, 3, 32, 32), (3, 1, 64, 50), (3, 4, 68, 9)], ids=str)
 @pytest.mark.parametrize(("precision", "limits"), [("high", (1e-2, 5e-4)), ("medium", (6e-2, 5e-3))], ids=str)
 def test_lower_precision_on_request(
     emulator: Emulator, shape: tuple[int, ...], precision: str, limits: tuple[float, float]
@@ -248,6 +256,35 @@ def test_fast_fourier_transforms(emulator: Emulator, shape: tuple[int, ...], fre
     assert torch.equal(alone, q)
     _, v = emulator.product(gradient, spectrum, "product")
     check_product(gradient, None, v, dense_product(gradient, covariance, symmetric=False))
+
+
+def test_numbers_without_a_transform_are_served_by_the_general_path(emulator: Emulator) -> None:
+    gradient, covariance = images((1, 2, 65, 20)), table(2, (65, 20), asymmetric=True)
+    q, v = emulator.product(gradient, spectrum_from_table(covariance, (65, 20), "even", torch.float32))
+    assert emulator.launches == 10
+    check_product(gradient, q, v, dense_product(gradient, covariance))
+
+
+def test_the_operators_know_what_has_transforms(emulator: Emulator) -> None:
+    lengths = emulator.lengths()
+    for most in range(65, 1100):
+        wanted = native.transformed(request_of(torch.empty(1, 1, 1, most)), (1, most))
+        assert wanted == (None if most > lengths[-1] else (lengths[0], min(n for n in lengths if n >= most)))
+
+
+@pytest.mark.parametrize(("shape", "frequencies"), [((1, 3, 66, 3), (80, 32)), ((1, 1, 230, 3), (256, 32))], ids=str)
+def test_the_operators_know_what_memory_transforms_need(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], frequencies: tuple[int, int]
+) -> None:
+    gradient, (_, spectrum) = images(shape), fourier_case(shape, frequencies)
+    served = []
+    for shared in range(4 << 10, 48 << 10, 128):
+        monkeypatch.setattr(native, "_shared_memory", lambda device, shared=shared: shared)
+        served.append(native.transformed(request_of(gradient), (shape[2], shape[3])) == frequencies)
+    least = (4 << 10) + 128 * served.index(True)
+    for shared, launches in ((least, 5), (least - 128, 10)):
+        emulator.product(gradient, spectrum, shared=shared)
+        assert emulator.launches == launches
 
 
 def layouts(dense: Tensor) -> dict[str, Tensor]:

@@ -86,6 +86,8 @@ PROBLEMS = [
     Problem((1024, 3, 32, 32), ("cross",)),
     Problem((256, 1, 64, 64), ("v+q", "accumulation")),
     Problem((8, 3, 512, 512), ("v+q",), EVERYWHERE),
+    Problem((8, 3, 1024, 100), ("v+q",), EVERYWHERE),
+    Problem((8, 5, 225, 227), ("v+q",), EVERYWHERE),
     Problem((8, 4, 256, 256), ("v+q",)),
     Problem((8, 1, 1024, 512), ("v+q",)),
     Problem((8, 5, 224, 224), ("v+q",), EVERYWHERE),

@@ -3,7 +3,9 @@
 // what workspace) is the product's own.
 //
 //   emulator CASES RESULTS [ascending|descending]
+//   emulator lengths
 //
+// The second one prints the numbers of frequencies that have Fourier transforms.
 // A case is kFields int64 followed by the storages of a, of b (cross_spectrum
 // of two tensors) and of the spectrum. Results follow each other without
 // headers: q, then v (contiguous), or S. kHasB of products: an arranged spectrum
@@ -192,6 +194,11 @@ void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "lengths") {
+    for (int length = 1; length <= 4096; ++length)
+      if (fourier_side(length) > 0) std::printf("%d\n", length);
+    return 0;
+  }
   if (argc < 3) return 2;
   emulation::device().descending = argc > 3 && std::string(argv[3]) == "descending";
   std::FILE* cases = std::fopen(argv[1], "rb");

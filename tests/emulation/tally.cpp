@@ -4,10 +4,10 @@
 // without its library: the compiler then reports every access to the functions
 // below. Numbers are not computed.
 //
-//   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH EXECUTE SHARED [KERNEL BLOCKS]...
+//   tally OPERATOR BATCH CHANNELS HEIGHT WIDTH ROWS COLUMNS EXECUTE SHARED [KERNEL BLOCKS]...
 //
-// OPERATOR as in emulator.cpp, or 5: quadratic_form of an arranged spectrum; SHARED: bytes of shared memory that a
-// block may have; KERNEL BLOCKS: how many blocks of a kernel, by its symbol, a multiprocessor holds. A line per launch:
+// OPERATOR as in emulator.cpp, or 5: quadratic_form of an arranged spectrum; ROWS, COLUMNS: numbers of frequencies;
+// SHARED: bytes of shared memory that a block may have; KERNEL BLOCKS: how many blocks of a kernel, by its symbol, a multiprocessor holds. A line per launch:
 // kernel, symbol, grid, threads, shared bytes, arguments in hex, bytes.
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -161,19 +161,20 @@ float* floats(bool execute, int64_t count) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 8) return 2;
+  if (argc < 10) return 2;
   const int operation = std::atoi(argv[1]);
   const Geometry geometry{std::atoll(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]),
-                          std::atoi(argv[5]),  std::atoi(argv[4]), std::atoi(argv[5])};
-  TallyLauncher launcher{std::atoi(argv[6]) != 0, std::atoi(argv[7]), {}};
-  for (int i = 8; i + 1 < argc; i += 2) launcher.resident[argv[i]] = std::atoi(argv[i + 1]);
+                          std::atoi(argv[5]),  std::atoi(argv[6]), std::atoi(argv[7])};
+  TallyLauncher launcher{std::atoi(argv[8]) != 0, std::atoi(argv[9]), {}};
+  for (int i = 10; i + 1 < argc; i += 2) launcher.resident[argv[i]] = std::atoi(argv[i + 1]);
 
   const int64_t plane = static_cast<int64_t>(geometry.height) * geometry.width, channels = geometry.channels;
   const auto images = [&](float* data) {
     return ImageView{data, Element::kFloat32, {channels * plane, plane, geometry.width, 1}};
   };
   const ImageView gradient = images(floats(launcher.execute, geometry.batch * channels * plane));
-  float* spectrum = floats(launcher.execute, channels * channels * plane);
+  const int64_t frequencies = static_cast<int64_t>(geometry.rows) * geometry.columns;
+  float* spectrum = floats(launcher.execute, channels * channels * frequencies);
   if (operation == 3) {
     compute_cross_spectrum(launcher, gradient, gradient, true, 1, Precision::kHighest, spectrum, geometry);
     return 0;
@@ -194,7 +195,7 @@ int main(int argc, char** argv) {
     compute_update(launcher, gradient, estimate, Precision::kHighest, geometry);
     return 0;
   }
-  const SpectrumView<float> lambda{spectrum, 1, 0, {channels * plane, plane, geometry.width, 1}};
+  const SpectrumView<float> lambda{spectrum, 1, 0, {channels * frequencies, frequencies, geometry.columns, 1}};
   const bool wants_product = operation != 2, wants_quadratic = operation != 0;
   const ImageView product =
       images(wants_product ? floats(launcher.execute, geometry.batch * channels * plane) : nullptr);

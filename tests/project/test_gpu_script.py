@@ -58,7 +58,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     assert "arch 9.0, build cuda: setup.py build_ext --inplace" in log
     assert log.count("caching off: 1\n") == 2
     assert log.count("ncu --clock-control none") == 3
-    assert "-k regex:large_columns" in log
+    assert "-k regex:fourier_columns" in log
     order = ["device ", "build ", "facts ", "counters", "device-tests", "contract", "triton", "racecheck", "operators"]
     places = [log.index(f"== {name}") for name in order]
     assert places == sorted(places)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sgr_kernels.backends import torch_spectral
 from sgr_kernels.backends.native import fft_expected_faster
 from sgr_kernels.backends.registry import Backend, Request
+from sgr_kernels.backends.triton_spectral.plan import Columns
 
 logger = logging.getLogger("sgr_kernels")
 
@@ -28,6 +29,9 @@ OF_ARRANGED = ("arrange", "arranged_quadratic_form")  # of a spectrum in the ker
 _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Sides of images that PyTorch's FFT is expected to be faster for: of those whose columns fit registers, which go over
+# memory three times, and of others, which do so once for each step.
+_FFT_FROM, _FFT_FROM_IN_STEPS = 640, 512
 
 _obstacles: dict[torch.device, str | None] = {}
 _failure: str | None = None  # why the kernels stopped working during this process
@@ -90,7 +94,11 @@ def _can_run(request: Request) -> str | None:
 
 
 def _by_name_only(request: Request) -> bool:
-    return request.device.type == "cpu" or fft_expected_faster(request)
+    if request.device.type == "cpu":
+        return True
+    size, signed = request.size, request.form == "signed"
+    fits = request.dtype != torch.float64 and Columns.fitting(size, size, request.channels, signed) is not None
+    return fft_expected_faster(request, _FFT_FROM if fits else _FFT_FROM_IN_STEPS)
 
 
 BACKEND = Backend("triton", _can_run, by_name_only=_by_name_only)

@@ -14,14 +14,17 @@ from sgr_kernels.backends.triton_spectral.numerics import dot, load_split, outwa
 
 
 @triton.jit
-def scaled_dot(a, b, gain, TERMS: tl.constexpr):
-    """``gain a @ b`` for a split constant ``a`` and data ``b``."""
-    dtype: tl.constexpr = a[0].dtype
+def scaled_dots(cosines, sines, even, odd, gain, TERMS: tl.constexpr):
+    """``gain cosines @ even`` and ``gain sines @ odd`` for split constants and data, brought to one magnitude."""
+    dtype: tl.constexpr = cosines[0].dtype
     if dtype == tl.float64:
-        return tl.dot(a[0], b, input_precision="ieee") * gain
+        even = tl.dot(cosines[0], even, input_precision="ieee") * gain
+        odd = tl.dot(sines[0], odd, input_precision="ieee") * gain
     else:
-        scale, inverse = power_of_two(tl.max(tl.abs(b)))
-        return dot(a, split(b * scale, dtype, TERMS), TERMS) * (inverse * gain)
+        scale, inverse = power_of_two(tl.max(tl.maximum(tl.abs(even), tl.abs(odd))))
+        even = dot(cosines, split(even * scale, dtype, TERMS), TERMS) * (inverse * gain)
+        odd = dot(sines, split(odd * scale, dtype, TERMS), TERMS) * (inverse * gain)
+    return even, odd
 
 
 @triton.jit
@@ -69,8 +72,8 @@ def forward_kernel(
         offset += tl.arange(0, BLOCK_F)[:, None]
         cosines = load_split(basis, offset, term_stride, TERMS)
         sines = load_split(basis + PADDED_EXTENT * PADDED_FREQUENCIES, offset, term_stride, TERMS)
-        even += scaled_dot(cosines, above + below, gain, TERMS)
-        odd += scaled_dot(sines, above - below, gain, TERMS)
+        parts = scaled_dots(cosines, sines, above + below, above - below, gain, TERMS)
+        even, odd = even + parts[0], odd + parts[1]
     mask = (f < frequencies)[:, None] & inside
     f = f.to(tl.int64)[:, None]
     tl.store(target + f * others + j[None, :], even, mask=mask)
@@ -117,8 +120,8 @@ def inverse_kernel(
         f = f.to(tl.int64)[:, None]
         even_part = tl.load(source + f * others + j[None, :], mask=mask, other=0.0)
         odd_part = tl.load(source + (f + frequencies) * others + j[None, :], mask=mask, other=0.0)
-        even += scaled_dot(cosines, even_part, gain, TERMS)
-        odd += scaled_dot(sines, odd_part, gain, TERMS)
+        parts = scaled_dots(cosines, sines, even_part, odd_part, gain, TERMS)
+        even, odd = even + parts[0], odd + parts[1]
     up, down = outward(extent, first, BLOCK_T)
     column = target + j.to(tl.int64)[None, :] * stride_j
     above, below = (even + odd).to(target.dtype.element_ty), (even - odd).to(target.dtype.element_ty)

@@ -40,7 +40,7 @@ class _Axis:
         self.basis = split_basis(extent, frequencies, self.shape, self.block_f, operands, device)
         self.gain = 2.0 ** -exponent(frequencies, operands)
 
-    def _options(self) -> dict[str, int]:
+    def _options(self, warps: int) -> dict[str, int]:
         return {
             "PADDED_EXTENT": self.shape[0],
             "PADDED_FREQUENCIES": self.shape[1],
@@ -48,7 +48,7 @@ class _Axis:
             "BLOCK_J": self.block_j,
             "BLOCK_T": self.block_t,
             "TERMS": self.terms,
-            "num_warps": 4,
+            "num_warps": warps,
             "num_stages": 1,
         }
 
@@ -64,12 +64,14 @@ class _Axis:
             others,
             self.frequencies,
             self.gain,
-            **self._options(),
+            **self._options(4),
         )
 
     def inverse(self, source: Tensor, target: Tensor, strides: tuple[int, int, int], others: int) -> None:
         """Back to planes (i, j) of ``target``, by strides of (plane, i, j)."""
         planes = source.numel() // (2 * self.frequencies * others)
+        # Where lines begin anywhere, addresses need as many registers as twice the warps bring.
+        warps = 4 if others % 16 == 0 else 8
         grid = (planes, self.shape[0] // self.block_t, -(-others // self.block_j))
         wrap_triton(inverse_kernel)[grid](
             source,
@@ -80,7 +82,7 @@ class _Axis:
             others,
             self.frequencies,
             self.gain,
-            **self._options(),
+            **self._options(warps),
         )
 
 

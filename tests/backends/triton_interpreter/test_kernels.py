@@ -10,8 +10,10 @@ from torch.autograd import gradcheck
 
 import sgr_kernels
 from sgr_kernels import functional as sgr
+from sgr_kernels.backends import native
 from sgr_kernels.backends.triton_spectral import launch
-from sgr_kernels.toeplitz.spectrum import spectrum_from_table
+from sgr_kernels.functional import operators
+from sgr_kernels.toeplitz.spectrum import frequency_counts, spectrum_from_table
 from tests.helpers import (
     PRODUCT_TOLERANCE,
     QUADRATIC_TOLERANCE,
@@ -85,6 +87,24 @@ def test_product_and_quadratic_form(dtype, channels, size, form, reach):
     assert_product_close(slope / 2, symmetric_v, PRODUCT_TOLERANCE[dtype])
     form_alone = sgr.covariance_quadratic_form(g.to(dtype), f.to(dtype), form=form, backend="triton")
     assert_quadratic_close(form_alone, q, g, symmetric_v, QUADRATIC_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("channels", "size", "reach"), [(1, (66, 10), None), (3, (5, 70), 9)], ids=str)
+def test_frequencies_that_the_compiled_kernels_ask_for(monkeypatch, channels, size, reach):
+    """More than are needed, in a spectrum that both read."""
+    monkeypatch.setattr(
+        operators,
+        "frequencies",
+        lambda request, displacements: native.transformed(request, frequency_counts(request.size, displacements)),
+    )
+    g = gradients((2, channels, *size), dtype=torch.float32).requires_grad_()
+    f = covariances("even", channels, size, reach=reach).float()
+    f = (f + f.transpose(0, 1)) / 2
+    v, q = dense_product(g.detach().double(), f.double(), "even")
+    form = sgr.covariance_quadratic_form(g, f, backend="triton")
+    assert_quadratic_close(form, q, g.detach().double(), v, QUADRATIC_TOLERANCE[torch.float32])
+    (slope,) = torch.autograd.grad(form.sum(), g)
+    assert_product_close(slope / 2, v, PRODUCT_TOLERANCE[torch.float32])
 
 
 def _transposed(f: torch.Tensor, form: str) -> torch.Tensor:
