@@ -340,5 +340,9 @@ def test_shrinking_steps():
     gone = 0.01 * sum((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))
     torch.testing.assert_close(adversarial, images + gone * normal.sign())
     torch.testing.assert_close(pgd(model, images, labels, **options), images + 0.2 * normal.sign())
+    curved, digits = convolutional(), images_like(3, (1, 8, 8), dtype=torch.float32)
+    options |= {"eps": 0.02}
+    assert torch.equal(pgd(curved, digits, **options), pgd(curved, digits, step_size=0.04, **options))
+    assert not torch.equal(pgd(curved, digits, **options), pgd(curved, digits, step_size=0.02, **options))
     with pytest.raises(ValueError, match="schedule: expected 'constant' or 'cosine', got 'linear'"):
         pgd(model, images, eps=0.1, schedule="linear")
