@@ -17,14 +17,16 @@ from sgr_kernels.evaluation.loaders import Loader, first_images
 
 TELLING = 0.02  # a difference worth a sentence
 
-_CAUSES = {
-    "apgd-ce": "its steps adapt and are more: PGD has not finished; raise --pgd-steps",
+CAUSES = {
+    "apgd-ce": "its steps are more, begin at the ball's diameter, and adapt: PGD has not finished; raise --pgd-steps, "
+    "or let them shrink, pgd(schedule='cosine')",
     "apgd-t": "it goes towards each class in turn, by the logits' ratio: PGD on the cross-entropy goes towards a class "
-    "that is not the nearest, or the logits' scale hides where to go; see sanity_report",
+    "that is not the nearest, or the logits' scale hides where to go; see sanity_report and pgd(loss='scaled')",
     "fab-t": "it looks for the nearest boundary: adversarial images lie close to eps, where PGD's steps jump about",
     "square": "it uses no gradients: gradients are hidden, and accuracies under gradient attacks are not to be trusted",
 }
-_CAUSES |= {"apgd-dlr": _CAUSES["apgd-t"], "fab": _CAUSES["fab-t"]}
+CAUSES |= {"apgd-dlr": CAUSES["apgd-t"], "fab": CAUSES["fab-t"]}
+"""Why an attack of the ensemble breaks what PGD does not."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CrossCheck:
         if self.difference > TELLING:
             won = {name: number for name, number in self.won_by().items() if number}
             turned = int((self.kept & ~self.autoattack.clean).sum())
-            found = [f"{name} broke {number} that PGD did not: {_CAUSES[name]}." for name, number in won.items()]
+            found = [f"{name} broke {number} that PGD did not: {CAUSES[name]}." for name, number in won.items()]
             if turned:
                 found.append(
                     f"Misclassified images that count as correct under PGD: {turned}; it starts from the model's own "

@@ -11,7 +11,7 @@ import torch
 
 from sgr_kernels.attacks import pgd
 from sgr_kernels.evaluation.autoattack import STANDARD, autoattack, package
-from sgr_kernels.evaluation.crosscheck import against_pgd
+from sgr_kernels.evaluation.crosscheck import CAUSES, TELLING, against_pgd
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.report.page import Page
@@ -101,15 +101,40 @@ def show(results: dict[str, Any], folder: Path) -> None:
     names = [part["name"] for part in results["networks"][0]["check"]["attacks"]]
     header = ["training", "clean", "PGD", "strong PGD", *(f"after {name}" for name in names), "PGD − AutoAttack"]
     page.table([*header, "strong PGD − AutoAttack"], [_row(row) for row in results["networks"]])
-    page.heading("Where they differ")
-    found = [(METHODS[row["method"]], cause) for row in results["networks"] for cause in row["check"]["pgd"]["causes"]]
-    page.text("\n".join(f"- {title}: {cause}" for title, cause in found) or "Nowhere by more than two points.")
+    gaps = [abs(stats.difference([row["strong"]], [row["autoattack"]]).mean) for row in results["networks"]]
+    page.text(f"On every network strong PGD is within {100 * max(gaps):.1f} points of the ensemble.")
+    _differences(page, names, [row["check"]["pgd"] | row for row in results["networks"]])
+    page.heading("Hidden gradients")
     hidden = [(METHODS[row["method"]], text) for row in results["networks"] for text in row["check"]["warnings"]]
+    if hidden:
+        page.text(f"The ensemble's own warnings; one image is {100 / results['ensemble_images']:.2g} %:")
     page.text(
         "\n".join(f"- {title}: {text}" for title, text in hidden)
-        or "No sign of hidden gradients: Square, without them, broke no more than the attacks that use them."
+        or "No sign of them: Square, which uses none, broke no more than the attacks that do."
     )
     page.write(folder / "ensemble.md")
+
+
+def _differences(page: Page, names: list[str], rows: list[dict[str, Any]]) -> None:
+    page.heading("Where PGD and the ensemble differ")
+    rows = [row for row in rows if row["difference"] > TELLING]
+    if not rows:
+        page.text("Nowhere by more than two points.")
+        return
+    page.text(
+        "Of the images that stand under PGD, those that each attack broke first. Misclassified images count as correct "
+        "where PGD, which starts from the network's own answer, led away from it."
+    )
+    table = [[METHODS[row["method"]], *(str(row["won_by"][name]) for name in names), str(_turned(row))] for row in rows]
+    page.table(["training", *names, "misclassified"], table)
+    won = [name for name in names if any(row["won_by"][name] for row in rows)]
+    page.text("\n".join(f"- {name}: {CAUSES[name]}." for name in won))
+
+
+def _turned(row: dict[str, Any]) -> int:
+    """Images that stand under PGD, though the ensemble neither broke them nor left them standing: misclassified."""
+    stand, stand_too = (round(row[key] * row["check"]["n_ex"]) for key in ("accuracy", "neither_breaks"))
+    return stand - stand_too - sum(row["won_by"].values())
 
 
 def _row(row: dict[str, Any]) -> list[str]:

@@ -388,6 +388,11 @@ def test_the_ensemble_beside_pgd_gets_a_page_of_its_own(tmp_path, monkeypatch):
         last = f"{100 * row['autoattack']['accuracy'][0]:.1f} ±"
         (line,) = [line for line in page.splitlines() if line.startswith(f"| {ensemble.METHODS[row['method']]} |")]
         assert line.split(" | ")[7].startswith(last)
+        pgd = check["pgd"]
+        misjudged = round(12 * (pgd["accuracy"] - pgd["neither_breaks"])) - sum(pgd["won_by"].values())
+        counted = "".join(f" | {pgd['won_by'][name]}" for name in ("apgd-ce", "apgd-t", "fab-t", "square"))
+        found = f"| {ensemble.METHODS[row['method']]}{counted} | {misjudged} |" in page
+        assert found == (pgd["difference"] > 0.02)
 
 
 def test_certificates_get_a_page_of_their_own(tmp_path, monkeypatch):
