@@ -6,7 +6,7 @@ they were; random numbers come from ``generator`` or, without one, from a privat
 """
 
 from sgr_kernels.attacks.deepfool import deepfool, relative_norm
-from sgr_kernels.attacks.gradient import fgm, fgsm, pgd
+from sgr_kernels.attacks.gradient import STRONG_PGD, fgm, fgsm, pgd
 from sgr_kernels.attacks.noise import correlated_noise, uniform_noise
 
-__all__ = ["correlated_noise", "deepfool", "fgm", "fgsm", "pgd", "relative_norm", "uniform_noise"]
+__all__ = ["STRONG_PGD", "correlated_noise", "deepfool", "fgm", "fgsm", "pgd", "relative_norm", "uniform_noise"]

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sgr_kernels._version import __version__
+from sgr_kernels.attacks import STRONG_PGD
 from sgr_kernels.commands import autoattack, common, corruptions, networks
 from sgr_kernels.evaluation.suite import DECAY_LENGTHS, Evaluation, Plan, eps_grid, evaluate, parts
 from sgr_kernels.report.page import percent, text_table
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--pgd-steps", type=common.whole, default=Plan.pgd_steps, help="steps of PGD")
     add(
+        "--strong-pgd",
+        action="store_true",
+        help="PGD at its strongest besides, which leaves about what AutoAttack leaves, at a dozen times PGD's cost",
+    )
+    add(
         "--decay-lengths", type=common.positive, nargs="+", default=DECAY_LENGTHS, help="of correlated noise, in pixels"
     )
     add("--noise-eps", type=common.nonnegative, nargs="+", default=Plan.noise_eps, help="in the image's own deviation")
@@ -65,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = Plan(
         eps=arguments.eps or eps_grid(images.shape),
         pgd_steps=arguments.pgd_steps,
+        strong_pgd=arguments.strong_pgd,
         decay_lengths=arguments.decay_lengths,
         noise_eps=arguments.noise_eps,
         draws=arguments.draws,
@@ -72,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         labels=arguments.attack_labels,
     )
     draws = len(images) * len(plan.decay_lengths) * len(plan.noise_eps) * plan.draws
-    steps = len(images) * sum(eps > 0 for eps in plan.eps) * (1 + plan.pgd_steps)
+    strong = STRONG_PGD["steps"] * STRONG_PGD["restarts"] if plan.strong_pgd else 0
+    steps = len(images) * sum(eps > 0 for eps in plan.eps) * (1 + plan.pgd_steps + strong)
     print(f"at most {steps:,} gradients for FGSM and PGD, and {draws:,} noisy images to classify", flush=True)
     with tqdm(total=parts(plan) + (kinds != []), disable=None, unit="part", leave=False) as bar:
 
@@ -129,9 +137,12 @@ def summary(result: Evaluation, plan: Plan, images: str) -> str:
             for length, curve in result.noise.items()
         ],
     )
+    strong = (
+        "; strong: {restarts} starts of {steps} steps that shrink".format_map(STRONG_PGD) if plan.strong_pgd else ""
+    )
     return (
         f"accuracy in % on {images} (clean: {percent(result.clean.accuracy[0], interval)}, 95 % interval; "
         f"below at most ± {100 * widest:.1f})\n\n"
-        f"gradient attacks from {_WHOSE[plan.labels]} (PGD: {plan.pgd_steps} steps)\n{gradient}\n\n"
+        f"gradient attacks from {_WHOSE[plan.labels]} (PGD: {plan.pgd_steps} steps{strong})\n{gradient}\n\n"
         f"correlated noise, worst of {plan.draws} draws, eps in units of the image's standard deviation\n{noise}"
     )

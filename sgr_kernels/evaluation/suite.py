@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sgr_kernels.attacks import correlated_noise, fgsm, pgd
+from sgr_kernels.attacks import STRONG_PGD, correlated_noise, fgsm, pgd
 from sgr_kernels.attacks.guard import model_device, random_streams
 from sgr_kernels.attacks.inputs import seeded
 from sgr_kernels.covariance import CovarianceFunction
@@ -40,6 +40,7 @@ class Plan:
     Attributes:
         eps: Strengths of FGSM and PGD, in grey levels (units of 1/255).
         pgd_steps: Steps of PGD.
+        strong_pgd: PGD at its strongest (`sgr_kernels.attacks.STRONG_PGD`) besides, at a dozen times the cost.
         decay_lengths: Of the correlated noise exp(-r / decay length), in pixels.
         noise_eps: Its strengths, in units of the image's own standard deviation.
         draws: Draws of noise for each image, of which the worst counts.
@@ -52,6 +53,7 @@ class Plan:
 
     eps: Sequence[float]
     pgd_steps: int = 20
+    strong_pgd: bool = False
     decay_lengths: Sequence[float] = DECAY_LENGTHS
     noise_eps: Sequence[float] = (0.3,)
     draws: int = 100
@@ -66,7 +68,7 @@ class Evaluation:
 
     Attributes:
         clean: Accuracy without any attack: a curve of the one strength 0.
-        attacks: ``"fgsm"`` and ``"pgd"``, strengths in grey levels.
+        attacks: ``"fgsm"``, ``"pgd"`` and, where it was asked for, ``"strong pgd"``, strengths in grey levels.
         noise: Correlated noise, by decay length.
     """
 
@@ -118,6 +120,8 @@ def evaluate(
         "fgsm": fgsm,
         "pgd": partial(pgd, steps=plan.pgd_steps, early_stop=True),
     }
+    if plan.strong_pgd:
+        gradient_attacks["strong pgd"] = partial(pgd, early_stop=True, **STRONG_PGD)
     for name, gradient_attack in gradient_attacks.items():
         on_part(name)
         attacks[name] = curve(gradient_attack, [level / PIXEL_LEVELS for level in plan.eps], plan.labels)
@@ -138,4 +142,4 @@ def evaluate(
 
 def parts(plan: Plan) -> int:
     """How often ``evaluate`` calls ``on_part``."""
-    return 3 + len(plan.decay_lengths)
+    return 3 + plan.strong_pgd + len(plan.decay_lengths)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sgr_kernels.attacks import pgd
+from sgr_kernels.attacks import STRONG_PGD, pgd
 from sgr_kernels.evaluation.autoattack import STANDARD, autoattack, package
 from sgr_kernels.evaluation.crosscheck import CAUSES, TELLING, against_pgd
 from sgr_kernels.evaluation.curves import RobustnessCurve, robustness_curve
@@ -27,9 +27,6 @@ METHODS = {
     "sgr_exp": "SGR, exponential covariance",
     "pgd": "PGD adversarial training",
 }
-STRONG: dict[str, Any] = {"loss": "scaled", "steps": 50, "schedule": "cosine", "restarts": 5}
-"""What our PGD has against what AutoAttack shows: a loss that the logits' scale does not touch, steps that shrink from
-the ball's diameter on, and several starts."""
 _BATCH = 100
 
 
@@ -39,7 +36,7 @@ def measure(lab: Lab) -> dict[str, Any]:
     plan = lab.scale.beyond
     networks = lab.trained([(lab.settings(method), method) for method in METHODS])
     attacked = [plan.ensemble_images, plan.autoattack_eps, STANDARD]
-    ours = [plan.ensemble_images, plan.autoattack_eps, STRONG]
+    ours = [plan.ensemble_images, plan.autoattack_eps, STRONG_PGD]
     found = lab.measured(
         [
             *(Measurement("ensemble", n.settings.method, [n], partial(_attacked, lab, n), attacked) for n in networks),
@@ -57,7 +54,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         }
         for network, ensemble, strong in zip(networks, found[: len(networks)], found[len(networks) :], strict=True)
     ]
-    return {**asdict(plan), "pgd_steps": lab.scale.pgd_steps, "strong": STRONG, "networks": rows}
+    return {**asdict(plan), "pgd_steps": lab.scale.pgd_steps, "strong": STRONG_PGD, "networks": rows}
 
 
 def _attacked(lab: Lab, network: Network) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def _attacked(lab: Lab, network: Network) -> dict[str, Any]:
 def _by_strong_pgd(lab: Lab, network: Network) -> dict[str, Any]:
     plan = lab.scale.beyond
     parts = zip(*(part.split(_BATCH) for part in lab.pixels(plan.ensemble_images)), strict=True)
-    attack = partial(pgd, early_stop=True, **STRONG)
+    attack = partial(pgd, early_stop=True, **STRONG_PGD)
     levels, stream = [plan.autoattack_eps / PIXEL_LEVELS], torch.Generator().manual_seed(0)
     curve = robustness_curve(network.model, list(parts), attack, levels, stream, labels="true")
     return stats.record(curve, PIXEL_LEVELS)

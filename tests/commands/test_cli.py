@@ -139,8 +139,11 @@ def test_evaluate_prints_tables_and_writes_json(trained, digits, tmp_path, capsy
         assert curve["accuracy"][0] == clean
         assert curve["accuracy"][1] < clean
     assert set(result["noise"]) == {"2", "16"}
-    assert main([*command, "--images", "7"]) == 0
-    assert json.loads(out.read_text())["images"] == 7
+    assert main([*command, "--images", "7", "--strong-pgd"]) == 0
+    assert "strong: 5 starts of 50 steps that shrink" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["images"] == 7
+    assert result["attacks"]["strong pgd"]["accuracy"][1] <= result["attacks"]["pgd"]["accuracy"][1]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "covariance"])

@@ -28,13 +28,15 @@ def batches():
     return [(images[:6], labels[:6]), (images[6:], labels[6:])]
 
 
-def test_gradient_attacks_break_exactly_the_images_within_reach(batches):
-    plan = Plan(eps=(0, 4), pgd_steps=5, decay_lengths=(1.0, 8.0), noise_eps=(0.0, 50.0), draws=8)
+@pytest.mark.parametrize("strong", [False, True])
+def test_gradient_attacks_break_exactly_the_images_within_reach(batches, strong):
+    plan = Plan(eps=(0, 4), pgd_steps=5, strong_pgd=strong, decay_lengths=(1.0, 8.0), noise_eps=(0.0, 50.0), draws=8)
     seen = []
     result = evaluate(MeanSign(), batches, plan, on_part=seen.append)
     assert result.clean.accuracy == [1.0]
     margins = (torch.arange(10.0) - 4.5).abs() / 100
     within = int((margins < 4 / 255).sum())
+    assert list(result.attacks) == ["fgsm", "pgd", *(["strong pgd"] if strong else [])]
     for curve in result.attacks.values():
         assert curve.accuracy == [1.0, 1 - within / 10]
     for curve in result.noise.values():

@@ -145,6 +145,7 @@ def front_page() -> list[str]:
         ),
         "gained {} points under fog and {} under blur".format(*(corrupted("data", kind) for kind in ("fog", "blur"))),
         "[{} and {}]".format(*(corrupted("sgr", kind) for kind in ("fog", "blur"))),
+        f"to {ensembles()[-1].split(' of each')[0]} on ten networks",
         f"is {radius(GELU, 'sgr_exp')}, plain training's {radius(GELU, 'clean')}, adversarial training's "
         f"{radius(GELU, 'pgd')}",
     ]

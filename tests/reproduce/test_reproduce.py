@@ -371,7 +371,7 @@ def test_smooth_networks_get_a_page_of_their_own(tmp_path, monkeypatch):
 def test_the_ensemble_beside_pgd_gets_a_page_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", stand_in())
     monkeypatch.setattr(ensemble, "METHODS", {name: ensemble.METHODS[name] for name in ("clean", "gn")})
-    monkeypatch.setattr(ensemble, "STRONG", {**ensemble.STRONG, "steps": 4, "restarts": 2})
+    monkeypatch.setattr(ensemble, "STRONG_PGD", {**ensemble.STRONG_PGD, "steps": 4, "restarts": 2})
     scale = replace(TINY, beyond=Beyond(ensemble_images=12), search=replace(TINY.search, validation_images=10))
     reproduce(lab_in(tmp_path, scale=scale), ["ensemble"], "MNIST, tiny")
     found = load(tmp_path / "results")["ensemble"]["networks"]
