@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 OPS = torch.ops.sgr_kernels
-# Fused kernels of one and two tiles a side, the general path, large images by products and by Fourier transforms.
+# Fused kernels of one and two tiles a side, the general path, Fourier transforms of both kinds along both axes.
 SHAPES = [
     (9, 1, 28, 28),
     (7, 3, 32, 32),
@@ -32,9 +32,12 @@ SHAPES = [
     (5, 3, 40, 33),
     (4, 1, 64, 64),
     (3, 5, 20, 12),
+    (2, 4, 70, 9),
     (2, 1, 70, 31),
     (3, 1, 32, 80),
     (1, 1, 128, 32),
+    (2, 2, 3, 230),
+    (1, 2, 230, 3),
 ]
 
 
