@@ -16,6 +16,7 @@ from sgr_kernels.toeplitz.geometry import bin_count
 SHAPES = [(1, 1, 1, 1), (3, 1, 7, 5), (2, 3, 17, 31), (5, 2, 28, 28), (2, 3, 32, 32), (1, 4, 33, 63), (1, 3, 64, 64)]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES += [(1, 5, 9, 13), (1, 1, 1, 70), (1, 1, 130, 3), (1, 3, 96, 101), (2, 3, 32, 80)]
+SHAPES += [(1, 2, 3, 230), (1, 3, 230, 3), (1, 4, 70, 9)]
 
 
 def check(backend: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

@@ -64,6 +64,16 @@ def _storage(tensor: Tensor) -> bytes:
     return flat.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def _sparse(images: Tensor) -> bool:
+    """Whether the emulator is given the images alone, as their storage is more than a file should hold."""
+    return images.untyped_storage().nbytes() > 1 << 30
+
+
+def _images(images: Tensor) -> bytes:
+    """What the emulator reads of images: their storage, or themselves."""
+    return _storage(images.contiguous() if _sparse(images) else images)
+
+
 def _tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
@@ -97,7 +107,8 @@ class Emulator:
     ) -> list[int]:
         storage = images.untyped_storage().nbytes() // images.element_size()
         head = [OPERATORS[operator], PRECISIONS[precision], ELEMENTS[images.dtype], *images.shape, *frequencies]
-        return [*head, parts, shared, images.storage_offset(), *images.stride(), storage]
+        stored = -storage if _sparse(images) else storage
+        return [*head, parts, shared, images.storage_offset(), *images.stride(), stored]
 
     def product(
         self,
@@ -116,7 +127,7 @@ class Emulator:
         fields += [int(arranged is not None), *spectrum.stride()[-4:]]
         lam = spectrum.to(wide)
         assert lam.untyped_storage().nbytes() == lam.numel() * lam.element_size(), "a dense spectrum"
-        payload = [_storage(gradient), _storage(lam)] + ([] if arranged is None else [_storage(arranged)])
+        payload = [_images(gradient), _storage(lam)] + ([] if arranged is None else [_storage(arranged)])
         raw = self._run(fields, payload, order)
         q = v = None
         if operator != "product":
@@ -140,7 +151,7 @@ class Emulator:
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         fields = self._fields("cross_spectrum", a, frequencies, 4 if signed else 1, precision, shared)
         fields += [int(b is not None), 0, 0, 0, 0]
-        payload = [_storage(a)] + ([] if b is None else [_storage(b)])
+        payload = [_images(a)] + ([] if b is None else [_images(b)])
         shape = (a.shape[1], a.shape[1], *frequencies)
         return _tensor(self._run(fields, payload, order), (4, *shape) if signed else shape, wide)
 
@@ -168,7 +179,7 @@ class Emulator:
         fields += [0] * 5
         own = [BINNINGS[binning], *bins, int(clip), *state["table"].shape[-2:], *state["spectrum"].shape[-2:]]
         settings = np.array(own, np.int64).tobytes() + np.array([decay, target_variance or 0.0]).tobytes()
-        payload = [_storage(perturbation), settings, *(_storage(state[name]) for name in names[:6])]
+        payload = [_images(perturbation), settings, *(_storage(state[name]) for name in names[:6])]
         raw = self._run(fields, payload, order)
         for name in names:
             size = state[name].numel() * state[name].element_size()

@@ -1,6 +1,8 @@
 // Launches of the kernels that take large images by Fourier transforms.
 #pragma once
 
+#include <limits>
+
 #include "fourier_product.cuh"
 #include "launcher.cuh"
 #include "staged_channels.cuh"
@@ -31,12 +33,14 @@ std::array<FourierKernel, 2> fourier_column_kernels(int channels, bool symmetric
   return kernels;
 }
 
-// False where there are no transforms for a number of frequencies.
+// False where a number of frequencies has no transforms, or a row's pixels lie further apart than 32 bits tell.
 template <class LAUNCHER>
 bool fourier_product(LAUNCHER& launcher, FourierArguments arguments, float* quadratic, bool symmetric) {
   const Geometry& geometry = arguments.geometry;
   const int row_side = fourier_side(geometry.columns), column_side = fourier_side(geometry.rows);
   if (geometry.channels > 3 || row_side == 0 || column_side == 0) return false;
+  for (const ImageView& view : {arguments.gradient, arguments.product})
+    if ((geometry.width - 1) * view.stride[3] > std::numeric_limits<int>::max()) return false;
   const auto axis = [&](int pixels, int frequencies, int side) {
     const auto build = [&] { return fourier_twiddles(frequencies, side); };
     return fourier_axis(pixels, frequencies, side, launcher.template constants<float>({-1, frequencies, side}, build));

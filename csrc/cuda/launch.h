@@ -24,8 +24,21 @@
 
 namespace sgr::cuda {
 
+// An error that is told is forgotten: what comes next is not to find it.
 inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) cudaGetLastError();
   STD_TORCH_CHECK(status == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(status));
+}
+
+template <class Kernel>
+void check_launch(cudaError_t status, Kernel kernel, int64_t blocks_x, int64_t blocks_y, int threads,
+                  int shared_bytes) {
+  if (status == cudaSuccess) return;
+  const char* name = nullptr;
+  if (cudaFuncGetName(&name, reinterpret_cast<const void*>(kernel)) != cudaSuccess) name = "of an unknown name";
+  cudaGetLastError();
+  STD_TORCH_CHECK(false, "launch of kernel ", name, " on ", blocks_x, " x ", blocks_y, " blocks of ", threads,
+                  " threads with ", shared_bytes, " bytes of shared memory: CUDA error: ", cudaGetErrorString(status));
 }
 
 // Makes the tensor's device current for its own life; its workspaces return to the allocator at the end, which
@@ -43,7 +56,7 @@ class CudaLauncher {
 
   template <class Kernel>
   int64_t resident_blocks(Kernel kernel, int threads, int shared_bytes) const {
-    allow_shared(kernel, shared_bytes);
+    check_cuda(allow_shared(kernel, shared_bytes), "shared memory");
     int blocks = 0;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
     return static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors;
@@ -75,19 +88,21 @@ class CudaLauncher {
               const Arguments&... arguments) const {
     STD_TORCH_CHECK(blocks_x <= std::numeric_limits<int>::max(), "images: too many for one launch: ", blocks_x,
                     " thread blocks");
-    allow_shared(kernel, shared_bytes);
-    const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
-    kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
-    check_cuda(cudaGetLastError(), "kernel launch");
+    cudaError_t status = allow_shared(kernel, shared_bytes);
+    if (status == cudaSuccess) {
+      const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+      kernel<<<grid, threads, shared_bytes, stream_>>>(arguments...);
+      status = cudaGetLastError();
+    }
+    check_launch(status, kernel, blocks_x, blocks_y, threads, shared_bytes);
   }
 
  private:
   // More than 48 KiB of shared memory a kernel gets only when asked for.
   template <class Kernel>
-  static void allow_shared(Kernel kernel, int shared_bytes) {
-    if (shared_bytes > 48 << 10)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                 "shared memory");
+  static cudaError_t allow_shared(Kernel kernel, int shared_bytes) {
+    if (shared_bytes <= 48 << 10) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
 
   // Beside the current stream: in the middle of its capture, allocating and waiting are no business of the graph.

@@ -311,6 +311,15 @@ def test_layouts(emulator: Emulator, shape: tuple[int, ...], layout: str) -> Non
     check_quadratic(emulator, gradient, table(shape[1], shape[2:]))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 3, 4), (1, 5, 2, 3), (1, 2, 2, 66)], ids=str)
+def test_places_that_32_bits_do_not_hold(emulator: Emulator, shape: tuple[int, ...]) -> None:
+    dense = images(shape, dtype=torch.bfloat16)
+    strides = (shape[2], shape[2], 1, 2**32 // (shape[3] - 1) + 7)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    gradient = torch.empty(extent, dtype=dense.dtype).as_strided(shape, strides).copy_(dense)
+    check_quadratic(emulator, gradient, table(shape[1], shape[2:]), limits=(torch.finfo(dense.dtype).eps, 1e-6))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 10, 11), (1, 3, 8, 32), (1, 3, 5, 68), (1, 1, 32, 80), (1, 5, 4, 6)], ids=str)
 def test_expanded_images(emulator: Emulator, shape: tuple[int, ...]) -> None:
     gradient = images(shape).expand(9, *shape[1:])

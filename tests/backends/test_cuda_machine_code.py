@@ -21,6 +21,8 @@ from sgr_kernels.backends import extension
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90")
 INSTRUCTIONS = {"Highest": "HMMA.16816.F32 ", "High": "HMMA.1688.F32.TF32", "Medium": "HMMA.16816.F32.BF16"}
+INCLUDE = str(Path(torch.__file__).parent / "include")
+FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", INCLUDE]
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +73,7 @@ def compile_kernels(nvcc: str, directory: Path) -> list[Path]:
     sources = sorted(KERNELS.glob("*.cu"))
     inputs = [*KERNELS.iterdir(), *KERNELS.parent.glob("*.h")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(inputs))).hexdigest()[:16]
-    include = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(include)]
+    flags = [*FLAGS]
     for architecture in ARCHITECTURES:
         flags += ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
 
@@ -88,6 +89,35 @@ def compile_kernels(nvcc: str, directory: Path) -> list[Path]:
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, sources))
+
+
+FAILING_LAUNCH = """
+#include <cstdio>
+#include "launch.h"
+__global__ void lonely(int* x) { *x = 1; }
+int main() {
+  lonely<<<7, 2048, 1024>>>(nullptr);  // more threads than a block may have
+  try {
+    sgr::cuda::check_launch(cudaGetLastError(), lonely, 7, 1, 2048, 1024);
+  } catch (const std::exception& error) {
+    std::printf("%s, then %d", error.what(), cudaGetLastError());
+  }
+}
+"""
+
+
+def test_a_failed_launch_names_kernel_grid_and_shared_memory(tmp_path: Path) -> None:
+    """Without a driver every launch fails, and the kernel has no name."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    source, program = tmp_path / "program.cu", tmp_path / "program"
+    source.write_text(FAILING_LAUNCH)
+    subprocess.run([nvcc, *FLAGS, "-arch=compute_80", f"-I{KERNELS}", str(source), "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    name = "lonely" if torch.cuda.is_available() else "kernel of an unknown name"
+    assert re.search(rf"{name}\S* on 7 x 1 blocks of 2048 threads with 1024 bytes of shared memory: CUDA error", said)
+    assert said.endswith(", then 0") or not torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")

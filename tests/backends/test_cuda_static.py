@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cuda_static import CASES, RESULT, Tools, count, count_bytes, label
+from benchmarks.cuda_static import BY_INSTRUCTIONS, CASES, RESULT, Tools, count, count_bytes, label
 
 ARCHITECTURE = "sm_90"
 LIMIT = 1.05
@@ -46,14 +46,13 @@ def test_launches_and_bytes(tools: Tools, committed: dict[str, Any], operation: 
         assert amount <= LIMIT * before["bytes"][name], name
 
 
-FUSED = [case for case in CASES if case[1][2] in (32, 64)]
+# Fused kernels, and Fourier transforms; more pixels are the same kernels, and more channels the general path.
+COUNTED = [case for case in CASES + BY_INSTRUCTIONS if case[1][1] * case[1][2] <= 3 * 300]
 
 
-@pytest.mark.parametrize(("operation", "shape"), FUSED, ids=[label(*case) for case in FUSED])
-def test_instructions_of_the_fused_kernels(
-    tools: Tools, committed: dict[str, Any], operation: str, shape: tuple[int, ...]
-) -> None:
-    before, after = committed[label(operation, shape)], count(tools, operation, shape, ARCHITECTURE)
+@pytest.mark.parametrize(("operation", "shape"), COUNTED, ids=[label(*case) for case in COUNTED])
+def test_instructions(tools: Tools, committed: dict[str, Any], operation: str, shape: tuple[int, ...]) -> None:
+    before, after = committed[label(operation, shape)], count(tools, operation, shape, ARCHITECTURE, with_bytes=False)
     for name in ("instructions", "tensor-core instructions"):
         assert after[name] <= LIMIT * before[name], name
     for name, kernel in after["kernels"].items():

@@ -41,7 +41,7 @@ enum Field {
   kSharedLimit,
   kOffset,
   kStride,
-  kStorage = kStride + 4,  // elements of a's storage (and b's)
+  kStorage = kStride + 4,  // elements of a's storage (and b's); negative: only images are given, dense, to be put there
   kHasB,
   kSpectrumStride,
   kFields = kSpectrumStride + 4
@@ -52,8 +52,9 @@ enum UpdateField { kBinning, kBins, kClip = kBins + 2, kTableSize, kSpectrumSize
 // An allocation of exact size, so that AddressSanitizer guards its ends; filled
 // with NaN.
 struct Buffer {
-  explicit Buffer(int64_t bytes) : size(bytes), data(std::malloc(bytes), std::free) {
-    std::memset(data.get(), 0xff, bytes);
+  explicit Buffer(int64_t bytes, bool filled = true)
+      : size(bytes), data(filled ? std::malloc(bytes) : std::calloc(bytes, 1), std::free) {
+    if (filled) std::memset(data.get(), 0xff, bytes);
   }
   int64_t size;
   std::unique_ptr<void, void (*)(void*)> data;
@@ -150,8 +151,16 @@ void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
   EmulatedLauncher launcher{static_cast<int>(field[kSharedLimit]), {}};
 
   const auto read_images = [&] {
-    Buffer storage(field[kStorage] * bytes);
-    read(cases, storage.data.get(), storage.size);
+    const bool sparse = field[kStorage] < 0;
+    Buffer storage(std::abs(field[kStorage]) * bytes, !sparse);
+    if (!sparse) read(cases, storage.data.get(), storage.size);
+    const int64_t *size = field + kBatch, *stride = field + kStride;
+    for (int64_t i = 0; sparse && i < size[0] * size[1] * size[2] * size[3]; ++i) {
+      const int64_t row = i / size[3], plane = row / size[2];
+      const int64_t place = plane / size[1] * stride[0] + plane % size[1] * stride[1] + row % size[2] * stride[2] +
+                            i % size[3] * stride[3];
+      read(cases, static_cast<char*>(storage.data.get()) + (field[kOffset] + place) * bytes, bytes);
+    }
     return storage;
   };
   const auto view_of = [&](const Buffer& storage) {

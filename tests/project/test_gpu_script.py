@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from benchmarks import facts, ragged
+from sgr_kernels import backends
+from sgr_kernels.backends import native
 from sgr_kernels.cli import main
+from sgr_kernels.toeplitz.geometry import Size
+from tests.backends import test_cuda_device as device_tests
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 PYTHON = """#!/bin/sh
@@ -134,6 +138,40 @@ def test_a_fact_that_fails_is_written_with_its_error(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("shape", [s for s in ragged.SHAPES if math.prod(s[1:]) < 8192], ids=str)
 def test_ragged_shapes_agree_on_a_cpu(shape: tuple[int, ...]) -> None:
     ragged.check("reference", shape, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("shapes", [device_tests.SHAPES, ragged.SHAPES], ids=["device tests", "ragged"])
+def test_shapes_for_a_gpu_reach_all_transforms(shapes: list[tuple[int, ...]]) -> None:
+    """Those of both kinds, along rows and along columns, and images above 64 pixels that have none."""
+
+    def counts(shape: tuple[int, ...]) -> Size | None:
+        size = (shape[2], shape[3])
+        request = backends.Request("product", torch.device("cuda"), torch.float32, *shape[:2], size, "even")
+        return native.transformed(request, size)
+
+    found = [counts(shape) for shape in shapes if max(shape[2:]) > 64]
+    assert None in found
+    for axis in (0, 1):
+        assert {native._SQUARES[count[axis]] for count in found if count} == {16, 64}
+
+
+@pytest.mark.skipif("native" not in backends.available("cpu"), reason="this build has no CPU kernels")
+@pytest.mark.parametrize("shape", [s for s in device_tests.SHAPES if math.prod(s) < 8192], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("agrees_with_the_dense_matrix", (torch.float32,)),
+        ("nan_stays_in_its_sample", ()),
+        ("layouts", ()),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_is_to_show_holds_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: tuple[object, ...], shape: tuple[int, ...]
+) -> None:
+    """The tests that wait for a device can be passed: the same operators there by the CPU kernels."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    getattr(device_tests, f"test_{name}")(shape, *options)
 
 
 @pytest.mark.parametrize("parts", [[], ["build"]])

@@ -1,4 +1,4 @@
-"""The numbers on the front page and in docs/ (choose, certify, cost) are those of the committed results."""
+"""The numbers on the front page, in docs/ (choose, certify, cost) and beside the kernels are those of the results."""
 
 from __future__ import annotations
 
@@ -277,10 +277,44 @@ def solves() -> list[str]:
     return [*others, *(f"{row(pixels, 'sgr')} ms" for pixels in (32, 64)), f"{row(224, 'sgr', 2, 1000)} s"]
 
 
+def kernels() -> list[str]:
+    """The CUDA kernels' rows but for their goals, and what is said of T: 2F numbers a line, across four times."""
+    counts, phrases = result("cuda-static.json")["sm_90"], []
+
+    def moved(case: dict[str, Any], what: str) -> float:
+        return (case["bytes"][f"{what}read"] + case["bytes"][f"{what}written"]) / 1e6
+
+    for name, case in counts.items():
+        if not case["bytes"]:
+            continue
+        warps = [
+            f"{kernel['warps']} x {kernel['instructions a warp and image']:.0f}"
+            for kernel in case["kernels"].values()
+            if "instructions a warp and image" in kernel
+        ]
+        floors = [case["floors in us"][what] for what in ("issue", "tensor cores", "L2", "memory, H100", "launches")]
+        cells = [name, str(case["launches"]), *(warps or ["–"])]
+        cells.append(f"{moved(case, 'distinct '):.3g} / {moved(case, ''):.3g}")
+        phrases.append(" | ".join([*cells, *(f"{floor:.3g}" if floor else "–" for floor in floors)]) + " |")
+    crossings = []
+    for images, side in ((64, 224), (8, 512)):
+        total = moved(counts[f"v+q ({images},3,{side},{side})"], "distinct ")
+        crossings.append(f"{4 * 8 * images * 3 * side**2 / 1e6:.0f} of the {total:.0f}")
+    return [
+        *phrases,
+        f"{crossings[0]} MB and {crossings[1]}.",
+        f"as those of 80, {counts['v+q (64,3,65,65)']['floors in us']['issue']:.1f} us to issue for 64",
+        "issues {} instructions".format(
+            *(kernel["instructions around them"] for kernel in counts["v+q (1024,3,32,32)"]["kernels"].values())
+        ),
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "numbers"),
     [
         ("README.md", front_page),
+        ("csrc/cuda/README.md", kernels),
         ("docs/choose.md", choose),
         ("docs/certify.md", certify),
         ("docs/cost.md", costs),
