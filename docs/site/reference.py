@@ -40,11 +40,11 @@ def entries(page: str) -> list[tuple[str, list[str]]]:
 
 
 def directive(name: str) -> str:
-    """The directive that documents a name; nothing for one that another name's entry documents, and for numbers."""
+    """The directive that documents a name; nothing for one that another name's entry documents, and for constants."""
     thing = names.resolve(name)
     if isinstance(thing, types.ModuleType):
         return f".. automodule:: {thing.__name__}\n"
-    if names.targets().get(name) != f"sgr_kernels.{name}":
+    if names.targets().get(name) != f"sgr_kernels.{name}" or not callable(thing):
         return ""
     if not isinstance(thing, type):
         return f".. autofunction:: sgr_kernels.{name}\n"
