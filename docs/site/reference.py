@@ -40,12 +40,15 @@ def entries(page: str) -> list[tuple[str, list[str]]]:
 
 
 def directive(name: str) -> str:
-    """The directive that documents a name; nothing for one that another name's entry documents, and for constants."""
+    """The directive that documents a name; nothing for one that another name's entry documents, and for numbers."""
     thing = names.resolve(name)
     if isinstance(thing, types.ModuleType):
         return f".. automodule:: {thing.__name__}\n"
-    if names.targets().get(name) != f"sgr_kernels.{name}" or not callable(thing):
+    if names.targets().get(name) != f"sgr_kernels.{name}":
         return ""
+    if isinstance(thing, dict):
+        value = ", ".join(f"{option}={value!r}" for option, value in thing.items())
+        return f".. py:data:: sgr_kernels.{name}\n\n   ``{value}``\n"
     if not isinstance(thing, type):
         return f".. autofunction:: sgr_kernels.{name}\n"
     kind = "autoexception" if issubclass(thing, Exception) else "autoclass"
