@@ -48,7 +48,8 @@ def directive(name: str) -> str:
         return ""
     if isinstance(thing, dict):
         value = ", ".join(f"{option}={value!r}" for option, value in thing.items())
-        return f".. py:data:: sgr_kernels.{name}\n\n   ``{value}``\n"
+        module, _, constant = f"sgr_kernels.{name}".rpartition(".")
+        return f".. py:data:: {constant}\n   :module: {module}\n\n   ``{value}``\n"
     if not isinstance(thing, type):
         return f".. autofunction:: sgr_kernels.{name}\n"
     kind = "autoexception" if issubclass(thing, Exception) else "autoclass"
