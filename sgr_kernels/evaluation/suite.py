@@ -40,7 +40,6 @@ class Plan:
     Attributes:
         eps: Strengths of FGSM and PGD, in grey levels (units of 1/255).
         pgd_steps: Steps of PGD.
-        strong_pgd: PGD at its strongest (`sgr_kernels.attacks.STRONG_PGD`) besides, at a dozen times the cost.
         decay_lengths: Of the correlated noise exp(-r / decay length), in pixels.
         noise_eps: Its strengths, in units of the image's own standard deviation.
         draws: Draws of noise for each image, of which the worst counts.
@@ -49,17 +48,18 @@ class Plan:
         seed: Of random starts and noise.
         labels: What FGSM and PGD start from: ``"true"`` labels, or the model's ``"own"`` answers, as the paper has it;
             then images that were misclassified may count as right under attack. ``"auto"`` is ``"own"``.
+        strong_pgd: PGD at its strongest (`sgr_kernels.attacks.STRONG_PGD`) besides, at a dozen times the cost.
     """
 
     eps: Sequence[float]
     pgd_steps: int = 20
-    strong_pgd: bool = False
     decay_lengths: Sequence[float] = DECAY_LENGTHS
     noise_eps: Sequence[float] = (0.3,)
     draws: int = 100
     clip_noise: bool = False
     seed: int = 0
     labels: LabelSource = "auto"
+    strong_pgd: bool = False
 
 
 @dataclass(frozen=True)

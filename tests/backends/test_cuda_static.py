@@ -46,8 +46,9 @@ def test_launches_and_bytes(tools: Tools, committed: dict[str, Any], operation: 
         assert amount <= LIMIT * before["bytes"][name], name
 
 
-# Fused kernels, and Fourier transforms; more pixels are the same kernels, and more channels the general path.
+# Fused kernels, and Fourier transforms of both kinds, at 224 and at 300; more channels take the general path.
 COUNTED = [case for case in CASES + BY_INSTRUCTIONS if case[1][1] * case[1][2] <= 3 * 300]
+COUNTED = [case for case in COUNTED if case[1][2] not in (65, 100)]
 
 
 @pytest.mark.parametrize(("operation", "shape"), COUNTED, ids=[label(*case) for case in COUNTED])

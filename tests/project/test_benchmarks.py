@@ -52,12 +52,10 @@ def test_step_benchmark_writes_rows_for_every_way(tmp_path: Path, capsys: pytest
 
 def test_agreement_of_finite_differences_with_exact_gradients(tmp_path: Path) -> None:
     out = tmp_path / "agreement.json"
-    options = ["--epochs", "0", "1", "--train-images", "64", "--batches", "1", "--strengths", "1"]
-    assert main(["bench", "agreement", *options, "--precisions", "float64", "float32", "--out", str(out)]) == 0
+    options = ["--epochs", "0", "1", "--train-images", "32", "--batches", "1", "--strengths", "1"]
+    assert main(["bench", "agreement", *options, "--precisions", "float32", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["epochs"], row["precision"]) for row in rows] == [
-        (e, p) for e in (0, 1) for p in ("float64", "float32")
-    ]
+    assert [(row["epochs"], row["precision"]) for row in rows] == [(0, "float32"), (1, "float32")]
     for row in rows:
         assert -1 <= row["penalty_cosine"]["min"] <= row["penalty_cosine"]["mean"] <= 1
         assert 0.9 < row["cosine"]["min"] <= 1

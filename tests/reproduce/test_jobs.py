@@ -19,7 +19,7 @@ from sgr_kernels.reproduce.measurements import Measurement, MeasurementError
 from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.methods import Settings
 
-METHODS = ["clean", "gn", "sgr_exp", "lrc"]
+METHODS = ["clean", "sgr_exp", "lrc"]
 LONG = replace(TINY, epochs=100_000)
 
 

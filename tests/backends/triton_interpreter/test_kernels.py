@@ -43,7 +43,7 @@ FLOAT32 = [
     # in three passes
     (1, (1, 90), "radial", None),
     (1, (66, 10), "even", None),
-    (3, (35, 66), "even", 9),
+    (3, (5, 66), "even", 9),
     (4, (67, 5), "even", 4),
     (1, (131, 5), "even", 4),
     # in five
