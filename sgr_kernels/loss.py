@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -185,7 +186,8 @@ class SGRLoss(Recorded):
         self.update_every, self.penalty_every, self.fraction = update_every, penalty_every, float(fraction)
         self.sampling, self.method, self.allow_kinks = sampling, method, allow_kinks
         self.mean_correction, self.loss_fn, self.count_calls = mean_correction, loss_fn, count_calls
-        self._ways, self._calls = choice.Ways(), 0
+        self._ways = choice.Ways()
+        self._within_step = False  # between calls of one training step
         self.register_counter("drawn", persistent=False)
 
     def forward(self, model: Callable[[Tensor], Any], images: Tensor, labels: Any) -> Tensor:
@@ -232,7 +234,25 @@ class SGRLoss(Recorded):
     def advance(self) -> None:
         """Count a training step; with ``count_calls=False``, after each step of the optimizer."""
         self.steps += 1
-        self._calls = 0
+        self._within_step = False
+
+    def kind(self) -> Hashable:
+        """What the cadences, the strength and the settings make of the next training step."""
+        update, penalize = self._due(self.steps)
+        settings = (self.method, self.allow_kinks, self.fraction, self.sampling, self.mean_correction)
+        source = self.perturbation if isinstance(self.perturbation, str) else id(self.perturbation)
+        return (update and source, self._weight() if penalize else None, *settings)
+
+    def before_replay(self) -> None:
+        """As of `Criterion`; looks now and then whether penalties are finite."""
+        self._stop_if_hopeless()
+        if self.fraction < 1:
+            self._begin_draws()
+
+    def after_replay(self, captured: StepStatistics) -> None:
+        """As of `Criterion`."""
+        super().after_replay(replace(captured, strength=self._strength()))
+        self.steps += self.count_calls
 
     @_disable_dynamo
     def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
@@ -240,10 +260,8 @@ class SGRLoss(Recorded):
 
     def _step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
         """What this step's cadences ask for."""
-        step = self.steps if self.training else 0
-        update = self.training and self.perturbation is not None and step % self.update_every == 0
-        penalize = step % self.penalty_every == 0
-
+        update, penalize = self._due(self.steps if self.training else 0)
+        update = update and self.training
         if update and isinstance(model, nn.Module) and not model.training:
             _say_once(
                 "the model is in evaluation mode and the criterion in training mode: the covariance goes on learning; "
@@ -266,13 +284,21 @@ class SGRLoss(Recorded):
             return steps.learning(task) if free else steps.plain(task)
         return steps.evaluated(task, penalize) if free or penalize else steps.plain(task)
 
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether the covariance learns on a step, and whether it has a penalty."""
+        return self.perturbation is not None and step % self.update_every == 0, step % self.penalty_every == 0
+
+    def _begin_draws(self) -> None:
+        """Draw as the step's number says, after whatever draws."""
+        self.drawn.fill_(self.steps // self.penalty_every)
+
     def _sampled(self, task: Task, way: Way, count: int) -> Outcome:
         if not recording():  # a replayed graph goes on counting by itself
-            # Several calls of one step draw elsewhere each.
-            self.drawn.fill_(self.steps // self.penalty_every + 10_007 * self._calls)
-            self._calls += not self.count_calls
+            if not self._within_step:
+                self._begin_draws()
+            self._within_step = not self.count_calls
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
-        self.drawn += 1
+        self.drawn += 1 if self.count_calls else 10_007  # several calls of one step draw elsewhere each
         if count == 1 and task.passes.coupled:
             _say_once(
                 f"fraction: one sample is left of a batch of {len(task.images)}, often the last of an epoch: its "
@@ -329,6 +355,11 @@ class SGRLoss(Recorded):
         way = self._ways.get(model, options)
         if way is not None:
             return way
+        if recording():
+            raise RuntimeError(
+                "SGRLoss: the first step on a model asks for values, which cannot be while a CUDA graph captures; "
+                "take it before"
+            )
         if len(images) == 0 and self.method != choice.AUTO:  # nothing to try it on
             return proof.WAYS[self.method]()
         trial = Trial(model, self._losses, images.detach(), labels, self.allow_kinks, sampled, self._metric())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sgr_kernels.attacks.levels import Bounds
 from sgr_kernels.checks import describe
+from sgr_kernels.toeplitz.constants import recording
 
 DEFAULT_SEED = 20180
 
@@ -20,7 +21,10 @@ def check_images(images: Tensor, bounds: Bounds) -> Tensor:
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: a wrong rank, bad bounds, or values that are not finite or out of bounds.
+        RuntimeError: while a CUDA graph captures, for values are asked for.
     """
+    if recording():
+        raise RuntimeError("attacks: they ask for values, which cannot be while a CUDA graph captures")
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")

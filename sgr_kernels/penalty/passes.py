@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgr_kernels import checks
 from sgr_kernels.penalty.layers.batch_norm import PartOfBatch, batch_statistics
@@ -27,6 +28,7 @@ from sgr_kernels.penalty.wrappers import (
     uncompiled,
     unwrapped,
 )
+from sgr_kernels.toeplitz.constants import recording
 
 Evaluate = Callable[[Any, Any], Tensor]
 """Losses of each sample, (B,), from outputs and labels."""
@@ -79,7 +81,9 @@ class Passes:
         model = opened(self.model) if inside else self.model
         eager = in_eager_mode() if inside else contextlib.nullcontext()
         hidden = self._replays and not self._known and not torch.compiler.is_compiling()
-        with eager, _before_modules(self._remember) if hidden else contextlib.nullcontext():
+        # A compiled model draws where nobody sees it; what it calls by itself can be watched.
+        watch = _NoDraws(self._compiled and not inside) if self._replays and recording() else contextlib.nullcontext()
+        with eager, _before_modules(self._remember) if hidden else contextlib.nullcontext(), watch:
             outputs = model(self._own(images))
         return Pass(outputs, self._one_a_sample(images, self.evaluate(outputs, self.labels)))
 
@@ -199,7 +203,8 @@ class _RandomStreams:
     """The global random streams as they were: PyTorch's, Python's and NumPy's, all of which models draw from."""
 
     def __init__(self, device: torch.device) -> None:
-        self._devices = [device] if device.type == "cuda" else []
+        # The state of a device's stream cannot be read while a CUDA graph captures; `_NoDraws` sees to it.
+        self._devices = [device] if device.type == "cuda" and not recording() else []
         self._states = self._read()
 
     def _read(self) -> tuple[Any, ...]:
@@ -225,6 +230,26 @@ class _RandomStreams:
             yield
         finally:
             self._write(now)
+
+
+class _NoDraws(TorchDispatchMode):
+    """Refuses to draw random numbers: of a pass that is to be repeated, while a CUDA graph captures."""
+
+    def __init__(self, unseen: bool) -> None:
+        super().__init__()
+        if unseen:
+            self._refuse("a compiled model's")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            self._refuse(f"the model's ({function})")
+        return function(*args, **(kwargs or {}))
+
+    def _refuse(self, whose: str) -> None:
+        raise RuntimeError(
+            f"method: this one repeats the forward pass, and {whose} random numbers cannot be repeated while a CUDA "
+            "graph captures; double-backward with fraction=1 needs no repetition"
+        )
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sgr_kernels import checks
+from sgr_kernels.toeplitz.constants import at_hand
 
 
 def cross_entropy_per_sample(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -35,7 +35,7 @@ def cross_entropy_per_sample(outputs: Tensor, targets: Tensor, *, label_smoothin
     else:
         if targets.shape != outputs.shape[:1]:
             raise ValueError(f"labels: expected indices of shape ({outputs.shape[0]},), got {checks.describe(targets)}")
-        if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        if targets.numel() and at_hand(targets):
             low, high = int(targets.min()), int(targets.max())
             if low < 0 or high >= outputs.shape[1]:
                 hint = "; leave samples that are to be ignored out of the batch" if low == -100 else ""

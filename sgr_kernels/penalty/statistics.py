@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from sgr_kernels.covariance.counters import Counting
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.outputs import detached
 from sgr_kernels.penalty.way import Outcome
-from sgr_kernels.toeplitz.constants import recording
+from sgr_kernels.toeplitz.constants import at_hand, recording
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,50 @@ class StepStatistics:
         return ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
-class Recorded(Counting):
+class Criterion(Counting):
+    """A criterion that remembers its last step, and whose steps can be replayed by a CUDA graph.
+
+    Attributes:
+        steps: Training steps taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self._last: StepStatistics | None = None
+
+    def remember(self, last: StepStatistics) -> None:
+        """Take this for the last step."""
+        self._last = last
+
+    def peek(self) -> StepStatistics:
+        """What the last call computed, without waiting for the device and without warnings.
+
+        Raises:
+            RuntimeError: If there was no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("peek: the criterion has not been called yet")
+        return self._last
+
+    @property
+    def last(self) -> StepStatistics:
+        """What the last call computed."""
+        return self.peek()
+
+    def kind(self) -> Hashable:
+        """What it decides on the host about the next training step: a graph serves the steps of one kind."""
+        return ()
+
+    def before_replay(self) -> None:
+        """Do what a call does on the host before its kernels."""
+
+    def after_replay(self, captured: StepStatistics) -> None:
+        """Do what it does after them; the statistics are those of the captured call, which a replay rewrites."""
+        self.remember(captured)
+
+
+class Recorded(Criterion):
     """A criterion's memory of its steps.
 
     Attributes:
@@ -67,14 +111,12 @@ class Recorded(Counting):
     def __init__(self, nonfinite_patience: int) -> None:
         super().__init__()
         self.nonfinite_patience = nonfinite_patience
-        self.steps = 0
-        self._last: StepStatistics | None = None
         self.register_counter("nonfinite")
         self.register_counter("nonfinite_in_a_row")
 
     def _record(self, outcome: Outcome, strength: float) -> None:
         gradient = outcome.gradient
-        self._last = StepStatistics(
+        last = StepStatistics(
             loss=outcome.loss.detach(),
             cross_entropy=outcome.cross_entropy.detach(),
             penalty=None if outcome.penalty is None else outcome.penalty.detach(),
@@ -83,6 +125,7 @@ class Recorded(Counting):
             gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
             nonfinite_penalties=self.nonfinite,
         )
+        self.remember(last)
 
     def _count_finite(self, penalty: Tensor) -> Tensor:
         """Whether the penalty is finite; counted on the device."""
@@ -95,10 +138,9 @@ class Recorded(Counting):
     @_disable_dynamo
     def _stop_if_hopeless(self) -> None:
         """Raise after too many penalties in a row that were not finite; off the CPU looks only now and then."""
-        on_cpu = self.nonfinite_in_a_row.device.type == "cpu"
-        if not self.training or not (on_cpu or self.steps % self.nonfinite_patience == 0):
+        if not self.training or recording():
             return
-        if recording():
+        if not at_hand(self.nonfinite_in_a_row) and self.steps % self.nonfinite_patience:
             return
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row < self.nonfinite_patience:
@@ -135,16 +177,6 @@ class Recorded(Counting):
                 return last
             warn_caller(f"SGRLoss: the penalty is {message}", RuntimeWarning)
         return last
-
-    def peek(self) -> StepStatistics:
-        """What the last call computed, without waiting for the device and without warnings.
-
-        Raises:
-            RuntimeError: If there was no call yet.
-        """
-        if self._last is None:
-            raise RuntimeError("last: the criterion has not been called yet")
-        return self._last
 
     def get_extra_state(self) -> Tensor:
         """The step counter, for ``state_dict``; uint8."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sgr_kernels.penalty.metric import Metric
 from sgr_kernels.penalty.passes import Pass, Passes
+from sgr_kernels.toeplitz.constants import at_hand
 
 
 def mean(values: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Task:
     def _finite_or_zero(self, penalty: Tensor, gradient: Tensor) -> Tensor:
         """The penalty, or zero where it is not finite."""
         finite = self.count_finite(penalty)
-        if finite.device.type == "cpu" and not torch.compiler.is_compiling():
+        if at_hand(finite):
             return penalty if bool(finite) else torch.zeros_like(penalty)
         # Elsewhere without waiting for the device: nothing flows back from a penalty that is left out.
         if gradient.requires_grad:

@@ -25,6 +25,11 @@ def recording() -> bool:
     return not tracing() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be asked for without waiting: on the CPU, unless someone compiles or records."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not recording()
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """Make tensors that may outlive the call: no wrappers of ``torch.func``, of modes or of inference, no graph."""

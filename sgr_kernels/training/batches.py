@@ -18,7 +18,7 @@ from sgr_kernels.attacks.guard import random_streams
 from sgr_kernels.attacks.inputs import check_count
 from sgr_kernels.evaluation.loaders import batches
 from sgr_kernels.training.folders import ImageFolder
-from sgr_kernels.training.images import DataError, Images, Indexed, Loaded, pixels
+from sgr_kernels.training.images import DataError, Images, Indexed, Loaded, moved, pixels
 from sgr_kernels.training.processes import Processes
 
 _ALONE = Processes()
@@ -55,13 +55,13 @@ class Augmentation:
             mirrored = torch.rand(drawn, 1, generator=generator)[part] < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         padded = F.pad(images, (self.pad,) * 4, value=self.fill)
-        index = (
-            torch.arange(batch).view(-1, 1, 1, 1),
-            torch.arange(channels).view(1, -1, 1, 1),
-            rows.view(batch, 1, height, 1),
-            columns.view(batch, 1, 1, width),
-        )
-        return padded[tuple(i.to(images.device) for i in index)]
+        device = images.device
+        return padded[
+            torch.arange(batch, device=device).view(-1, 1, 1, 1),
+            torch.arange(channels, device=device).view(1, -1, 1, 1),
+            moved(rows, device).view(batch, 1, height, 1),
+            moved(columns, device).view(batch, 1, 1, width),
+        ]
 
 
 class Batches:
@@ -126,7 +126,7 @@ class Batches:
 
         steps = range(start, len(self))
         for step, (images, labels) in zip(steps, _ahead(read, steps) if self._slow else map(read, steps)):
-            images, labels = pixels(images.to(self.device)), labels.to(self.device)
+            images, labels = pixels(moved(images, self.device)), moved(labels, self.device)
             if self.augmentation is not None:
                 whole, part = self.count(step), self.processes.share(self.count(step))
                 images = self.augmentation(images, self._generator(epoch, step + 1), whole, part)
@@ -190,7 +190,7 @@ class LoaderBatches:
             if step >= start:
                 self._count = len(labels)
                 part = self.processes.share(len(labels))
-                yield pixels(images[part].to(self.device)), labels[part].to(self.device)
+                yield pixels(moved(images[part], self.device)), moved(labels[part], self.device)
 
     def count(self, step: int) -> int:
         """Images in the batch that came last, those of all processes."""

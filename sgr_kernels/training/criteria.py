@@ -12,8 +12,8 @@ from sgr_kernels import attacks
 from sgr_kernels.attacks.guard import ask
 from sgr_kernels.checks import check_floating_point, describe
 from sgr_kernels.covariance import Covariance
-from sgr_kernels.loss import StepStatistics
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
+from sgr_kernels.penalty.statistics import Criterion, StepStatistics
 
 Perturb = Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -24,7 +24,7 @@ def classes(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.is_floating_point() else labels
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Criterion):
     """Plain training: the mean cross-entropy.
 
     Args:
@@ -34,7 +34,6 @@ class CrossEntropy(nn.Module):
     def __init__(self, loss_fn: LossFunction = cross_entropy_per_sample) -> None:
         super().__init__()
         self.loss_fn = loss_fn
-        self._last: StepStatistics | None = None
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of ``model(images)``, a scalar.
@@ -47,7 +46,7 @@ class CrossEntropy(nn.Module):
         outputs = ask(model, images)
         loss = self.loss_fn(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
-        self._last = StepStatistics(
+        last = StepStatistics(
             loss=value,
             cross_entropy=value,
             penalty=None,
@@ -56,22 +55,8 @@ class CrossEntropy(nn.Module):
             gradient_norm=None,
             nonfinite_penalties=torch.zeros((), dtype=torch.int64),
         )
+        self.remember(last)
         return loss
-
-    def peek(self) -> StepStatistics:
-        """What the last call computed.
-
-        Raises:
-            RuntimeError: if there was no call yet.
-        """
-        if self._last is None:
-            raise RuntimeError("peek: the criterion has not been called yet")
-        return self._last
-
-    @property
-    def last(self) -> StepStatistics:
-        """The same; there is nothing to warn of."""
-        return self.peek()
 
 
 class Augmented(CrossEntropy):

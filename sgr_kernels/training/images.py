@@ -33,6 +33,15 @@ def pixels(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what a GPU is still at."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.is_cpu
+        else tensor.to(device)
+    )
+
+
 class Images(ABC):
     """Labelled images.
 
@@ -189,7 +198,7 @@ class ImageSet(Indexed):
 
     def read(self, index: Tensor, draw: int = 0) -> tuple[Tensor, Tensor]:
         """As of all `Indexed` images."""
-        index = index.to(self.images.device)
+        index = moved(index, self.images.device)
         return self.images[index], self.labels[index]
 
     def part(self, part: slice) -> ImageSet:

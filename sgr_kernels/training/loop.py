@@ -23,6 +23,7 @@ from sgr_kernels.training import checkpoint, optimizers
 from sgr_kernels.training.batches import Augmentation, batches_of, promised
 from sgr_kernels.training.checkpoint import CHECKPOINT_FILE, TrainingError, checkpoint_file
 from sgr_kernels.training.criteria import classes
+from sgr_kernels.training.cuda_graphs import Parts, StepGraphs, graphs_on, usable
 from sgr_kernels.training.images import DataSet, images_of
 from sgr_kernels.training.matching import alike
 from sgr_kernels.training.methods import Settings, build_criterion, weight_decay
@@ -59,6 +60,8 @@ class Trainer:
         device: Where to train.
         processes: Those that train together, each on its part of every batch; all must make the same calls. The result
             is that of one process up to rounding, and the first one writes.
+        cuda_graphs: Whether steps are captured as CUDA graphs and replayed, where they can be
+            (`sgr_kernels.training.cuda_graphs`), to the same result. None: by one process on a CUDA device.
 
     Attributes:
         model: The network that the optimizer changes.
@@ -67,10 +70,12 @@ class Trainer:
         epoch: Whole epochs done.
         step: Steps done in the current one.
         history: One record per finished epoch.
+        graphs: What captures and replays steps, or None.
 
     Raises:
         NetworkError: If the network cannot be made, its weights do not fit, or it does not take these images.
         DataError: If the images are none, of more classes than the network's head, or other ones to test than to train.
+        ValueError: If CUDA graphs are asked for elsewhere than in one process on a CUDA device.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Trainer:
         model: nn.Module | None = None,
         device: torch.device | str = "cpu",
         processes: Processes = _ALONE,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if (model is None) == (settings.architecture == GIVEN):
             raise NetworkError(
@@ -127,6 +133,9 @@ class Trainer:
         self._seconds = 0.0
         self._epochs: int | None = None  # of the whole training, since its first step
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
+        self.graphs: StepGraphs | None = None
+        if usable(cuda_graphs, self.device, processes):
+            self.graphs = StepGraphs(self.model, self.criterion, self._compute, graphs_on(self.device))
 
     def run(
         self,
@@ -238,7 +247,7 @@ class Trainer:
             "rng": checkpoint.rng_state(self.device),
             "position": {"epoch": self.epoch, "step": self.step},
             "epochs": self._epochs,
-            "totals": self.processes.total(self._totals),
+            "totals": self.processes.total(self._totals).clone(),
             "seconds": self._seconds,
             "history": self.history,
         }
@@ -270,19 +279,16 @@ class Trainer:
         self.history = list(state["history"])
         self._seconds = state["seconds"]
         # The sums of all processes so far are kept by the first.
-        self._totals = state["totals"].to(self.device) if self.processes.first else self._no_totals()
+        self._totals.copy_(state["totals"] if self.processes.first else self._no_totals())
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self._seed_others()
         self.model.train()
         self.criterion.train()
-        self.optimizer.zero_grad()
-        whole = self.batches.count(self.step)
-        parts = list(zip(*(t.tensor_split(self.settings.accumulate) for t in (images, labels))))
-        if self.processes.size == 1:  # several have to make the same calls, also with empty parts
-            parts = [part for part in parts if len(part[1])] or parts[:1]
-        for number, part in enumerate(parts, start=1):
-            self._backward(part[0], part[1], whole, last=number == len(parts))
+        gradients = self._compute if self.graphs is None else self.graphs
+        gradients(self._parts(images, labels))
         if self.settings.clip_gradient is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)
         self.optimizer.step()
@@ -291,6 +297,20 @@ class Trainer:
         if isinstance(self.criterion, SGRLoss) and not self.criterion.count_calls:
             self.criterion.advance()
         self.step += 1
+
+    def _parts(self, images: Tensor, labels: Tensor) -> Parts:
+        """A batch in the parts that it is taken in."""
+        parts = list(zip(*(t.tensor_split(self.settings.accumulate) for t in (images, labels))))
+        if self.processes.size == 1:  # several have to make the same calls, also with empty parts
+            parts = [part for part in parts if len(part[1])] or parts[:1]
+        return parts if self._mixup is None else [self._mixup(*part) for part in parts]
+
+    def _compute(self, parts: Parts) -> None:
+        """The gradient of a step, and what it adds to the epoch's sums; all that a CUDA graph may replay."""
+        self.optimizer.zero_grad()
+        whole = self.batches.count(self.step)
+        for number, part in enumerate(parts, start=1):
+            self._backward(part[0], part[1], whole, last=number == len(parts))
 
     def _loss(self, network: Any, images: Tensor, labels: Tensor) -> Tensor:
         try:
@@ -307,8 +327,6 @@ class Trainer:
 
     def _backward(self, images: Tensor, labels: Tensor, whole: int, *, last: bool) -> None:
         """Add the gradient of a part of a step's batch, which in all processes has ``whole`` images."""
-        if self._mixup is not None:
-            images, labels = self._mixup(images, labels)
         network = self._network
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bf16"):
@@ -326,7 +344,7 @@ class Trainer:
             correct,
             penalty.nan_to_num(0, 0, 0) * penalized,
         ]
-        self._totals += torch.stack([s.double() for s in (*sums, correct.new_tensor(count), penalized)])
+        self._totals += torch.stack([s.double() for s in (*sums, correct.new_full((), count), penalized)])
 
     def _set_learning_rate(self, step: int, steps: int) -> None:
         chosen = self.settings
@@ -363,7 +381,8 @@ class Trainer:
                 "seconds": round(self._seconds, 2),
             }
         )
-        self._totals, self._seconds = self._no_totals(), 0.0
+        self._totals.zero_()
+        self._seconds = 0.0
 
     def _require_finite(self, totals: Tensor) -> None:
         if not bool(totals.isfinite().all()):

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovariance, IdentityCovariance
 from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES, corrupt
 from sgr_kernels.evaluation.suite import eps_grid
@@ -18,6 +16,7 @@ from sgr_kernels.loss import SGRLoss, linear_warmup
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.perturbations import ATTACKS, FREE
+from sgr_kernels.penalty.statistics import Criterion
 from sgr_kernels.training import optimizers
 from sgr_kernels.training.criteria import CrossEntropy, LossFunction, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.images import Images
@@ -271,29 +270,28 @@ class Method:
 
     Attributes:
         summary: One line for the command's help.
-        criterion: (settings, training data) -> module computing the loss from (model, images, labels) and leaving
-            `StepStatistics` of it in ``last`` (with warnings) and ``peek()`` (without).
+        criterion: (settings, training data) -> module computing the loss from (model, images, labels).
         weight_decay: Used where the settings name none.
         perturbation: The method's own, in place of the settings'.
         penalized: Whether the strength plays a part.
     """
 
     summary: str
-    criterion: Callable[[Settings, Images], nn.Module]
+    criterion: Callable[[Settings, Images], Criterion]
     weight_decay: float = 0.0
     perturbation: str | None = None
     penalized: bool = False
 
 
-def _plain(settings: Settings, data: Images) -> nn.Module:
+def _plain(settings: Settings, data: Images) -> Criterion:
     return CrossEntropy(_loss(settings))
 
 
-def _fgsm(settings: Settings, data: Images) -> nn.Module:
+def _fgsm(settings: Settings, data: Images) -> Criterion:
     return with_fgsm(_largest(settings, data), true_labels=settings.attack_labels == "true", loss_fn=_loss(settings))
 
 
-def _pgd(settings: Settings, data: Images) -> nn.Module:
+def _pgd(settings: Settings, data: Images) -> Criterion:
     return with_pgd(_largest(settings, data), settings.attack_steps, loss_fn=_loss(settings))
 
 
@@ -307,19 +305,19 @@ def _loss(settings: Settings) -> LossFunction:
     return partial(cross_entropy_per_sample, label_smoothing=settings.label_smoothing)
 
 
-def _noise(settings: Settings, data: Images) -> nn.Module:
+def _noise(settings: Settings, data: Images) -> Criterion:
     return with_noise(settings.noise_eps, _exponential(settings, data), loss_fn=_loss(settings))
 
 
-def _gradient_norm(settings: Settings, data: Images) -> nn.Module:
+def _gradient_norm(settings: Settings, data: Images) -> Criterion:
     return _penalized(settings, IdentityCovariance(data.pixel_variance()))
 
 
-def _absolute(settings: Settings, data: Images) -> nn.Module:
+def _absolute(settings: Settings, data: Images) -> Criterion:
     return _penalized(settings, NormPenalty(1))
 
 
-def _structured(settings: Settings, data: Images) -> nn.Module:
+def _structured(settings: Settings, data: Images) -> Criterion:
     if settings.corruption is not None:
         covariance = _of_corruption(settings, data, settings.corruption)
         return _penalized(settings, covariance, mean_correction=settings.mean_correction)
@@ -400,7 +398,7 @@ METHODS: dict[str, Method] = {
 """The paper's methods (section 4.1), by its own names, ``"sgr"`` for all other variants, and ``"l1"`` beside them."""
 
 
-def build_criterion(settings: Settings, data: Images) -> nn.Module:
+def build_criterion(settings: Settings, data: Images) -> Criterion:
     """The criterion of ``settings.method``, its covariance scaled to the variance of ``data``."""
     return METHODS[settings.method].criterion(settings, data)
 
