@@ -17,7 +17,8 @@ def step_figure(result: dict[str, Any], title: str) -> Figure:
     height = 0.8 / len(networks)
     for axes, name, label in zip(panels, ("time_ratio", "memory_ratio"), ("time", "peak memory")):
         for place, network in enumerate(networks):
-            drawn = [(i + place * height, rows[way, network]) for i, way in enumerate(ways) if (way, network) in rows]
+            found = [(i + place * height, rows.get((way, network), {})) for i, way in enumerate(ways)]
+            drawn = [(y, row) for y, row in found if name in row]
             bars = axes.barh([y for y, _ in drawn], [row[name] for _, row in drawn], height, label=network)
             axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
         axes.margins(x=0.08)  # room for the labels of the longest bars

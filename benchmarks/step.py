@@ -4,6 +4,10 @@
 that drifts of the machine hit all alike; what counts are ratios of medians to the clean step of the same run. Networks
 that the file holds with all these ways, of this machine and commit, are not measured again. A lazy penalty is measured
 over whole periods. Peak memory is that of a process of its own, above what it holds between steps.
+
+On a GPU each way is measured twice, eagerly and with its gradients captured as CUDA graphs
+(`sgr_kernels.training.cuda_graphs`), the optimizer beside them; ratios of captured steps are to the captured clean one,
+and a sample is of several steps, between which the host does not wait.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ import sgr_kernels as sgr
 from benchmarks import machine
 from benchmarks.memory import ENVIRONMENT
 from benchmarks.networks import NETWORKS
+from sgr_kernels.penalty.statistics import Criterion
+from sgr_kernels.training.cuda_graphs import Parts, StepGraphs, graphs_on
 
 WAYS = {
     "clean": {},
@@ -45,6 +51,11 @@ WAYS = {
     "pgd-10": {"pgd": 10},
 }
 """Ways to train. SGR learns its covariance from the sign of the gradient, on steps that have a penalty."""
+
+CAPTURED = ", captured"
+"""After the name of a way whose steps are captured."""
+_STEPS = 8
+"""Of a sample on a GPU, at least."""
 
 
 def _criterion(way: dict[str, Any], shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
@@ -65,6 +76,17 @@ def _criterion(way: dict[str, Any], shape: tuple[int, ...]) -> Callable[..., tor
     return sgr.SGRLoss(covariance, 0.1, update_every=way.get("penalty_every", 1), **way)
 
 
+class _Function(Criterion):
+    """A loss without state."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return self.function(*arguments)
+
+
 class Training:
     """A model in training on a fixed batch."""
 
@@ -78,11 +100,13 @@ class Training:
     ) -> None:
         self.model, self.criterion, self.images, self.labels, self.period = model, criterion, images, labels, period
         self.optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+        self.graphs: StepGraphs | None = None
 
     @classmethod
     def of(cls, network: str, way: str, batch: int, device: torch.device) -> Training:
         """One of the networks, one way, on random images."""
         torch.manual_seed(0)
+        captured, way = way.endswith(CAPTURED), way.removesuffix(CAPTURED)
         build, shape = NETWORKS[network]
         model = build().to(device).train()
         criterion = _criterion(WAYS[way], shape)
@@ -90,16 +114,43 @@ class Training:
             criterion.to(device)
         images = torch.rand(batch, *shape, device=device)
         labels = torch.randint(0, 10, (batch,), device=device)
-        return cls(model, criterion, images, labels, WAYS[way].get("penalty_every", 1))
+        training = cls(model, criterion, images, labels, WAYS[way].get("penalty_every", 1))
+        if captured:
+            training.capture()
+        return training
+
+    def capture(self) -> None:
+        """Take steps until those of each kind are captured.
+
+        Raises:
+            ValueError: If they cannot be.
+        """
+        criterion = self.criterion if isinstance(self.criterion, Criterion) else _Function(self.criterion)
+        self.graphs = StepGraphs(self.model, criterion, self._gradients, graphs_on(self.images.device))
+        for _ in range(4 * self.period):
+            self.step()
+        if self.graphs.reasons:
+            raise ValueError(self.graphs.reasons[0])
+
+    def _gradients(self, parts: Parts) -> None:
+        self.optimizer.zero_grad()
+        for images, labels in parts:
+            self.criterion(self.model, images, labels).backward()
 
     def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.criterion(self.model, self.images, self.labels).backward()
+        batch = [(self.images, self.labels)]
+        if self.graphs is None:
+            self._gradients(batch)
+        else:
+            self.graphs(batch)
         self.optimizer.step()
 
     def seconds(self) -> list[float]:
-        """Times of the steps of one period."""
-        return [self._timed(self.step) for _ in range(self.period)]
+        """Times of the steps of one period; on a GPU their mean over some periods."""
+        if not self.images.is_cuda:
+            return [self._timed(self.step) for _ in range(self.period)]
+        steps = self.period * -(-_STEPS // self.period)
+        return [self._timed(lambda: [self.step() for _ in range(steps)]) / steps]
 
     def operator_seconds(self) -> tuple[float, float]:
         """Times of the penalty with its gradient in g, from g, and of the covariance's update."""
@@ -112,7 +163,7 @@ class Training:
             self._timed(lambda: covariance.update(signs)),
         )
 
-    def _timed(self, call: Callable[[], None]) -> float:
+    def _timed(self, call: Callable[[], Any]) -> float:
         synchronize = torch.cuda.synchronize if self.images.is_cuda else lambda: None
         synchronize()
         start = time.perf_counter()
@@ -163,15 +214,19 @@ def peak_memory(network: str, way: str, batch: int, device: torch.device) -> int
 
 
 def measure(network: str, ways: list[str], batch: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """One row a way: median time with quartiles, peak memory, and both as ratios to the clean step."""
+    """One row a way: median time with quartiles, peak memory, and both as ratios to the clean step.
+
+    A captured one's time is to the captured clean step, and has the eager step's as a multiple of it; its memory is not
+    measured.
+    """
     trainings, reasons = {}, {}
     for way in ways:
-        trainings[way] = Training.of(network, way, batch, device)
         try:
+            trainings[way] = Training.of(network, way, batch, device)
             trainings[way].seconds()
-        except sgr.PenaltyGradientError as error:
+        except (sgr.PenaltyGradientError, ValueError) as error:
             reasons[way] = " ".join(str(error).split())
-            del trainings[way]
+            trainings.pop(way, None)
     times: dict[str, list[list[float]]] = {way: [] for way in trainings}
     operators: list[tuple[float, float]] = []
     for _ in range(rounds):
@@ -181,6 +236,7 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
             operators.append(trainings["sgr"].operator_seconds())
     trainings.clear()
     rows: list[dict[str, Any]] = []
+    milliseconds: dict[str, float] = {}
     for way in ways:
         row = {"network": network, "way": way, "batch": batch}
         rows.append(row)
@@ -192,8 +248,14 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
             statistics.mean(quartile)
             for quartile in zip(*(statistics.quantiles(steps, n=4) for steps in zip(*times[way])))
         )
-        row["milliseconds"], row["quartiles"] = 1e3 * median, [1e3 * low, 1e3 * high]
-        row["time_ratio"] = row["milliseconds"] / rows[0]["milliseconds"]
+        milliseconds[way] = row["milliseconds"] = 1e3 * median
+        row["quartiles"] = [1e3 * low, 1e3 * high]
+        eager = way.removesuffix(CAPTURED)
+        if eager != way:
+            row["time_ratio"] = row["milliseconds"] / milliseconds["clean" + CAPTURED]
+            row["eager_ratio"] = milliseconds[eager] / row["milliseconds"]
+            continue
+        row["time_ratio"] = row["milliseconds"] / milliseconds["clean"]
         row["peak_bytes"] = peak_memory(network, way, batch, device)
         row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
         if way == "sgr":
@@ -206,14 +268,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
     lines = ["| network | batch | way | ms | / clean | peak MB | / clean | operator + update |", "|---" * 8 + "|"]
     for row in rows:
+        head = f"| {row['network']} | {row['batch']} | {row['way']} |"
         if "reason" in row:
-            lines.append(f"| {row['network']} | {row['batch']} | {row['way']} | no | | | | |")
+            lines.append(f"{head} no | | | | |")
             continue
         share = f"{row['penalty_share']:.1%} + {row['update_share']:.1%}" if "penalty_share" in row else ""
-        lines.append(
-            f"| {row['network']} | {row['batch']} | {row['way']} | {row['milliseconds']:.1f} | {row['time_ratio']:.2f} "
-            f"| {row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f} | {share} |"
-        )
+        memory = f"{row['peak_bytes'] / 1e6:.0f} | {row['memory_ratio']:.2f}" if "peak_bytes" in row else "|"
+        digits = 1 if row["milliseconds"] >= 10 else 3
+        lines.append(f"{head} {row['milliseconds']:.{digits}f} | {row['time_ratio']:.2f} | {memory} | {share} |")
     return "\n".join(lines)
 
 
@@ -245,6 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     large = {"resnet18": 16, "vit": 16, "resnet50": 8, "vit-s": 8} if device.type == "cpu" else {}
     ways = list(dict.fromkeys(["clean", *options.ways]))
+    if device.type == "cuda":
+        ways += [way + CAPTURED for way in ways]
     head = {"machine": machine.describe(device)}
     rows = _rows_before(options.out, head)
     for network in options.networks:

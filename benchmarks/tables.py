@@ -119,7 +119,8 @@ def step_overview(result: dict[str, Any]) -> str:
 
     def cell(way: str, network: str) -> str:
         row = rows.get((way, network), {})
-        return f"{row['time_ratio']:.2f} ({row['memory_ratio']:.2f})" if "milliseconds" in row else "–"
+        memory = f" ({row['memory_ratio']:.2f})" if "memory_ratio" in row else ""
+        return f"{row['time_ratio']:.2f}{memory}" if "milliseconds" in row else "–"
 
     lines = [[way, *(cell(way, network) for network in networks)] for way in dict.fromkeys(way for way, _ in rows)]
     clean = [rows["clean", network] for network in networks]

@@ -249,9 +249,9 @@ class SGRLoss(Recorded):
         if self.fraction < 1:
             self._begin_draws()
 
-    def after_replay(self, captured: StepStatistics) -> None:
+    def after_replay(self, captured: StepStatistics | None) -> None:
         """As of `Criterion`."""
-        super().after_replay(replace(captured, strength=self._strength()))
+        super().after_replay(captured and replace(captured, strength=self._strength()))
         self.steps += self.count_calls
 
     @_disable_dynamo

@@ -187,6 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=common.seed, default=_DEFAULTS["seed"], help="of everything random")
     add("--checkpoint-every", type=common.whole, default=200, metavar="STEPS", help="besides each epoch's end")
     common.add_device(parser)
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="capture steps as CUDA graphs and replay them; none: where it can be done, one process on a GPU",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -209,7 +214,7 @@ def _train(arguments: argparse.Namespace, device: torch.device, processes: Proce
         if processes.size > 1:
             raise ValueError("--search-strength: one process at a time; give the processes the --strength it finds")
         settings = replace(settings, strength=searched_strength(arguments, settings, data, device, out))
-    trainer = Trainer(settings, data, device=device, processes=processes)
+    trainer = Trainer(settings, data, device=device, processes=processes, cuda_graphs=arguments.cuda_graphs)
     if existing:
         trainer.resume(out)
         say(f"resuming {out} after {trainer.epoch} epochs and {trainer.step} steps")
@@ -266,7 +271,7 @@ def searched_strength(
     def train_one(trial: Settings) -> nn.Module:
         key = digest([trial.record(), epochs, split.train.digest()])
         folder = out / "trials" / f"{trial.method}-{trial.strength:g}-{key}"
-        trainer = Trainer(trial, split, device=device)
+        trainer = Trainer(trial, split, device=device, cuda_graphs=arguments.cuda_graphs)
         if (folder / CHECKPOINT_FILE).is_file():
             trainer.resume(folder)
         tqdm.write(f"trial: {trial.method}, strength {trial.strength:g}, {epochs} epochs")

@@ -57,16 +57,13 @@ class Criterion(Counting):
 
     Attributes:
         steps: Training steps taken.
+        remembered: What the last call computed; None before the first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
-        self._last: StepStatistics | None = None
-
-    def remember(self, last: StepStatistics) -> None:
-        """Take this for the last step."""
-        self._last = last
+        self.remembered: StepStatistics | None = None
 
     def peek(self) -> StepStatistics:
         """What the last call computed, without waiting for the device and without warnings.
@@ -74,9 +71,9 @@ class Criterion(Counting):
         Raises:
             RuntimeError: If there was no call yet.
         """
-        if self._last is None:
+        if self.remembered is None:
             raise RuntimeError("peek: the criterion has not been called yet")
-        return self._last
+        return self.remembered
 
     @property
     def last(self) -> StepStatistics:
@@ -90,9 +87,9 @@ class Criterion(Counting):
     def before_replay(self) -> None:
         """Do what a call does on the host before its kernels."""
 
-    def after_replay(self, captured: StepStatistics) -> None:
+    def after_replay(self, captured: StepStatistics | None) -> None:
         """Do what it does after them; the statistics are those of the captured call, which a replay rewrites."""
-        self.remember(captured)
+        self.remembered = captured
 
 
 class Recorded(Criterion):
@@ -116,7 +113,7 @@ class Recorded(Criterion):
 
     def _record(self, outcome: Outcome, strength: float) -> None:
         gradient = outcome.gradient
-        last = StepStatistics(
+        self.remembered = StepStatistics(
             loss=outcome.loss.detach(),
             cross_entropy=outcome.cross_entropy.detach(),
             penalty=None if outcome.penalty is None else outcome.penalty.detach(),
@@ -125,7 +122,6 @@ class Recorded(Criterion):
             gradient_norm=None if gradient is None else gradient.detach().flatten(1).norm(dim=1),
             nonfinite_penalties=self.nonfinite,
         )
-        self.remember(last)
 
     def _count_finite(self, penalty: Tensor) -> Tensor:
         """Whether the penalty is finite; counted on the device."""
@@ -145,7 +141,7 @@ class Recorded(Criterion):
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row < self.nonfinite_patience:
             return
-        last = self._last
+        last = self.remembered
         evidence = ""
         if last is not None and last.gradient_norm is not None:
             evidence = (

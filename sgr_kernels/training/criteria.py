@@ -46,7 +46,7 @@ class CrossEntropy(Criterion):
         outputs = ask(model, images)
         loss = self.loss_fn(outputs, labels).sum() / max(1, len(labels))
         value = loss.detach()
-        last = StepStatistics(
+        self.remembered = StepStatistics(
             loss=value,
             cross_entropy=value,
             penalty=None,
@@ -55,7 +55,6 @@ class CrossEntropy(Criterion):
             gradient_norm=None,
             nonfinite_penalties=torch.zeros((), dtype=torch.int64),
         )
-        self.remember(last)
         return loss
 
 

@@ -89,8 +89,10 @@ def usable(asked: bool | None, device: torch.device, processes: Processes) -> bo
     return can if asked is None else asked
 
 
-def graphs_on(device: torch.device) -> Callable[[], CudaGraph]:
-    """Makes graphs on a CUDA device that share their memory."""
+def graphs_on(device: torch.device | str) -> Callable[[], CudaGraph] | None:
+    """Makes graphs on a CUDA device that share their memory; None for other devices, which have none."""
+    if torch.device(device).type != "cuda":
+        return None
     with torch.cuda.device(device):
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(stream, pool)
@@ -99,6 +101,18 @@ def graphs_on(device: torch.device) -> Callable[[], CudaGraph]:
 class StepGraphs:
     """Computes the gradients of steps, by replaying a graph where there is one.
 
+    In a loop of one's own::
+
+        def gradients(parts):
+            optimizer.zero_grad()
+            for images, labels in parts:
+                criterion(model, images, labels).backward()
+
+        step = StepGraphs(model, criterion, gradients, graphs_on(device))
+        for images, labels in loader:
+            step([(images, labels)])
+            optimizer.step()
+
     Args:
         model: Whose parameters receive the gradients. What it does besides on the host, a replay leaves out: a kind of
             step that draws random numbers there, or counts in its modules' attributes, is not captured; other effects
@@ -106,7 +120,7 @@ class StepGraphs:
         criterion: That ``compute`` calls.
         compute: Puts the gradients of a step into the parameters, dropping earlier ones; what it writes besides, it
             writes in place.
-        new_graph: Makes a graph.
+        new_graph: Makes a graph; None: all steps are eager.
 
     Attributes:
         reasons: Why some kinds of steps run eagerly.
@@ -117,7 +131,7 @@ class StepGraphs:
         model: nn.Module,
         criterion: Criterion,
         compute: Callable[[Parts], None],
-        new_graph: Callable[[], Graph],
+        new_graph: Callable[[], Graph] | None,
     ) -> None:
         self._model, self._criterion, self._compute, self._new_graph = model, criterion, compute, new_graph
         self._captures: dict[Hashable, _Capture] = {}
@@ -127,6 +141,9 @@ class StepGraphs:
 
     def __call__(self, parts: Parts) -> None:
         """The gradients of a step, in the parameters."""
+        if self._new_graph is None:
+            self._compute(parts)
+            return
         kind = (self._criterion.kind(), *(_like(tensor) for part in parts for tensor in part))
         capture = self._captures.get(kind)
         if capture is not None:
@@ -146,27 +163,27 @@ class StepGraphs:
             return
         count = self._seen.pop(kind, 0) + 1
         self._seen[kind] = count  # the last one is the freshest
-        if count >= _EAGER:
-            self._capture(kind, parts, steps)
+        if count >= _EAGER and self._new_graph is not None:
+            self._capture(kind, parts, steps, self._new_graph())
         elif len(self._seen) > _REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
             self._say("no two steps are of the same shapes and strength for long")
 
-    def _capture(self, kind: Hashable, parts: Parts, steps: int) -> None:
+    def _capture(self, kind: Hashable, parts: Parts, steps: int, graph: Graph) -> None:
         """Capture the step that was just made: as it is of the same batch, whatever is kept of one is in place."""
-        criterion, parameters, graph = self._criterion, list(self._model.parameters()), self._new_graph()
-        gradients, made, last = [parameter.grad for parameter in parameters], criterion.steps, criterion.peek()
+        criterion, parameters = self._criterion, list(self._model.parameters())
+        gradients, made, last = [parameter.grad for parameter in parameters], criterion.steps, criterion.remembered
         inputs = [tuple(tensor.clone() for tensor in part) for part in parts]
         criterion.steps = steps
         try:
             graph.capture(lambda: self._compute(inputs))
             captured = [parameter.grad for parameter in parameters]
-            self._captures[kind] = _Capture(self._model, criterion, graph, inputs, captured, criterion.peek())
+            self._captures[kind] = _Capture(self._model, criterion, graph, inputs, captured, criterion.remembered)
         except Exception as error:  # the same step had just gone well: whatever it is, it is about capturing
             self._refuse(kind, " ".join(str(error).split("\n")[0].split()))
         finally:
             criterion.steps = made
-            criterion.remember(last)
+            criterion.remembered = last
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
 
@@ -201,7 +218,7 @@ class _Capture:
         graph: Graph,
         inputs: Parts,
         gradients: list[Tensor | None],
-        statistics: StepStatistics,
+        statistics: StepStatistics | None,
     ) -> None:
         self._model, self._criterion, self._graph = model, criterion, graph
         self._inputs, self._gradients, self._statistics = inputs, gradients, statistics

@@ -70,7 +70,7 @@ class Trainer:
         epoch: Whole epochs done.
         step: Steps done in the current one.
         history: One record per finished epoch.
-        graphs: What captures and replays steps, or None.
+        graphs: What captures and replays steps.
 
     Raises:
         NetworkError: If the network cannot be made, its weights do not fit, or it does not take these images.
@@ -133,9 +133,8 @@ class Trainer:
         self._seconds = 0.0
         self._epochs: int | None = None  # of the whole training, since its first step
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
-        self.graphs: StepGraphs | None = None
-        if usable(cuda_graphs, self.device, processes):
-            self.graphs = StepGraphs(self.model, self.criterion, self._compute, graphs_on(self.device))
+        new_graph = graphs_on(self.device) if usable(cuda_graphs, self.device, processes) else None
+        self.graphs = StepGraphs(self.model, self.criterion, self._compute, new_graph)
 
     def run(
         self,
@@ -280,15 +279,13 @@ class Trainer:
         self._seconds = state["seconds"]
         # The sums of all processes so far are kept by the first.
         self._totals.copy_(state["totals"] if self.processes.first else self._no_totals())
-        if self.graphs is not None:
-            self.graphs.forget()
+        self.graphs.forget()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self._seed_others()
         self.model.train()
         self.criterion.train()
-        gradients = self._compute if self.graphs is None else self.graphs
-        gradients(self._parts(images, labels))
+        self.graphs(self._parts(images, labels))
         if self.settings.clip_gradient is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)
         self.optimizer.step()

@@ -13,11 +13,13 @@ from helpers import dense_covariance, dense_product
 
 from benchmarks import lazy, operators, plot, providers, solve, step, tables, timing
 from benchmarks.peers import Unsupported
+from benchmarks.plot_step import step_figure
 from benchmarks.providers import Provider
 from benchmarks.shapes import OPERATIONS, Exact, Problem
 from benchmarks.timing import interleave, paired_ratio
 from sgr_kernels.cli import main
 from tests.data_files import write_idx
+from tests.graph_emulator import EmulatedGraph
 
 CPU = torch.device("cpu")
 
@@ -67,6 +69,43 @@ def test_every_way_takes_a_step(way: str) -> None:
     before = [p.clone() for p in training.model.parameters()]
     training.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))
+
+
+@pytest.mark.parametrize("way", ["clean", "sgr", "sgr, every 4th step"])
+def test_captured_steps_are_those_of_eager_ones(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "graphs_on", lambda device: EmulatedGraph)
+    captured = step.Training.of("carlini-wagner-mnist", way + step.CAPTURED, 2, CPU)
+    eager = step.Training.of("carlini-wagner-mnist", way, 2, CPU)
+    period = eager.period
+    for _ in range(4 * period):
+        eager.step()
+    for _ in range(period):
+        captured.step()
+        eager.step()
+    assert captured.graphs is not None
+    assert captured.graphs.captured == min(2, period)
+    for one, other in zip(captured.model.parameters(), eager.model.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_rows_of_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "graphs_on", lambda device: EmulatedGraph)
+    monkeypatch.setattr(step, "peak_memory", lambda *args: 1)
+    ways = ["clean", "sgr", "pgd-7"]
+    ways += [way + step.CAPTURED for way in ways]
+    rows = {row["way"]: row for row in step.measure("carlini-wagner-mnist", ways, 2, CPU, 2)}
+    assert rows["clean, captured"]["time_ratio"] == 1
+    captured, eager = rows["sgr, captured"], rows["sgr"]
+    assert captured["time_ratio"] == captured["milliseconds"] / rows["clean, captured"]["milliseconds"]
+    assert captured["eager_ratio"] == eager["milliseconds"] / captured["milliseconds"]
+    assert rows["pgd-7, captured"]["reason"].startswith("attacks: they ask for values")
+    result = {"machine": {}, "rows": list(rows.values())}
+    assert f"| sgr, captured | {captured['time_ratio']:.2f} |" in tables.step_overview(result)
+    assert "| pgd-7, captured | no |" in step.table(result["rows"])
+    assert [axes.get_xlabel() for axes in step_figure(result, "").axes] == [
+        "time of a step / clean step",
+        "peak memory of a step / clean step",
+    ]
 
 
 def test_a_way_that_a_network_does_not_support_gets_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

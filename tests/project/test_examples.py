@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import sgr_kernels as sgr
+from tests.graph_emulator import EmulatedGraph
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -47,6 +48,19 @@ def test_plain_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert (model(images).argmax(1) == labels).float().mean() > 0.95
     assert int(criterion.covariance.updates) == 120
     assert "penalty" in capsys.readouterr().out
+
+
+def test_a_loop_with_cuda_graphs_learns_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = separable()
+    batches = list(zip(images.split(16), labels.split(16)))
+    eager, captured = classifier(), classifier()
+    example = load("cuda_graph_loop")
+    assert example.train(eager, batches, 30, lr=1e-2).captured == 0
+    assert (eager(images).argmax(1) == labels).float().mean() > 0.95
+    monkeypatch.setattr(example, "graphs_on", lambda device: EmulatedGraph)
+    assert example.train(captured, batches, 30, lr=1e-2).captured == 1
+    for one, other in zip(captured.parameters(), eager.parameters()):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
