@@ -24,7 +24,7 @@ def graphs(monkeypatch):
     made = []
 
     def new_graph():
-        made.append(EmulatedGraph())
+        EmulatedGraph(made)
         return made[-1]
 
     streams = cuda_graphs._random_streams
