@@ -15,7 +15,7 @@ from sgr_kernels.checks import warn_caller
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.covariance.counters import Counting
 from sgr_kernels.penalty.norms import NormPenalty
-from sgr_kernels.penalty.outputs import detached
+from sgr_kernels.penalty.outputs import detached, map_tensors
 from sgr_kernels.penalty.way import Outcome
 from sgr_kernels.toeplitz.constants import at_hand, recording
 
@@ -64,6 +64,7 @@ class Criterion(Counting):
         super().__init__()
         self.steps = 0
         self.remembered: StepStatistics | None = None
+        self._rewritten: StepStatistics | None = None
 
     def peek(self) -> StepStatistics:
         """What the last call computed, without waiting for the device and without warnings.
@@ -73,6 +74,8 @@ class Criterion(Counting):
         """
         if self.remembered is None:
             raise RuntimeError("peek: the criterion has not been called yet")
+        if self.remembered is self._rewritten:
+            self.remembered = map_tensors(Tensor.clone, self.remembered)
         return self.remembered
 
     @property
@@ -81,15 +84,23 @@ class Criterion(Counting):
         return self.peek()
 
     def kind(self) -> Hashable:
-        """What it decides on the host about the next training step: a graph serves the steps of one kind."""
-        return ()
+        """What it decides on the host about the next training step: a graph serves the steps of one kind.
+
+        Its settings and those of its parts, as far as they are numbers and names.
+        """
+        return tuple(
+            value
+            for module in self.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and name[0] != "_" and name not in ("steps", "strength")
+        )
 
     def before_replay(self) -> None:
         """Do what a call does on the host before its kernels."""
 
     def after_replay(self, captured: StepStatistics | None) -> None:
         """Do what it does after them; the statistics are those of the captured call, which a replay rewrites."""
-        self.remembered = captured
+        self.remembered = self._rewritten = captured
 
 
 class Recorded(Criterion):

@@ -13,6 +13,13 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 P = ParamSpec("P")
 
+_memories: list[dict[object, Tensor]] = []
+
+
+def remembered() -> list[Tensor]:
+    """All constants that are remembered now."""
+    return [value for memory in _memories for value in memory.values()]
+
 
 def tracing() -> bool:
     """Whether a compiler traces, or a dispatch mode (fake tensors, say) stands in for the calls made now."""
@@ -50,6 +57,7 @@ def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     What is remembered is built outside every mode and transform, as `plainly` says.
     """
     memory: dict[object, Tensor] = {}
+    _memories.append(memory)
 
     @functools.wraps(build)
     def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:

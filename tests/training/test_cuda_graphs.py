@@ -126,7 +126,7 @@ def draw(self):
 @pytest.mark.parametrize(
     ("changed", "on_host", "reason"),
     [
-        ({}, count, "counts on the host (calls)"),
+        ({}, count, "keep on the host (calls)"),
         ({}, draw, "draws random numbers on the host"),
         ({"fraction": 0.5}, lambda self: None, "random numbers cannot be repeated"),
         ({"perturbation": "fgsm"}, lambda self: None, "attacks: they ask for values"),

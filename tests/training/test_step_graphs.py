@@ -1,0 +1,259 @@
+"""Loops of one's own with `StepGraphs`: whatever changes between steps, they train to the same bits as without graphs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sgr_kernels as sgr
+from sgr_kernels.training import cuda_graphs
+from sgr_kernels.training.cuda_graphs import StepGraphs
+from tests.graph_emulator import EmulatedGraph
+
+
+@pytest.fixture(autouse=True)
+def one_stream(monkeypatch):
+    """PyTorch's stream on the CPU is the device's here."""
+    streams = cuda_graphs._random_streams
+    monkeypatch.setattr(cuda_graphs, "_random_streams", lambda: streams()[1:])
+
+
+class Small(nn.Module):
+    """Two layers with BatchNorm and dropout between."""
+
+    def __init__(self, at_each_pass=lambda self, x: None, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("shift", torch.zeros(8))
+        self.at_each_pass = at_each_pass
+
+    def forward(self, x):
+        x = self.norm(self.first(x.flatten(1))) + self.shift
+        self.at_each_pass(self, x)
+        return self.last(self.dropout(torch.nn.functional.gelu(x)))
+
+
+class Loop:
+    """Trains on random batches, with graphs or without."""
+
+    def __init__(self, captured, model=None, criterion=None, compute=None, **options):
+        self.model = Small() if model is None else model()
+        torch.manual_seed(1)
+        covariance = sgr.CovarianceFunction(1, (4, 4), target_variance=0.06)
+        self.criterion = sgr.SGRLoss(covariance, 1.0, **options) if criterion is None else criterion()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.compute = compute
+        self.made = []
+        self.step = StepGraphs(
+            self.model, self.criterion, self._gradients, (lambda: EmulatedGraph(self.made)) if captured else None
+        )
+        self.generator = torch.Generator().manual_seed(2)
+
+    def _gradients(self, parts):
+        self.optimizer.zero_grad()
+        if self.compute is not None:
+            self.compute(self, parts)
+            return
+        for images, labels in parts:
+            self.criterion(self.model, images, labels).backward()
+
+    def batch(self):
+        images = torch.rand(6, 1, 4, 4, generator=self.generator)
+        return images, torch.randint(0, 3, (6,), generator=self.generator)
+
+    def run(self, steps, between=lambda self, step: None, call=lambda self: self.step([self.batch()])):
+        for step in range(steps):
+            between(self, step)
+            call(self)
+            self.optimizer.step()
+        return self
+
+    def bits(self):
+        return [*self.model.state_dict().values(), *self.criterion.state_dict().values()]
+
+
+def both(steps=12, between=lambda self, step: None, call=lambda self: self.step([self.batch()]), **options):
+    """The captured loop, after it has been compared with the eager one."""
+    loops = []
+    for captured in (True, False):
+        torch.manual_seed(3)
+        loops.append(Loop(captured, **options).run(steps, between, call))
+    for one, other in zip(*(loop.bits() for loop in loops), strict=True):
+        assert torch.equal(one, other)
+    assert loops[0].criterion.steps == loops[1].criterion.steps
+    return loops[0]
+
+
+def at(when, change):
+    return lambda self, step: change(self) if step == when else None
+
+
+def set_attribute(path, value):
+    def change(self):
+        *owners, name = path.split(".")
+        owner = self
+        for part in owners:
+            owner = getattr(owner, part)
+        setattr(owner, name, value)
+
+    return change
+
+
+def replaced(self):
+    self.model.first.weight.data = self.model.first.weight.data * 0.5
+
+
+def exchanged(self):
+    torch.manual_seed(4)
+    self.model.last = nn.Linear(8, 3)
+    self.optimizer.add_param_group({"params": list(self.model.last.parameters())})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_attribute("criterion.covariance.decay", 0.9),
+        set_attribute("criterion.covariance.target_variance", 0.5),
+        set_attribute("criterion.covariance.psd", "none"),
+        set_attribute("criterion.loss_fn", lambda outputs, labels: nn.functional.cross_entropy(outputs, labels, reduction="none") / 2),
+        set_attribute("criterion.strength", 3.0),
+        set_attribute("criterion.penalty_every", 2),
+        lambda self: self.criterion.eval(),
+        lambda self: self.model.eval(),
+        set_attribute("model.norm.momentum", 0.5),
+        set_attribute("model.dropout.p", 0.5),
+        lambda self: self.model.first.requires_grad_(False),
+        replaced,
+        exchanged,
+        lambda self: self.model.register_buffer("shift", torch.ones(8)),
+    ],
+    ids=["decay", "variance", "psd", "loss_fn", "strength", "cadence", "criterion", "model", "momentum", "dropout", "frozen", "replaced", "exchanged", "buffer"],
+)  # fmt: skip
+def test_what_changes_between_steps_is_not_replayed_as_it_was(change):
+    loop = both(12, at(6, change), model=lambda: Small(dropout=0.2))
+    assert loop.made[0].replays == 3
+
+
+def test_autocast_around_a_step_is_part_of_it():
+    def call(self):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.criterion.steps < 6):
+            self.step([self.batch()])
+
+    def compute(self, parts):
+        ((images, labels),) = parts
+        nn.functional.cross_entropy(self.model(images), labels).backward()
+        self.criterion.steps += 1
+
+    loop = both(12, call=call, compute=compute, criterion=lambda: sgr.SGRLoss(sgr.IdentityCovariance()))
+    assert [graph.replays for graph in loop.made] == [3, 3]
+
+
+def new_buffer(self, x):
+    self.shift = 0.9 * self.shift + 0.1 * x.detach().mean(0)
+
+
+def in_a_list(self, x):
+    self.__dict__.setdefault("seen", []).append(len(x))
+
+
+def on_the_host(self, x):
+    if not hasattr(self, "counter"):
+        self.counter = torch.zeros((), device="meta")
+    self.counter.add_(1)
+
+
+def kept_features(self, x):
+    self.features = x.detach()
+
+
+@pytest.mark.parametrize(
+    ("at_each_pass", "reason"),
+    [(new_buffer, "shift"), (in_a_list, "seen"), (on_the_host, "counter"), (kept_features, "features")],
+)
+def test_a_model_that_changes_itself_on_the_host_runs_eagerly(at_each_pass, reason):
+    loop = both(8, model=lambda: Small(at_each_pass))
+    assert loop.made == []
+    assert reason in loop.step.reasons[0]
+
+
+def test_calls_that_the_cadences_count_one_by_one_are_not_captured():
+    def twice(self, parts):
+        ((images, labels),) = parts
+        for part in zip(images.chunk(2), labels.chunk(2)):
+            self.criterion(self.model, *part).backward()
+
+    loop = both(12, compute=twice, penalty_every=3)
+    assert loop.made == []
+    assert "count_calls" in loop.step.reasons[0]
+    assert [graph.replays for graph in both(12, compute=twice, count_calls=False).made] == [9]
+
+
+def test_several_captured_calls_of_one_optimizer_step_draw_elsewhere_each():
+    def call(self):
+        for _ in range(2):
+            self.step([self.batch()])
+        self.criterion.advance()
+
+    def compute(self, parts):
+        ((images, labels),) = parts
+        self.criterion(self.model, images, labels).backward()
+
+    loop = both(8, call=call, compute=compute, count_calls=False, fraction=0.5)
+    assert loop.made[0].replays == 13
+
+
+def test_labels_in_a_dict_and_numbers_beside_them():
+    def compute(self, parts):
+        ((images, labels),) = parts
+        loss = nn.functional.cross_entropy(self.model(images), labels["class"], label_smoothing=labels["smoothing"])
+        loss.backward()
+        self.criterion.steps += 1
+
+    def call(self):
+        images, labels = self.batch()
+        smoothing = 0.1 if self.criterion.steps < 6 else 0.0
+        self.step([(images, {"class": labels, "smoothing": smoothing})])
+
+    loop = both(12, call=call, compute=compute, criterion=lambda: sgr.SGRLoss(sgr.IdentityCovariance()))
+    assert [graph.replays for graph in loop.made] == [3, 3]
+
+
+def test_images_that_want_a_gradient_have_it():
+    found = []
+
+    def call(self):
+        images, labels = self.batch()
+        images.requires_grad_()
+        self.step([(images, labels)])
+        found.append(images.grad)
+
+    assert both(6, call=call).made == []
+    for one, other in zip(found[:6], found[6:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_statistics_that_somebody_keeps_stay_what_they_were():
+    kept = {True: [], False: []}
+    for captured in kept:
+        loop = Loop(captured, penalty_every=2)
+        loop.run(14, call=lambda self: (self.step([self.batch()]), kept[captured].append(self.criterion.last)))
+    assert [graph.replays for graph in loop.made] == []
+    for one, other in zip(kept[True], kept[False], strict=True):
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.outputs, other.outputs)
+        assert one.strength == other.strength
+
+
+def test_copies_begin_without_graphs():
+    loop = Loop(True).run(6)
+    assert loop.step.captured == 1
+    loop.made = []  # what is emulated is nothing to copy
+    other = copy.deepcopy(loop)
+    assert other.step.captured == 0
+    for each in (loop, other):
+        each.run(6)
+    for one, two in zip(loop.bits(), other.bits(), strict=True):
+        assert torch.equal(one, two)
