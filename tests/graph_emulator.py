@@ -141,3 +141,132 @@ def _emulated() -> Iterator[None]:
     finally:
         torch._C._len_torch_dispatch_stack = depth
         torch.cuda.is_current_stream_capturing, torch.cuda.is_initialized = capturing, initialized
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self.device = torch.device("cpu", 1)
+
+
+class LeftBehind:
+    """What PyTorch keeps of captures, beside their kernels, and leaves as it is where one fails.
+
+    After CUDAGraph.cpp, CUDAGeneratorImpl.cpp and CUDACachingAllocator.cpp of PyTorch 2.13, which are the same in what
+    matters here from 2.11 on.
+
+    Attributes:
+        refused: Set by what CUDA refuses while it captures: such a capture cannot be ended.
+        underway: Pools into whose memory something is captured.
+        users: Graphs of each pool.
+        outlived: Pools where tensors lie that nobody has dropped.
+        generator: The default generator's state: where it stands, and whether it draws for a capture.
+    """
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.refused = False
+        self.underway: list[int] = []
+        self.users: dict[int, int] = {}
+        self.outlived: set[int] = set()
+        self.generator = {"offset": 0, "capturing": False}
+        self.device, self.streams, self._handles = 0, {0: _Stream(), 1: _Stream()}, 0
+        patches = {
+            "CUDAGraph": lambda: _Bookkeeping(self),
+            "Stream": _Stream,
+            "synchronize": lambda: None,
+            "empty_cache": self._empty_cache,
+            "graph_pool_handle": self._handle,
+            "current_stream": lambda device=None: self.streams[self.device if device is None else device.index],
+            "set_stream": self._set_stream,
+            "stream": self._stream,
+            "device": self._device,
+        }
+        for name, value in patches.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "default_generators", (None, self), raising=False)
+        for name, value in (
+            ("_host_emptyCache", lambda: None),
+            ("_cuda_endAllocateToPool", lambda device, pool: self._end(pool)),
+            ("_cuda_releasePool", lambda device, pool: self._release(pool)),
+        ):
+            monkeypatch.setattr(torch._C, name, value, raising=False)
+
+    def clone_state(self) -> dict[str, Any]:
+        """Of the default generator."""
+        return dict(self.generator)
+
+    def graphsafe_set_state(self, state: dict[str, Any]) -> None:
+        """Of the default generator."""
+        self.generator = state
+
+    def _handle(self) -> int:
+        self._handles += 1
+        return self._handles
+
+    def _empty_cache(self) -> None:
+        if not self.underway:
+            self.users = {pool: users for pool, users in self.users.items() if users or pool in self.outlived}
+
+    def _set_stream(self, stream: _Stream) -> None:
+        self.device = 1
+        self.streams[1] = stream
+
+    @contextlib.contextmanager
+    def _stream(self, stream: _Stream) -> Iterator[None]:
+        device, before = self.device, self.streams[1]
+        self._set_stream(stream)
+        yield  # not undone by an exception: `torch.cuda.graph` then does not get there
+        self.streams[1], self.device = before, device
+
+    @contextlib.contextmanager
+    def _device(self, device: Any) -> Iterator[None]:
+        before = self.device
+        self.device = 1
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def begin(self, pool: int) -> None:
+        self.generator["capturing"] = True
+        if self.users.get(pool, 1) <= 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.users[pool] = self.users.get(pool, 0) + 1
+        if pool in self.underway:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.underway.append(pool)
+
+    def _end(self, pool: int) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def _release(self, pool: int) -> None:
+        self.users[pool] -= 1
+
+
+class _Bookkeeping:
+    """A `torch.cuda.CUDAGraph` of no kernels, which draws four random numbers."""
+
+    def __init__(self, cuda: LeftBehind) -> None:
+        self._cuda, self._ended = cuda, False
+
+    def capture_begin(self, pool: int | None = None, **options: Any) -> None:
+        self._pool = self._cuda._handle() if pool is None else pool
+        self._state = self._cuda.generator
+        self._cuda.begin(self._pool)
+
+    def capture_end(self) -> None:
+        if self._cuda.refused:
+            self._cuda.refused = False
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self._cuda._end(self._pool)
+        self._state["capturing"], self._ended = False, True
+
+    def replay(self) -> None:
+        if self._state["capturing"]:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        self._state["offset"] += 4
+
+    def __del__(self) -> None:
+        if self._ended:
+            self._cuda._release(self._pool)

@@ -9,7 +9,7 @@ from torch import nn
 import sgr_kernels as sgr
 from sgr_kernels.training import cuda_graphs
 from sgr_kernels.training.cuda_graphs import StepGraphs
-from tests.graph_emulator import EmulatedGraph
+from tests.graph_emulator import EmulatedGraph, LeftBehind
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +257,45 @@ def test_copies_begin_without_graphs():
         each.run(6)
     for one, two in zip(loop.bits(), other.bits(), strict=True):
         assert torch.equal(one, two)
+
+
+class Refused(RuntimeError):
+    """What was not permitted."""
+
+
+@pytest.mark.parametrize("by_cuda", [True, False])
+def test_after_a_capture_that_fails_all_is_as_before(by_cuda, monkeypatch):
+    """Whether CUDA has refused something, so that the capture cannot be ended, or only Python has raised."""
+    cuda = LeftBehind(monkeypatch)
+    new_graph = cuda_graphs.graphs_on("cuda")
+    default, before = cuda.streams[1], new_graph()
+    before.capture(lambda: None)
+
+    def refused():
+        cuda.refused = by_cuda
+        raise Refused("waiting is not permitted while capturing")
+
+    with pytest.raises(Refused):
+        new_graph().capture(refused)
+    assert cuda.underway == []
+    assert cuda.device == 0
+    assert cuda.streams[1] is default
+    after = new_graph()
+    after.capture(lambda: None)
+    for graph in (before, after):
+        graph.replay()
+    assert cuda.generator == {"offset": 8, "capturing": False}  # the one that everybody draws from
+    del before, after, graph
+    assert not any(cuda.users.values())
+
+
+def test_captures_begin_anew_where_tensors_of_forgotten_graphs_are_kept(monkeypatch):
+    cuda = LeftBehind(monkeypatch)
+    new_graph = cuda_graphs.graphs_on("cuda")
+    graph = new_graph()
+    graph.capture(lambda: None)
+    cuda.outlived.update(cuda.users)
+    del graph
+    graph = new_graph()
+    graph.capture(lambda: None)
+    graph.replay()
