@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -40,6 +42,8 @@ _MOST = 16
 _REMEMBERED = 64
 """Kinds whose steps are counted."""
 _NUMBERS = frozenset({bool, int, float, str})
+_COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -355,21 +359,45 @@ def _address(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _on_host(model: nn.Module, leaves: list[Any]) -> dict[str, Any]:
+def _on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
     """What a replay would leave as it is: the host's random streams, and what modules keep.
 
     Of tensors it matters which they are, and what was written into those that lie elsewhere than the batch.
     """
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    kept: dict[str, Any] = {"": _random_streams()}
+    kept: dict[tuple[str, str], Any] = {("", ""): _random_streams()}
     for path, module in model.named_modules():
-        for name, value in {**vars(module), **module._parameters, **module._buffers}.items():
-            many = list(value.values()) if isinstance(value, dict) else value
-            many = list(many) if isinstance(many, (list, tuple, set)) else [many]
-            found = [each for each in many if type(each) in _NUMBERS or isinstance(each, Tensor)]
-            versions = [t._version for t in found if isinstance(t, Tensor) and t.device.type not in devices]
-            kept[f"{path}.{name}".lstrip(".")] = found, len(many), versions
+        for attributes in (vars(module), module._parameters, module._buffers):
+            for name, value in attributes.items():
+                kind = type(value)
+                if kind in _NUMBERS:
+                    kept[path, name] = value
+                elif _is_tensor(kind):
+                    kept[path, name] = _Kept([value], devices)
+                elif kind in _COLLECTIONS and value and name not in _REGISTERED:
+                    kept[path, name] = _Kept(list(value.values() if issubclass(kind, dict) else value), devices)
     return kept
+
+
+@cache
+def _is_tensor(kind: type) -> bool:
+    return issubclass(kind, Tensor)
+
+
+class _Kept:
+    """Tensors, numbers and whatever else a module keeps; equal where they are the same, asked for no value."""
+
+    def __init__(self, values: list[Any], devices: set[str]) -> None:
+        self._values = values
+        self._written = [v._version for v in values if _is_tensor(type(v)) and v.device.type not in devices]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Kept)
+            and self._written == other._written
+            and len(self._values) == len(other._values)
+            and all(a is b or (type(a) in _NUMBERS and a == b) for a, b in zip(self._values, other._values))
+        )
 
 
 def _random_streams() -> tuple[Any, ...]:
@@ -377,17 +405,9 @@ def _random_streams() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), *rest
 
 
-def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+def _difference(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> str | None:
     """What a step changed on the host, in words."""
-    if before[""] != after[""]:
-        return "a step draws random numbers on the host"
-    changed = [name for name, value in after.items() if name and not _same(before.get(name), value)]
-    return f"a step changes what modules keep on the host ({changed[-1]})" if changed else None
-
-
-def _same(before: Any, after: Any) -> bool:
-    """Whether an attribute is as it was; tensors are asked for no value."""
-    if before is None or before[1:] != after[1:] or len(before[0]) != len(after[0]):
-        return False
-    pairs = zip(before[0], after[0])
-    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+    changed = [".".join(filter(None, key)) for key, value in after.items() if key not in before or before[key] != value]
+    if not changed:
+        return None
+    return f"a step changes what modules keep ({changed[0]})" if changed[0] else "a step draws random numbers on the host"

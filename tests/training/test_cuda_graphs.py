@@ -126,7 +126,7 @@ def draw(self):
 @pytest.mark.parametrize(
     ("changed", "on_host", "reason"),
     [
-        ({}, count, "keep on the host (calls)"),
+        ({}, count, "changes what modules keep (calls)"),
         ({}, draw, "draws random numbers on the host"),
         ({"fraction": 0.5}, lambda self: None, "random numbers cannot be repeated"),
         ({"perturbation": "fgsm"}, lambda self: None, "attacks: they ask for values"),
