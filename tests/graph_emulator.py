@@ -88,6 +88,21 @@ class _Tape(TorchDispatchMode):
                 _whole(tensor).fill_(255)
 
 
+class _NoHost(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        if any(tensor.is_cpu for tensor in _tensors((args, kwargs, results))):
+            raise CaptureError(f"tensors of the host are copied, which waits, or read as they are now: {function}")
+        return results
+
+
+@contextlib.contextmanager
+def capturing_on_meta() -> Iterator[None]:
+    """While active, a graph captures for tensors on the meta device, and no tensor may be on the host."""
+    with _emulated(), _NoHost():
+        yield
+
+
 class EmulatedGraph:
     """Captures on the CPU what a CUDA graph would; of `sgr_kernels.training.cuda_graphs.Graph`'s kind.
 
