@@ -9,7 +9,7 @@ count no changes by it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,16 +80,17 @@ class EmulatedGraph:
         self._tape = _Tape()
         self.replays = 0
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> None:
         """Record what ``work`` calls."""
-        random = torch.get_rng_state()
+        streams = [(generator, generator.get_state()) for generator in (torch.default_generator, *generators)]
         try:
             with _emulated(), self._tape:
                 work()
         finally:
             with torch.no_grad():
                 self._tape.take_back()
-            torch.set_rng_state(random)
+            for generator, state in streams:
+                generator.set_state(state)
 
     @torch.no_grad()
     def replay(self) -> None:

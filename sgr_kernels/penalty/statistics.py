@@ -84,6 +84,13 @@ class Criterion(Counting):
         """What it decides on the host about the next training step: a graph serves the steps of one kind."""
         return ()
 
+    def generators(self) -> list[torch.Generator]:
+        """Those that its steps draw from on a device, beside the default one; a graph has to know them."""
+        return []
+
+    def before_step(self) -> None:
+        """Draw on the host what a step is to be made with, be it replayed or not."""
+
     def before_replay(self) -> None:
         """Do what a call does on the host before its kernels."""
 

@@ -46,17 +46,21 @@ def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 
     While something traces, nothing is remembered: a compiler folds constants itself, a traced or fake tensor must not
-    outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay.
+    outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay;
+    what it uses of earlier ones is never forgotten, for it will read their memory.
     What is remembered is built outside every mode and transform, as `plainly` says.
     """
     memory: dict[object, Tensor] = {}
+    captured: dict[object, Tensor] = {}
 
     @functools.wraps(build)
     def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         if tracing():
             return build(*args, **kwargs)
         key = (args, tuple(kwargs.items()))
-        value = memory.get(key)
+        value = captured.get(key, memory.get(key))
+        if value is not None and recording():
+            captured[key] = value
         if value is None:
             with plainly():
                 value = build(*args, **kwargs)

@@ -39,8 +39,8 @@ _REMEMBERED = 64
 class Graph(Protocol):
     """A sequence of kernels that can be launched again."""
 
-    def capture(self, work: Callable[[], None]) -> None:
-        """Record what ``work`` launches; nothing of it is executed."""
+    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
+        """Record what ``work`` launches, and draws from generators; nothing of it is executed."""
 
     def replay(self) -> None:
         """Launch it again, on the same memory."""
@@ -57,19 +57,23 @@ class CudaGraph:
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._graph, self._stream, self._pool = torch.cuda.CUDAGraph(), stream, pool
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
         """As of `Graph`."""
         device = self._stream.device
-        generator = torch.cuda.default_generators[device.index]
-        # A capture that fails leaves its stream the current one and the generator's state for captures alone.
-        before, current = generator.clone_state(), torch.cuda.current_stream(device)
+        own = [generator for generator in generators if generator.device.type == "cuda"]
+        for generator in own:
+            self._graph.register_generator_state(generator)
+        # A capture that fails leaves its stream the current one, and the states of generators to captures alone.
+        before = [(g, g.clone_state()) for g in (torch.cuda.default_generators[device.index], *own)]
+        current = torch.cuda.current_stream(device)
         try:
             # Other threads may go on allocating, such as those that read images.
             with torch.cuda.graph(self._graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 work()
         except BaseException:
             torch.cuda.set_stream(current)
-            generator.graphsafe_set_state(before)
+            for generator, state in before:
+                generator.graphsafe_set_state(state)
             raise
 
     def replay(self) -> None:
@@ -144,6 +148,7 @@ class StepGraphs:
         if self._new_graph is None:
             self._compute(parts)
             return
+        self._criterion.before_step()
         kind = (self._criterion.kind(), *(_like(tensor) for part in parts for tensor in part))
         capture = self._captures.get(kind)
         if capture is not None:
@@ -176,7 +181,7 @@ class StepGraphs:
         inputs = [tuple(tensor.clone() for tensor in part) for part in parts]
         criterion.steps = steps
         try:
-            graph.capture(lambda: self._compute(inputs))
+            graph.capture(lambda: self._compute(inputs), criterion.generators())
             captured = [parameter.grad for parameter in parameters]
             self._captures[kind] = _Capture(self._model, criterion, graph, inputs, captured, criterion.remembered)
         except Exception as error:  # the same step had just gone well: whatever it is, it is about capturing
