@@ -39,7 +39,7 @@ _REMEMBERED = 64
 class Graph(Protocol):
     """A sequence of kernels that can be launched again."""
 
-    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
+    def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
         """Record what ``work`` launches, and draws from generators; nothing of it is executed."""
 
     def replay(self) -> None:
@@ -57,7 +57,7 @@ class CudaGraph:
     def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
         self._graph, self._stream, self._pool = torch.cuda.CUDAGraph(), stream, pool
 
-    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
+    def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
         """As of `Graph`."""
         device = self._stream.device
         own = [generator for generator in generators if generator.device.type == "cuda"]
