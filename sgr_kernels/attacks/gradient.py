@@ -13,7 +13,6 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, plain, preserve
 from sgr_kernels.attacks.inputs import (
     add_perturbation,
-    check_count,
     check_images,
     norms,
     per_image,
@@ -36,7 +35,7 @@ from sgr_kernels.attacks.objective import (
     logits_of,
     objective_for,
 )
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_count, check_number
 
 Norm = Literal["Linf", "L2"]
 Schedule = Literal["constant", "cosine"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.attacks.levels import Bounds, Level
-from sgr_kernels.checks import describe
+from sgr_kernels.checks import describe, is_whole
 from sgr_kernels.toeplitz.constants import recording
 
 DEFAULT_SEED = 20180
@@ -76,12 +76,6 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError unless ``value`` is a whole number >= ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
-
-
 def private_generator(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or a new one on the CPU with the fixed seed 20180: the global stream is never used."""
     return generator if generator is not None else torch.Generator().manual_seed(DEFAULT_SEED)
@@ -93,9 +87,9 @@ def seeded(seed: int) -> torch.Generator:
     Raises:
         ValueError: not a whole number from 0 to 2**64 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not is_whole(seed, 0) or seed >= 2**64:
         raise ValueError(f"seed: expected a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def child_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:

@@ -12,7 +12,6 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
 from sgr_kernels.attacks.inputs import (
     add_perturbation,
-    check_count,
     check_images,
     child_generator,
     per_image,
@@ -22,6 +21,7 @@ from sgr_kernels.attacks.inputs import (
 )
 from sgr_kernels.attacks.levels import Bounds, Eps, Level, levels_of, one_or_stacked, takes_many_eps
 from sgr_kernels.attacks.objective import choose_labels, clean_logits, logit_loss, logits_of
+from sgr_kernels.checks import check_count
 from sgr_kernels.covariance import CovarianceFunction
 
 DRAWS_AT_ONCE = 10
