@@ -21,7 +21,12 @@ from sgr_kernels.penalty.metric import CovarianceMetric, Metric
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
-from sgr_kernels.penalty.perturbations import (
+from sgr_kernels.penalty.sampling import SAMPLINGS, offset
+from sgr_kernels.penalty.statistics import Recorded, StepStatistics
+from sgr_kernels.penalty.trial import Trial
+from sgr_kernels.penalty.way import Outcome, Task, Way
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
+from sgr_kernels.perturbations import (
     ATTACKS,
     FREE,
     Perturbation,
@@ -29,11 +34,6 @@ from sgr_kernels.penalty.perturbations import (
     from_gradient,
     only_where_finite,
 )
-from sgr_kernels.penalty.sampling import SAMPLINGS, offset
-from sgr_kernels.penalty.statistics import Recorded, StepStatistics
-from sgr_kernels.penalty.trial import Trial
-from sgr_kernels.penalty.way import Outcome, Task, Way
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
 from sgr_kernels.toeplitz.constants import recording
 
 logger = logging.getLogger("sgr_kernels")

@@ -14,11 +14,11 @@ from sgr_kernels.attacks import deepfool, fgsm, pgd, uniform_noise
 from sgr_kernels.evaluation import diagnose, robustness_curve, sanity_report
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance, perturbations
 from sgr_kernels.evaluation.suite import Plan, evaluate
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_pgd
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.methods import Settings
-from sgr_kernels.training.models import carlini_wagner
 from sgr_kernels.training.search import strength_search
 from sgr_kernels.training.trained import accuracy
 from tests.attack_models import exponential, images_like, linear

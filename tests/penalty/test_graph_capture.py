@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sgr_kernels import CovarianceFunction, SGRLoss, loss
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.penalty import choice, proof, statistics
-from sgr_kernels.training.models import carlini_wagner
 
 SIZES = {1: (28, 28), 3: (32, 32)}
 
