@@ -66,24 +66,6 @@ def graphs_on(device: torch.device) -> Any:
     return cuda_graphs.graphs_on(device)
 
 
-def _criterion(way: dict[str, Any], shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
-    if "pgd" in way:
-        steps = way["pgd"]
-
-        def adversarial(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            eps = 8 / 255
-            moved = sgr.attacks.pgd(model, images, labels, eps=eps, steps=steps, step_size=2.5 * eps / steps)
-            return nn.functional.cross_entropy(model(moved), labels)
-
-        return adversarial
-    if not way:
-        return lambda model, images, labels: nn.functional.cross_entropy(model(images), labels)
-    if way.get("covariance") == "identity":
-        return sgr.SGRLoss(sgr.IdentityCovariance(), 0.1)
-    covariance = sgr.CovarianceFunction(shape[0], shape[1:], target_variance=0.06)
-    return sgr.SGRLoss(covariance, 0.1, update_every=way.get("penalty_every", 1), **way)
-
-
 class _Function(Criterion):
     """A loss without state."""
 
@@ -93,6 +75,32 @@ class _Function(Criterion):
 
     def forward(self, *arguments: Any) -> torch.Tensor:
         return self.function(*arguments)
+
+
+class _Adversarial(Criterion):
+    """Cross-entropy on images that PGD has moved from a random start."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        super().__init__()
+        self.attack_steps, self.generator = steps, torch.Generator(device).manual_seed(0)
+
+    def generators(self) -> list[torch.Generator]:
+        return [self.generator]
+
+    def forward(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        moved = sgr.attacks.pgd(model, images, labels, eps=8 / 255, steps=self.attack_steps, generator=self.generator)
+        return nn.functional.cross_entropy(model(moved), labels)
+
+
+def _criterion(way: dict[str, Any], shape: tuple[int, ...], device: torch.device) -> Callable[..., torch.Tensor]:
+    if "pgd" in way:
+        return _Adversarial(way["pgd"], device)
+    if not way:
+        return lambda model, images, labels: nn.functional.cross_entropy(model(images), labels)
+    if way.get("covariance") == "identity":
+        return sgr.SGRLoss(sgr.IdentityCovariance(), 0.1)
+    covariance = sgr.CovarianceFunction(shape[0], shape[1:], target_variance=0.06)
+    return sgr.SGRLoss(covariance, 0.1, update_every=way.get("penalty_every", 1), **way)
 
 
 class Training:
@@ -117,7 +125,7 @@ class Training:
         captured, way = way.endswith(CAPTURED), way.removesuffix(CAPTURED)
         build, shape = NETWORKS[network]
         model = build().to(device).train()
-        criterion = _criterion(WAYS[way], shape)
+        criterion = _criterion(WAYS[way], shape, device)
         if isinstance(criterion, nn.Module):
             criterion.to(device)
         images = torch.rand(batch, *shape, device=device)

@@ -13,9 +13,9 @@ from torch import nn
 from sgr_kernels.attacks import correlated_noise, deepfool, fgsm, pgd, relative_norm
 from sgr_kernels.covariance import CovarianceFunction
 from sgr_kernels.evaluation import robustness_curve
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.datasets import load
-from sgr_kernels.training.models import carlini_wagner
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time)
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgr_kernels.training.cuda_graphs import CudaGraph, graphs_on
+
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Samples = dict[str, list[float]]
 
@@ -66,7 +68,7 @@ class CudaTimer:
         copies = min(_GRAPH_CALLS, 2 + 2 * cache // max(1, images.numel() * images.element_size()))
         self.inputs = [images.clone() for _ in range(copies)]
         self.run = run
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: CudaGraph | None = None
         self.replays = 1
         self.method = "CUDA graph"
         try:
@@ -78,16 +80,12 @@ class CudaTimer:
         self.replays = repetitions(min(self.sample() for _ in range(2)) * len(self.inputs))
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.run(self.inputs[0])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for images in self.inputs:
-                self.run(images)
+        for _ in range(3):
+            self.run(self.inputs[0])
+        new_graph = graphs_on(self.inputs[0].device)
+        assert new_graph is not None
+        graph = new_graph()
+        graph.capture(lambda: [self.run(images) for images in self.inputs])
         self.graph = graph
 
     def _once(self) -> None:

@@ -38,10 +38,8 @@ from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.wrappers import PenaltyGradientError
 
 if TYPE_CHECKING:
-    from sgr_kernels import attacks, evaluation, training
+    from sgr_kernels import attacks, evaluation, models, perturbations, training
     from sgr_kernels.evaluation import diagnose
-    from sgr_kernels.penalty import perturbations
-    from sgr_kernels.training import models
 
 __all__ = [
     "Covariance",
@@ -70,8 +68,8 @@ _LATER = {
     "attacks": ("sgr_kernels.attacks", None),
     "evaluation": ("sgr_kernels.evaluation", None),
     "diagnose": ("sgr_kernels.evaluation", "diagnose"),
-    "models": ("sgr_kernels.training.models", None),
-    "perturbations": ("sgr_kernels.penalty.perturbations", None),
+    "models": ("sgr_kernels.models", None),
+    "perturbations": ("sgr_kernels.perturbations", None),
     "training": ("sgr_kernels.training", None),
 }
 

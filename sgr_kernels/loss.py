@@ -21,7 +21,12 @@ from sgr_kernels.penalty.metric import CovarianceMetric, Metric
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.passes import Passes
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
-from sgr_kernels.penalty.perturbations import (
+from sgr_kernels.penalty.sampling import SAMPLINGS, offset
+from sgr_kernels.penalty.statistics import Recorded, StepStatistics
+from sgr_kernels.penalty.trial import Trial
+from sgr_kernels.penalty.way import Outcome, Task, Way
+from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
+from sgr_kernels.perturbations import (
     ATTACKS,
     FREE,
     Perturbation,
@@ -29,11 +34,6 @@ from sgr_kernels.penalty.perturbations import (
     from_gradient,
     only_where_finite,
 )
-from sgr_kernels.penalty.sampling import SAMPLINGS, offset
-from sgr_kernels.penalty.statistics import Recorded, StepStatistics
-from sgr_kernels.penalty.trial import Trial
-from sgr_kernels.penalty.way import Outcome, Task, Way
-from sgr_kernels.penalty.wrappers import PenaltyGradientError, refuse_static_graph, unwrapped
 from sgr_kernels.toeplitz.constants import recording
 
 logger = logging.getLogger("sgr_kernels")
@@ -46,7 +46,7 @@ _DEFAULT_PERTURBATION: Final = "sign (default)"
 
 def linear_warmup(strength: float, steps: int) -> Callable[[int], float]:
     """A strength that grows linearly from ``strength / steps`` to ``strength`` over the first training steps."""
-    _check_positive("steps", steps)
+    checks.check_count("steps", steps)
     return functools.partial(_warmed_up, strength, steps)
 
 
@@ -67,11 +67,6 @@ def _blame_devices(model: Any, images: Tensor, labels: Any, error: RuntimeError)
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning("SGRLoss: %s", message)
-
-
-def _check_positive(argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument}: expected a positive int, got {value!r}")
 
 
 def _check_strength(strength: Any) -> None:
@@ -163,7 +158,7 @@ class SGRLoss(Recorded):
         nonfinite_patience: int = 10,
     ) -> None:
         for name in ("update_every", "penalty_every", "nonfinite_patience"):
-            _check_positive(name, locals()[name])
+            checks.check_count(name, locals()[name])
         super().__init__(nonfinite_patience)
         if not isinstance(covariance, (Covariance, NormPenalty)):
             raise TypeError(

@@ -12,7 +12,7 @@ later graphs have made is lost, as it may lie where an earlier one works.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -116,16 +116,17 @@ class EmulatedGraph:
         self._pool.append(self)
         self.replays = 0
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> None:
         """Record what ``work`` calls."""
-        random = torch.get_rng_state()
+        streams = [(generator, generator.get_state()) for generator in (torch.default_generator, *generators)]
         try:
             with _emulated(), self._tape:
                 work()
         finally:
             with torch.no_grad():
                 self._tape.take_back()
-            torch.set_rng_state(random)
+            for generator, state in streams:
+                generator.set_state(state)
             self._tape.lose()
 
     @torch.no_grad()
@@ -163,6 +164,21 @@ class _Stream:
         self.device = torch.device("cpu", 1)
 
 
+class Generator:
+    """A CUDA generator's state: where it stands, and whether it draws for a capture."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self) -> None:
+        self.state = {"offset": 0, "capturing": False}
+
+    def clone_state(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def graphsafe_set_state(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
 class LeftBehind:
     """What PyTorch keeps of captures, beside their kernels, and leaves as it is where one fails.
 
@@ -174,7 +190,7 @@ class LeftBehind:
         underway: Pools into whose memory something is captured.
         users: Graphs of each pool.
         outlived: Pools where tensors lie that nobody has dropped.
-        generator: The default generator's state: where it stands, and whether it draws for a capture.
+        generator: The default one.
     """
 
     def __init__(self, monkeypatch: Any) -> None:
@@ -182,7 +198,7 @@ class LeftBehind:
         self.underway: list[int] = []
         self.users: dict[int, int] = {}
         self.outlived: set[int] = set()
-        self.generator = {"offset": 0, "capturing": False}
+        self.generator = Generator()
         self.device, self.streams, self._handles = 0, {0: _Stream(), 1: _Stream()}, 0
         patches = {
             "CUDAGraph": lambda: _Bookkeeping(self),
@@ -197,21 +213,13 @@ class LeftBehind:
         }
         for name, value in patches.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(torch.cuda, "default_generators", (None, self), raising=False)
+        monkeypatch.setattr(torch.cuda, "default_generators", (None, self.generator), raising=False)
         for name, value in (
             ("_host_emptyCache", lambda: None),
             ("_cuda_endAllocateToPool", lambda device, pool: self._end(pool)),
             ("_cuda_releasePool", lambda device, pool: self._release(pool)),
         ):
             monkeypatch.setattr(torch._C, name, value, raising=False)
-
-    def clone_state(self) -> dict[str, Any]:
-        """Of the default generator."""
-        return dict(self.generator)
-
-    def graphsafe_set_state(self, state: dict[str, Any]) -> None:
-        """Of the default generator."""
-        self.generator = state
 
     def _handle(self) -> int:
         self._handles += 1
@@ -242,7 +250,6 @@ class LeftBehind:
             self.device = before
 
     def begin(self, pool: int) -> None:
-        self.generator["capturing"] = True
         if self.users.get(pool, 1) <= 0:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         self.users[pool] = self.users.get(pool, 0) + 1
@@ -260,14 +267,19 @@ class LeftBehind:
 
 
 class _Bookkeeping:
-    """A `torch.cuda.CUDAGraph` of no kernels, which draws four random numbers."""
+    """A `torch.cuda.CUDAGraph` of no kernels, which draws four random numbers of each generator."""
 
     def __init__(self, cuda: LeftBehind) -> None:
-        self._cuda, self._ended = cuda, False
+        self._cuda, self._ended, self._generators = cuda, False, [cuda.generator]
+
+    def register_generator_state(self, generator: Generator) -> None:
+        self._generators.append(generator)
 
     def capture_begin(self, pool: int | None = None, **options: Any) -> None:
         self._pool = self._cuda._handle() if pool is None else pool
-        self._state = self._cuda.generator
+        self._states = [generator.state for generator in self._generators]
+        for state in self._states:
+            state["capturing"] = True
         self._cuda.begin(self._pool)
 
     def capture_end(self) -> None:
@@ -275,12 +287,15 @@ class _Bookkeeping:
             self._cuda.refused = False
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self._cuda._end(self._pool)
-        self._state["capturing"], self._ended = False, True
+        for state in self._states:
+            state["capturing"] = False
+        self._ended = True
 
     def replay(self) -> None:
-        if self._state["capturing"]:
-            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
-        self._state["offset"] += 4
+        for state in self._states:
+            if state["capturing"]:
+                raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+            state["offset"] += 4
 
     def __del__(self) -> None:
         if self._ended:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.attacks.guard import Model, plain, preserve
-from sgr_kernels.attacks.inputs import check_count, check_images, norms, per_image, working_dtype
+from sgr_kernels.attacks.inputs import check_images, norms, per_image, refuse_while_capturing, working_dtype
 from sgr_kernels.attacks.levels import Bounds
 from sgr_kernels.attacks.objective import (
     choose_labels,
@@ -18,7 +18,7 @@ from sgr_kernels.attacks.objective import (
     inspect_logits,
     logits_of,
 )
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_count, check_number
 
 ConventionName = Literal["cleverhans", "authors", "foolbox"]
 
@@ -83,6 +83,7 @@ def deepfool(
     overshoot = check_number("overshoot", overshoot)
     check_count("max_iterations", max_iterations, least=0)
     check_count("candidates", candidates, least=2)
+    refuse_while_capturing("deepfool")
     images = check_images(images, bounds)
     rules = _CONVENTIONS[convention]
     limits = bounds if rules.clipped else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +13,15 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, plain, preserve
 from sgr_kernels.attacks.inputs import (
     add_perturbation,
-    check_count,
     check_images,
     norms,
     per_image,
     private_generator,
+    refuse_while_capturing,
     shrink_to_ball,
     working_dtype,
 )
-from sgr_kernels.attacks.levels import Bounds, Eps, check_eps, one_or_stacked, takes_many_eps
+from sgr_kernels.attacks.levels import Bounds, Eps, Level, levels_of, one_or_stacked, takes_many_eps
 from sgr_kernels.attacks.objective import (
     LossName,
     Objective,
@@ -34,7 +35,7 @@ from sgr_kernels.attacks.objective import (
     logits_of,
     objective_for,
 )
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_count, check_number
 
 Norm = Literal["Linf", "L2"]
 Schedule = Literal["constant", "cosine"]
@@ -168,7 +169,11 @@ def pgd(
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts: expected 1 without random_start, got {restarts}")
     images = check_images(images, bounds)
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
+    levels = levels_of(eps, bounds if norm == "Linf" else None)
+    if early_stop:
+        refuse_while_capturing("early_stop")
+    if random_start and (generator is None or generator.device.type != images.device.type):
+        refuse_while_capturing("random_start of a generator on the host")
     generator = private_generator(generator)
     with preserve(model):
         images = plain(images)
@@ -180,7 +185,7 @@ def pgd(
         results = []
         for level in levels:
             best = _Best(task)
-            if level > 0 and len(images):
+            if len(images) and (isinstance(level, Tensor) or level > 0):
                 for start in starts:
                     _climb(task, best, start, level, _lengths(level, steps, step_size, schedule))
             results.append(best.images)
@@ -198,7 +203,7 @@ def _one_step(
     generator: torch.Generator | None,
 ) -> Tensor:
     images = check_images(images, bounds)
-    levels = check_eps(eps, bounds if norm == "Linf" else None)
+    levels = levels_of(eps, bounds if norm == "Linf" else None)
     with preserve(model):
         leaf = differentiable(plain(images))
         logits = logits_of(model, leaf)
@@ -250,7 +255,7 @@ class _Best:
         self.broken[index] = broken | before
 
 
-def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, lengths: list[float]) -> None:
+def _climb(task: _Task, best: _Best, start: Tensor | None, eps: Level, lengths: Sequence[Level]) -> None:
     """One run of projected ascent from ``eps * start``, in steps of these lengths, on the images that still matter."""
     index = torch.arange(len(task.images), device=task.images.device)
     if task.early_stop:
@@ -277,19 +282,20 @@ def _climb(task: _Task, best: _Best, start: Tensor | None, eps: float, lengths: 
             index, base, delta = index[~broken], base[~broken], delta[~broken]
 
 
-def _lengths(eps: float, steps: int, first: float | None, schedule: Schedule) -> list[float]:
+def _lengths(eps: Level, steps: int, first: float | None, schedule: Schedule) -> list[Level]:
     """The lengths of a run's steps."""
     if schedule == "constant":
         return [first or 2.5 * eps / steps] * steps
     return [(first or 2 * eps) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
 
 
-def _project(base: Tensor, delta: Tensor, norm: Norm, eps: float, bounds: Bounds) -> Tensor:
+def _project(base: Tensor, delta: Tensor, norm: Norm, eps: Level, bounds: Bounds) -> Tensor:
     """Into the ball, then into the box: the box holds the ball's centre, so its clipping cannot leave the ball.
 
     The perturbation itself is clipped, not the image: an image's rounding would lengthen it.
     """
-    delta = delta.clamp(-eps, eps) if norm == "Linf" else shrink_to_ball(delta, eps)
+    # Both ends are numbers or both tensors.
+    delta = delta.clamp(-eps, eps) if norm == "Linf" else shrink_to_ball(delta, eps)  # type: ignore[arg-type]
     return delta if bounds is None else delta.clamp(bounds[0] - base, bounds[1] - base)
 
 

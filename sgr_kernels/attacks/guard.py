@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.toeplitz.constants import recording
+
 Model = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +48,8 @@ def random_streams(*models: Model) -> Iterator[None]:
     """Restores the global random streams of Python, NumPy and PyTorch, also those of the models' CUDA devices."""
     modules = [m for m in models if isinstance(m, nn.Module)]
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    # A device's stream cannot be read while a CUDA graph captures, nor need it be: evaluation mode draws nothing.
+    devices = [] if recording() else sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream is meant
     try:
         with torch.random.fork_rng(devices=devices):

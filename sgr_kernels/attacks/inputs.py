@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.levels import Bounds
-from sgr_kernels.checks import describe
+from sgr_kernels.attacks.levels import Bounds, Level
+from sgr_kernels.checks import describe, is_whole
 from sgr_kernels.toeplitz.constants import recording
 
 DEFAULT_SEED = 20180
@@ -20,11 +20,9 @@ def check_images(images: Tensor, bounds: Bounds) -> Tensor:
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: a wrong rank, bad bounds, or values that are not finite or out of bounds.
-        RuntimeError: while a CUDA graph captures, for values are asked for.
+        ValueError: a wrong rank, bad bounds, or values that are not finite or out of bounds; values are not looked at
+            while a CUDA graph captures.
     """
-    if recording():
-        raise RuntimeError("attacks: they ask for values, which cannot be while a CUDA graph captures")
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected a floating-point tensor, got {kind}; divide 8-bit images by 255")
@@ -39,6 +37,8 @@ def check_images(images: Tensor, bounds: Bounds) -> Tensor:
             raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds}")
     if images.numel() == 0:
         return images
+    if recording():
+        return images if bounds is None else images.clamp(*bounds)
     low, high = (float(v) for v in images.detach().aminmax())
     if low != low or high != high:
         raise ValueError("images: expected finite values, got NaN")
@@ -51,6 +51,12 @@ def check_images(images: Tensor, bounds: Bounds) -> Tensor:
             "normalise inside the model, or pass bounds="
         )
     return images.clamp(*allowed) if low < allowed[0] or high > allowed[1] else images
+
+
+def refuse_while_capturing(name: str) -> None:
+    """Raises RuntimeError while a CUDA graph captures: for what a replay would not repeat."""
+    if recording():
+        raise RuntimeError(f"{name}: this part of an attack takes the host, and cannot be captured by a CUDA graph")
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
@@ -66,14 +72,8 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         raise TypeError(f"labels: expected integer class indices, got {labels.dtype}")
     if labels.shape != (batch,):
         raise ValueError(f"labels: expected shape ({batch},), got {tuple(labels.shape)}")
-    if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if batch and not recording() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError unless ``value`` is a whole number >= ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
 
 def private_generator(generator: torch.Generator | None) -> torch.Generator:
@@ -87,9 +87,9 @@ def seeded(seed: int) -> torch.Generator:
     Raises:
         ValueError: not a whole number from 0 to 2**64 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not is_whole(seed, 0) or seed >= 2**64:
         raise ValueError(f"seed: expected a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def child_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
@@ -117,7 +117,7 @@ def norms(delta: Tensor) -> Tensor:
     return torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)
 
 
-def shrink_to_ball(delta: Tensor, eps: float) -> Tensor:
+def shrink_to_ball(delta: Tensor, eps: Level) -> Tensor:
     """Projects each sample onto the L2 ball of radius ``eps``; an inner one is left as it is."""
     length = norms(delta)
     # One unit in the last place less, so that rounding the product cannot lead outside.

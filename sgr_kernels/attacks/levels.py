@@ -12,8 +12,11 @@ from torch import Tensor
 
 from sgr_kernels.checks import check_number
 from sgr_kernels.checks.caller import warn_caller
+from sgr_kernels.toeplitz.constants import at_hand
 
-Eps = float | Sequence[float]
+Level = float | Tensor
+"""A strength; perhaps a tensor (), whose value is not asked for where that takes waiting."""
+Eps = Level | Sequence[float]
 Bounds = tuple[float, float] | None
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -75,6 +78,11 @@ def check_eps(eps: Eps, bounds: Bounds = None) -> list[float]:
     return levels
 
 
+def levels_of(eps: Eps, bounds: Bounds = None) -> Sequence[Level]:
+    """As `check_eps`; but a tensor () whose value is not at hand is taken as it is."""
+    return [eps] if isinstance(eps, Tensor) and eps.dim() == 0 and not at_hand(eps) else check_eps(eps, bounds)
+
+
 def one_or_stacked(results: list[Tensor], eps: Eps) -> Tensor:
     """A single result for a single strength, (len(eps), B, ...) for a list."""
     return torch.stack(results) if _as_iterable(eps) is eps else results[0]
@@ -82,7 +90,7 @@ def one_or_stacked(results: list[Tensor], eps: Eps) -> Tensor:
 
 def _as_iterable(eps: Eps) -> Iterable[float]:
     """Numbers, zero-dimensional tensors, and what is neither number nor list become a list of one."""
-    return eps if isinstance(eps, Iterable) and not _is_one(eps) else [cast(float, eps)]
+    return cast(Sequence[float], eps) if isinstance(eps, Iterable) and not _is_one(eps) else [cast(float, eps)]
 
 
 def _is_one(eps: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
 from sgr_kernels.attacks.inputs import (
     add_perturbation,
-    check_count,
     check_images,
     child_generator,
     per_image,
     private_generator,
+    refuse_while_capturing,
     working_dtype,
 )
-from sgr_kernels.attacks.levels import Bounds, Eps, check_eps, one_or_stacked, takes_many_eps
+from sgr_kernels.attacks.levels import Bounds, Eps, Level, levels_of, one_or_stacked, takes_many_eps
 from sgr_kernels.attacks.objective import choose_labels, clean_logits, logit_loss, logits_of
+from sgr_kernels.checks import check_count
 from sgr_kernels.covariance import CovarianceFunction
 
 DRAWS_AT_ONCE = 10
@@ -72,8 +73,9 @@ def uniform_noise(
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, or a count below one.
     """
+    refuse_while_capturing("uniform_noise")
     images = check_images(images, bounds)
-    levels = check_eps(eps, bounds)
+    levels = levels_of(eps, bounds)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
     shape, dtype, device = images.shape[1:], working_dtype(images), images.device
@@ -137,8 +139,9 @@ def correlated_noise(
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, a count below one, or a covariance of another size than the images.
     """
+    refuse_while_capturing("correlated_noise")
     images = check_images(images, bounds)
-    levels = check_eps(eps)
+    levels = levels_of(eps)
     check_count("draws", draws)
     check_count("chunk_size", chunk_size)
     with preserve(model):
@@ -193,7 +196,12 @@ class _Search:
         self.clean_loss = logit_loss(clean, self.labels)
 
     def run(
-        self, levels: list[float], sample: Sampler, draws: int, stream: torch.Generator, deviation: Tensor | None = None
+        self,
+        levels: Sequence[Level],
+        sample: Sampler,
+        draws: int,
+        stream: torch.Generator,
+        deviation: Tensor | None = None,
     ) -> list[Tensor]:
         """The kept images for each strength; the noise of an image is ``level * deviation * sample``."""
         count = len(self.images)

@@ -2,6 +2,7 @@
 
 from sgr_kernels.checks.arguments import (
     as_images,
+    check_count,
     check_floating_point,
     check_form,
     check_images,
@@ -13,12 +14,14 @@ from sgr_kernels.checks.arguments import (
     covariance_form,
     describe,
     image_size,
+    is_whole,
     number,
 )
 from sgr_kernels.checks.caller import warn_caller
 
 __all__ = [
     "as_images",
+    "check_count",
     "check_floating_point",
     "check_form",
     "check_images",
@@ -30,6 +33,7 @@ __all__ = [
     "covariance_form",
     "describe",
     "image_size",
+    "is_whole",
     "number",
     "warn_caller",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -56,6 +57,17 @@ def number(name: str, value: object, wanted: str, fits: Callable[[float], bool])
     if not fits(result):
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return result
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number >= ``least``, Python's or NumPy's; truth values are none."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= least
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Expect a whole number >= ``least``."""
+    if not is_whole(value, least):
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
 
 
 def check_floating_point(name: str, value: Tensor) -> None:
@@ -129,7 +141,7 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
 
 def check_max_displacement(value: int | None) -> None:
     """Expect a non-negative int, or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if value is not None and not is_whole(value, 0):
         raise ValueError(f"max_displacement: expected a non-negative int or None, got {describe(value)}")
 
 

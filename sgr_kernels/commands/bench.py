@@ -19,6 +19,7 @@ BENCHMARKS = {
     "batch-norm": "the penalty's gradient on a part of the batch beside the whole batch's, under BatchNorm",
     "agreement": "finite differences' gradients beside the exact ones, on a ReLU network",
     "cuda-static": "what the CUDA kernels cost, counted without a GPU: instructions, bytes, launches, least times",
+    "predictions": "times from a GPU beside the least ones that these counts allow",
     "plot": "figures of the operators' results",
     "tables": "Markdown of the operators' results; writes the README's table",
 }

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from sgr_kernels.covariance import Covariance
+from sgr_kernels.models import ARCHITECTURES
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.datasets import FOLDER, SAMPLE, load
 from sgr_kernels.training.images import DataSet
 from sgr_kernels.training.matching import matched
 from sgr_kernels.training.methods import build_criterion
-from sgr_kernels.training.models import ARCHITECTURES
 from sgr_kernels.training.network import Source, classes_of, located, remember
 from sgr_kernels.training.state import settings_of
 from sgr_kernels.training.trained import model_of

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from sgr_kernels.commands import common
+from sgr_kernels.models import architecture_for
 from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.measurements import MeasurementError
 from sgr_kernels.reproduce.run import BEYOND, EXPERIMENTS, reproduce, show
 from sgr_kernels.reproduce.scales import SCALES
 from sgr_kernels.training.datasets import SAMPLE, load
 from sgr_kernels.training.loop import TrainingError
-from sgr_kernels.training.models import architecture_for
 from sgr_kernels.training.records import require_folder
 
 _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}

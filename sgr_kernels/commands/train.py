@@ -16,6 +16,7 @@ from sgr_kernels.commands import common, networks
 from sgr_kernels.covariance.layout import FORM_OF_BINNING
 from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS, eps_grid
+from sgr_kernels.models import ACTIVATIONS, POOLINGS, architecture_for
 from sgr_kernels.penalty.choice import METHODS as PENALTY_METHODS
 from sgr_kernels.penalty.sampling import SAMPLINGS
 from sgr_kernels.report.page import percent
@@ -32,7 +33,6 @@ from sgr_kernels.training.methods import (
     SCHEDULES,
     Settings,
 )
-from sgr_kernels.training.models import ACTIVATIONS, POOLINGS, architecture_for
 from sgr_kernels.training.network import Source
 from sgr_kernels.training.optimizers import OPTIMIZERS
 from sgr_kernels.training.processes import Processes, joined, local_device

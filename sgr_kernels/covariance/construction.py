@@ -88,8 +88,7 @@ def check_data_set(images: Tensor, chunk: int, name: str = "images") -> None:
         checks.check_images(name, images)
     if images.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one image, got none")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk: expected a positive int, got {chunk!r}")
+    checks.check_count("chunk", chunk)
 
 
 def check_pairs(clean: Tensor, corrupted: Tensor, chunk: int) -> None:

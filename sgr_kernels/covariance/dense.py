@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,9 +70,10 @@ class FullCovariance(Estimate):
         target_variance: float | None = None,
         process_group: Any = "auto",
     ) -> None:
-        shape = (channels, *((size, size) if isinstance(size, int) else tuple(size)))
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-            raise ValueError(f"channels, size: expected positive ints, got {channels!r}, {size!r}")
+        shape = (channels, *(tuple(size) if isinstance(size, Iterable) else (size, size)))
+        if not all(map(checks.is_whole, shape)):
+            raise ValueError(f"channels, size: expected whole numbers >= 1, got {channels!r}, {size!r}")
+        shape = tuple(map(int, shape))
         dimension = math.prod(shape)
         super().__init__(torch.zeros(dimension, dimension), shape, decay, target_variance, process_group)
         self._root, self._factor = Derived(), Derived()

@@ -319,8 +319,7 @@ class CovarianceFunction(Estimate):
         Raises:
             ValueError: If Sigma is not positive definite, or there are too few probes.
         """
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
-            raise ValueError(f"probes: expected a whole number >= 2, got {probes!r}")
+        checks.check_count("probes", probes, 2)
         if math.prod(self.shape) <= _DENSE_UP_TO:
             return super().log_determinant()
         generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -14,12 +14,11 @@ FORM_OF_BINNING = {"rounded": "radial", "linear": "radial", "even": "even", "off
 
 def perturbation_shape(channels: int, size: int | tuple[int, ...]) -> tuple[int, ...]:
     """(C, H, W), or (C, L) for a one-dimensional size; an int means a square."""
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels: expected a positive int, got {channels!r}")
-    extents = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(extents) not in (1, 2) or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in extents):
+    checks.check_count("channels", channels)
+    extents = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(extents) not in (1, 2) or not all(map(checks.is_whole, extents)):
         raise ValueError(f"size: expected (H, W), (L,) or an int, all positive, got {size!r}")
-    return (channels, *extents)
+    return (int(channels), *map(int, extents))
 
 
 def form_of(binning: str) -> str:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels.attacks.guard import Model, model_device, preserve
-from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, seeded
+from sgr_kernels.attacks.inputs import check_images, check_labels, seeded
 from sgr_kernels.attacks.levels import check_eps
 from sgr_kernels.attacks.objective import clean_logits, logits_of
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_count, check_number
 from sgr_kernels.evaluation.curves import wilson_interval
 from sgr_kernels.evaluation.loaders import Loader, first_images
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgr_kernels.attacks.inputs import check_count, check_images
+from sgr_kernels.attacks.inputs import check_images
+from sgr_kernels.checks import check_count
 
 KINDS = (
     "gaussian_noise",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.attacks.guard import Model, model_device, random_streams
-from sgr_kernels.attacks.inputs import check_count
+from sgr_kernels.checks import check_count
 from sgr_kernels.evaluation.corrupt import (
     SEVERITIES,
     SMALLEST,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sgr_kernels.attacks.gradient import pgd
 from sgr_kernels.attacks.guard import Model, model_device
-from sgr_kernels.attacks.inputs import check_count, seeded
+from sgr_kernels.attacks.inputs import seeded
+from sgr_kernels.checks import check_count
 from sgr_kernels.evaluation.autoattack import AutoAttackResult
 from sgr_kernels.evaluation.curves import LabelSource, RobustnessCurve, robustness_curve
 from sgr_kernels.evaluation.loaders import Loader, first_images

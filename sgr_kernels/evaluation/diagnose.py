@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.guard import Model, model_device, preserve
-from sgr_kernels.attacks.inputs import check_count, check_images, check_labels, child_generator, private_generator
+from sgr_kernels.attacks.inputs import check_images, check_labels, child_generator, private_generator
 from sgr_kernels.attacks.objective import differentiable, input_gradient, inspect_logits, logits_of
-from sgr_kernels.checks import check_number, describe
+from sgr_kernels.checks import check_count, check_number, describe
 from sgr_kernels.evaluation.loaders import Loader, batches
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
 from sgr_kernels.penalty.proof import agreement

@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 
 from sgr_kernels.attacks.gradient import pgd
 from sgr_kernels.attacks.guard import Model, model_device, preserve
-from sgr_kernels.attacks.inputs import check_count, check_images, private_generator
+from sgr_kernels.attacks.inputs import check_images, private_generator
 from sgr_kernels.attacks.levels import Bounds, check_eps
 from sgr_kernels.attacks.noise import uniform_noise
 from sgr_kernels.attacks.objective import (
@@ -45,7 +45,7 @@ from sgr_kernels.attacks.objective import (
     logit_loss,
     logits_of,
 )
-from sgr_kernels.checks import check_number
+from sgr_kernels.checks import check_count, check_number
 from sgr_kernels.evaluation.curves import wilson_interval
 from sgr_kernels.evaluation.loaders import Loader, first_images
 from sgr_kernels.evaluation.planted import planted_examples

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sgr_kernels.attacks.guard import Model, model_device, plain, preserve
-from sgr_kernels.attacks.inputs import check_count, check_labels, child_generator, working_dtype
+from sgr_kernels.attacks.inputs import check_labels, child_generator, working_dtype
 from sgr_kernels.attacks.objective import clean_logits, logits_of
-from sgr_kernels.checks import check_number, number
+from sgr_kernels.checks import check_count, check_number, number
 from sgr_kernels.covariance import Covariance
 
 DRAWS_AT_ONCE = 100

@@ -228,10 +228,8 @@ def check_solver(tolerance: float, max_iterations: int | None) -> float:
     Raises:
         ValueError: If one is out of range.
     """
-    if max_iterations is not None and (
-        isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1
-    ):
-        raise ValueError(f"max_iterations: expected a positive int or None, got {max_iterations!r}")
+    if max_iterations is not None and not checks.is_whole(max_iterations):
+        raise ValueError(f"max_iterations: expected a whole number >= 1 or None, got {max_iterations!r}")
     return checks.number("tolerance", tolerance, "a number in (0, 1)", lambda x: 0 < x < 1 and math.isfinite(x))
 
 

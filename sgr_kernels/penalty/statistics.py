@@ -95,6 +95,13 @@ class Criterion(Counting):
             if isinstance(value, (bool, int, float, str)) and name[0] != "_" and name not in ("steps", "strength")
         )
 
+    def generators(self) -> list[torch.Generator]:
+        """Those that its steps draw from on a device, beside the default one; a graph has to know them."""
+        return []
+
+    def before_step(self) -> None:
+        """Draw on the host what a step is to be made with, be it replayed or not."""
+
     def before_replay(self) -> None:
         """Do what a call does on the host before its kernels."""
 

@@ -13,13 +13,6 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 P = ParamSpec("P")
 
-_memories: list[dict[object, Tensor]] = []
-
-
-def remembered() -> list[Tensor]:
-    """All constants that are remembered now."""
-    return [value for memory in _memories for value in memory.values()]
-
 
 def tracing() -> bool:
     """Whether a compiler traces, or a dispatch mode (fake tensors, say) stands in for the calls made now."""
@@ -53,18 +46,21 @@ def constant(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remember what ``build`` returns for its (hashable) arguments.
 
     While something traces, nothing is remembered: a compiler folds constants itself, a traced or fake tensor must not
-    outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay.
+    outlive its trace, nor a real one enter it. Nor is what a CUDA graph records, which has no values before a replay;
+    what it uses of earlier ones is never forgotten, for it will read their memory.
     What is remembered is built outside every mode and transform, as `plainly` says.
     """
     memory: dict[object, Tensor] = {}
-    _memories.append(memory)
+    captured: dict[object, Tensor] = {}
 
     @functools.wraps(build)
     def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         if tracing():
             return build(*args, **kwargs)
         key = (args, tuple(kwargs.items()))
-        value = memory.get(key)
+        value = captured.get(key, memory.get(key))
+        if value is not None and recording():
+            captured[key] = value
         if value is None:
             with plainly():
                 value = build(*args, **kwargs)

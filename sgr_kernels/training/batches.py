@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgr_kernels.attacks.guard import random_streams
-from sgr_kernels.attacks.inputs import check_count
+from sgr_kernels.checks import check_count
 from sgr_kernels.evaluation.loaders import batches
 from sgr_kernels.training.folders import ImageFolder
 from sgr_kernels.training.images import DataError, Images, Indexed, Loaded, moved, pixels

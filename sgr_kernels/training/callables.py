@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from sgr_kernels.checks import describe
-from sgr_kernels.training.models import ARCHITECTURES, NetworkError
+from sgr_kernels.models import ARCHITECTURES, NetworkError
 
 # Modules that lie beside files which were run, by folder: of several folders each has its own of a name.
 _NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}

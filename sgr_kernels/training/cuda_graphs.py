@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sgr_kernels.checks import describe
 from sgr_kernels.penalty.statistics import Criterion, StepStatistics
-from sgr_kernels.toeplitz.constants import remembered
 from sgr_kernels.training.processes import Processes
 
 logger = logging.getLogger("sgr_kernels")
@@ -50,8 +49,8 @@ _PLAIN = (bool, int, float, str, type(None))
 class Graph(Protocol):
     """A sequence of kernels that can be launched again."""
 
-    def capture(self, work: Callable[[], None]) -> None:
-        """Record what ``work`` launches; nothing of it is executed."""
+    def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
+        """Record what ``work`` launches, and draws from generators; nothing of it is executed."""
 
     def replay(self) -> None:
         """Launch it again, on the same memory."""
@@ -93,9 +92,11 @@ class CudaGraph:
     def __init__(self, shared: CudaGraphs) -> None:
         self._graph, self._shared = torch.cuda.CUDAGraph(), shared
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
         """As of `Graph`."""
         stream, failures = self._shared.stream, list[BaseException]()
+        own = [generator for generator in generators if generator.device.type == "cuda"]
+        _register(self._graph, own)
         # A capture that fails leaves its device and stream the current ones.
         with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
             try:
@@ -107,30 +108,37 @@ class CudaGraph:
                         failures.append(error)
             except BaseException as error:
                 failures.append(error)
-                self._abandon()
+                self._abandon(own)
         if failures:
             del failures[1:]
             raise failures.pop()
 
-    def _abandon(self) -> None:
+    def _abandon(self, generators: Sequence[torch.Generator]) -> None:
         """Do what PyTorch leaves undone where a capture cannot be ended, because CUDA has refused something.
 
         The allocator takes the capture for one that goes on, gives no memory back to the device any more and refuses
-        captures into the same memory. So does the default generator, which refuses to draw outside of a capture, and
-        graphs captured before to be replayed, until another one has ended. (It must not be given another state: they
-        draw from the one it has.)
+        captures into the same memory. So do the generators, which refuse to draw outside of a capture, and graphs that
+        were captured before to be replayed, until another capture has ended. (They must not be given other states: those
+        graphs draw from the ones they have.)
         """
         stream, pool = self._shared.stream, self._shared.pool
         with suppress(RuntimeError):  # where capturing had not begun, or had ended in the allocator's eyes
             torch._C._cuda_endAllocateToPool(stream.device.index, pool)
             torch._C._cuda_releasePool(stream.device.index, pool)
         self._shared.renew()
-        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, "thread_local"):
+        graph = torch.cuda.CUDAGraph()
+        _register(graph, generators)
+        with suppress(RuntimeError), torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
             torch.zeros((), device=stream.device)
 
     def replay(self) -> None:
         """As of `Graph`."""
         self._graph.replay()
+
+
+def _register(graph: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
+    for generator in generators:
+        graph.register_generator_state(generator)
 
 
 def usable(asked: bool | None, device: torch.device, processes: Processes) -> bool:
@@ -204,6 +212,7 @@ class StepGraphs:
         if self._new_graph is None:
             self._compute(parts)
             return
+        self._criterion.before_step()
         leaves, structure = tree_flatten(parts)
         modules = list(self._model.modules())
         kind = (structure, *map(_like, leaves), self._criterion.kind(), _decided(modules, self._criterion))
@@ -245,7 +254,7 @@ class StepGraphs:
         criterion.steps = steps
         torch.clear_autocast_cache()  # of the eager step, where autocast is on around it
         try:
-            graph.capture(lambda: self._compute(inputs))
+            graph.capture(lambda: self._compute(inputs), criterion.generators())
             captured = [parameter.grad for parameter in parameters]
             own = tree_leaves(inputs)
             self._captures[kind] = _Capture(criterion, graph, own, captured, criterion.remembered)
@@ -296,7 +305,6 @@ class _Capture:
     ) -> None:
         self._criterion, self._graph = criterion, graph
         self._inputs, self._gradients, self._statistics = inputs, gradients, statistics
-        self._constants = remembered()  # which the graph reads, even where they are remembered no more
 
     def replay(self, leaves: list[Any], modules: list[nn.Module]) -> None:
         self._criterion.before_replay()

@@ -265,6 +265,7 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"the checkpoint was trained on other data ({state['data']['name']}, not this {self.data['name']})"
             )
+        state = {**state, "optimizer": optimizers.moved(state["optimizer"], self.optimizer)}
         parts = (self.settings, self.model, self.average, self.criterion, self.optimizer)
         require_sound(state, *parts, len(self.batches))
         checkpoint.restore_rng(state["rng"], self.device)

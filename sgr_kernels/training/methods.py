@@ -13,14 +13,14 @@ from sgr_kernels.covariance import Covariance, CovarianceFunction, FullCovarianc
 from sgr_kernels.evaluation.corrupt import KINDS, SEVERITIES, corrupt
 from sgr_kernels.evaluation.suite import eps_grid
 from sgr_kernels.loss import SGRLoss, linear_warmup
+from sgr_kernels.models import ACTIVATIONS, ARCHITECTURES, POOLINGS
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.penalty.per_sample import cross_entropy_per_sample
-from sgr_kernels.penalty.perturbations import ATTACKS, FREE
 from sgr_kernels.penalty.statistics import Criterion
+from sgr_kernels.perturbations import ATTACKS, FREE
 from sgr_kernels.training import optimizers
 from sgr_kernels.training.criteria import CrossEntropy, LossFunction, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.images import Images
-from sgr_kernels.training.models import ACTIVATIONS, ARCHITECTURES, POOLINGS
 from sgr_kernels.training.network import Source, Statistics
 
 EXPONENTIAL = "exponential"

@@ -20,9 +20,9 @@ from torch import nn
 from sgr_kernels.attacks.guard import preserve
 from sgr_kernels.attacks.objective import logits_of
 from sgr_kernels.checks import describe
+from sgr_kernels.models import ARCHITECTURES, NetworkError, Normalize, carlini_wagner
 from sgr_kernels.training.callables import imported, place_of, told, with_neighbours
 from sgr_kernels.training.images import DataError, Images
-from sgr_kernels.training.models import ARCHITECTURES, NetworkError, Normalize, carlini_wagner
 
 GIVEN = "given"
 """Stands for a network that was made in Python and cannot be made again from its name."""

@@ -14,6 +14,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 SCHEDULES = ("constant", "cosine")
 
 
+_MEANS = ("foreach", "fused")
+"""Options of how it is computed, not of what."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """An optimizer.
@@ -72,9 +76,20 @@ def options_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def build(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, given: dict[str, Any]
 ) -> Optimizer:
-    """An optimizer of what can be trained among the parameters."""
+    """An optimizer of what can be trained among the parameters; on a CUDA device one kernel for many of them."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return OPTIMIZERS[name].make(trained, lr=learning_rate, weight_decay=weight_decay, **options_of(name, given))
+    fused = True if all(parameter.is_cuda for parameter in trained) else None
+    options = options_of(name, given)
+    return OPTIMIZERS[name].make(trained, lr=learning_rate, weight_decay=weight_decay, fused=fused, **options)
+
+
+def moved(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state as another, on another device perhaps, goes on with it: computed in its own way."""
+    groups = state.get("param_groups")
+    own = [{name: group[name] for name in _MEANS if name in group} for group in optimizer.param_groups]
+    if not isinstance(groups, list) or len(groups) != len(own) or not all(isinstance(g, dict) for g in groups):
+        return state
+    return {**state, "param_groups": [{**group, **means} for group, means in zip(groups, own)]}
 
 
 def moments(name: str, parameters: Iterable[nn.Parameter], given: dict[str, Any]) -> dict[int, dict[str, Tensor]]:

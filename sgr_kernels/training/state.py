@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.models import ARCHITECTURES
 from sgr_kernels.training import optimizers
 from sgr_kernels.training.checkpoint import CheckpointError, require_like
 from sgr_kernels.training.images import Images
 from sgr_kernels.training.methods import Settings, settings_from_dict
-from sgr_kernels.training.models import ARCHITECTURES
 
 _OUTLINE = {
     "settings": dict,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from sgr_kernels.checks import describe
+from sgr_kernels.models import NetworkError
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.callables import told
-from sgr_kernels.training.models import NetworkError
 
 # Of DataParallel, torch.compile, `Normalize`'s neighbour, and of trainings that keep their network under a name.
 _PREFIXES = ("module.", "_orig_mod.", "network.", "model.")

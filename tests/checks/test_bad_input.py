@@ -90,8 +90,8 @@ def test_backends():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"channels": 0}, ["channels", "positive int", "0"]),
-        ({"channels": 1.0}, ["channels", "positive int", "1.0"]),
+        ({"channels": 0}, ["channels", "whole number >= 1", "0"]),
+        ({"channels": 1.0}, ["channels", "whole number >= 1", "1.0"]),
         ({"size": (4, 0)}, ["size", "positive", "(4, 0)"]),
         ({"size": (4, 4, 4)}, ["size", "(H, W)", "(4, 4, 4)"]),
         ({"size": 8.0}, ["size", "(H, W)", "8.0"]),
@@ -115,7 +115,7 @@ def test_covariance_functions(options, words):
 def test_other_covariances():
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\], got 2"):
         FullCovariance(2, (8, 8), decay=2)
-    with pytest.raises(ValueError, match=r"channels, size: expected positive ints, got 2, \(0,\)"):
+    with pytest.raises(ValueError, match=r"channels, size: expected whole numbers >= 1, got 2, \(0,\)"):
         FullCovariance(2, (0,))
     with pytest.raises(ValueError, match="variance: expected a finite number >= 0, got -1"):
         IdentityCovariance(-1)
@@ -226,7 +226,7 @@ def test_bytes_are_told_what_to_do():
     ):
         with pytest.raises(TypeError, match=rf"{name}: expected a real floating-point .*uint8; divide by 255"):
             use(images)
-    with pytest.raises(ValueError, match="chunk: expected a positive int, got 0"):
+    with pytest.raises(ValueError, match="chunk: expected a whole number >= 1, got 0"):
         CovarianceFunction.from_images(images, chunk=0)
     with pytest.raises(ValueError, match=r"images: expected shape \(B, C, H, W\)"):
         CovarianceFunction.from_images(images[0, 0])
@@ -301,10 +301,10 @@ def test_states_that_do_not_fit_are_not_loaded():
         ({"covariance": torch.eye(3)}, TypeError, ["covariance", "covariance module", "(3, 3)"]),
         ({"strength": -0.5}, ValueError, ["strength", ">= 0", "-0.5"]),
         ({"strength": float("inf")}, ValueError, ["strength", "finite", "inf"]),
-        ({"update_every": 0}, ValueError, ["update_every", "positive int", "0"]),
-        ({"penalty_every": 1.5}, ValueError, ["penalty_every", "positive int", "1.5"]),
-        ({"penalty_every": 0}, ValueError, ["penalty_every", "positive int", "0"]),
-        ({"nonfinite_patience": 0}, ValueError, ["nonfinite_patience", "positive int", "0"]),
+        ({"update_every": 0}, ValueError, ["update_every", "whole number >= 1", "0"]),
+        ({"penalty_every": 1.5}, ValueError, ["penalty_every", "whole number >= 1", "1.5"]),
+        ({"penalty_every": 0}, ValueError, ["penalty_every", "whole number >= 1", "0"]),
+        ({"nonfinite_patience": 0}, ValueError, ["nonfinite_patience", "whole number >= 1", "0"]),
         ({"fraction": 0.0}, ValueError, ["fraction", "(0, 1]", "0.0"]),
         ({"fraction": 1.5}, ValueError, ["fraction", "(0, 1]", "1.5"]),
         ({"fraction": float("nan")}, ValueError, ["fraction", "(0, 1]", "nan"]),

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import sgr_kernels as sgr
 from sgr_kernels.attacks import deepfool, fgsm, pgd, uniform_noise
 from sgr_kernels.evaluation import diagnose, robustness_curve, sanity_report
 from sgr_kernels.evaluation.perturbations import SOURCES, perturbation_covariance, perturbations
 from sgr_kernels.evaluation.suite import Plan, evaluate
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.criteria import CrossEntropy, with_fgsm, with_pgd
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.methods import Settings
-from sgr_kernels.training.models import carlini_wagner
 from sgr_kernels.training.search import strength_search
 from sgr_kernels.training.trained import accuracy
 from tests.attack_models import exponential, images_like, linear
@@ -143,3 +145,19 @@ def test_batches_are_of_a_number_of_images():
     for wrong in (None, 0, 1.5, "8"):
         with pytest.raises(ValueError, match="batch_size: expected a whole number >= 1, got"):
             Batches(load("mnist-sample").test, wrong)
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    two, six = np.int64(2), np.uint8(6)
+    images, labels = torch.rand(4, 2, 6, 6), torch.zeros(4, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+    own = sgr.CovarianceFunction(two, (six, six), max_displacement=two)
+    assert own.shape == (2, 6, 6)
+    assert all(type(extent) is int for extent in own.shape)
+    assert sgr.CovarianceFunction(2, six).shape == sgr.FullCovariance(two, six).shape == (2, 6, 6)
+    criterion = sgr.SGRLoss(own, 1.0, update_every=two, penalty_every=two, nonfinite_patience=six)
+    criterion(model, images, labels).backward()
+    assert sgr.attacks.pgd(model, images, labels, eps=0.1, steps=two, restarts=two).shape == images.shape
+    for value in (np.bool_(True), np.float64(2), True):
+        with pytest.raises(ValueError, match="steps: expected a whole number >= 1"):
+            sgr.attacks.pgd(model, images, labels, eps=0.1, steps=value)

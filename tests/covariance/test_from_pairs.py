@@ -71,7 +71,7 @@ def test_bad_pairs_are_named():
         from_pairs(clean, clean.long())
     with pytest.raises(ValueError, match="clean: expected at least one image, got none"):
         from_pairs(clean[:0], clean[:0])
-    with pytest.raises(ValueError, match="chunk: expected a positive int, got 0"):
+    with pytest.raises(ValueError, match="chunk: expected a whole number >= 1, got 0"):
         from_pairs(clean, clean, chunk=0)
     with pytest.raises(ValueError, match="the penalty would always be zero"):
         from_pairs(clean, clean, target_variance=1.0)

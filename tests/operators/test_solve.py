@@ -234,7 +234,7 @@ def test_a_singular_matrix_says_how_far_it_came_and_what_helps():
     [
         ({"tolerance": 0.0}, r"tolerance: expected a number in \(0, 1\), got 0"),
         ({"tolerance": float("nan")}, r"tolerance: expected"),
-        ({"max_iterations": 0}, r"max_iterations: expected a positive int or None, got 0"),
+        ({"max_iterations": 0}, r"max_iterations: expected a whole number >= 1 or None, got 0"),
         ({"max_iterations": 2.5}, r"max_iterations: expected"),
         ({"backend": "cudnn"}, r"backend: expected one of .*got 'cudnn'"),
         ({"form": "signed"}, r"covariance: expected an odd number|covariance: expected rank"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sgr_kernels import CovarianceFunction, SGRLoss, loss
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.penalty import choice, proof, statistics, way
-from sgr_kernels.training.models import carlini_wagner
 from tests.graph_emulator import capturing_on_meta
 
 SIZES = {1: (28, 28), 3: (32, 32)}

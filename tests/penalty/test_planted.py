@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sgr_kernels import CovarianceFunction, SGRLoss
 from sgr_kernels.penalty.choice import METHODS
-from sgr_kernels.penalty.perturbations import ATTACKS, FREE
+from sgr_kernels.perturbations import ATTACKS, FREE
 
 SIZE, CLASSES, BATCH, STRENGTH = 6, 4, 12, 2.0
 

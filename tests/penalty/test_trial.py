@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sgr_kernels import CovarianceFunction, IdentityCovariance, PenaltyGradientError, SGRLoss
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.penalty.choice import METHODS
 from sgr_kernels.training.datasets import load
-from sgr_kernels.training.models import carlini_wagner
 from tests.support_matrix import CLASSES, SIZE, Lambda, criterion, gradients
 from tests.trial_models import Remembers, batch, head
 

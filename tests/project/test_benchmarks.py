@@ -71,7 +71,7 @@ def test_every_way_takes_a_step(way: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, training.model.parameters()))
 
 
-@pytest.mark.parametrize("way", ["clean", "sgr", "sgr, every 4th step"])
+@pytest.mark.parametrize("way", ["clean", "sgr", "sgr, every 4th step", "pgd-7"])
 def test_captured_steps_are_those_of_eager_ones(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "graphs_on", lambda device: EmulatedGraph)
     captured = step.Training.of("carlini-wagner-mnist", way + step.CAPTURED, 2, CPU)
@@ -91,17 +91,18 @@ def test_captured_steps_are_those_of_eager_ones(way: str, monkeypatch: pytest.Mo
 def test_rows_of_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "graphs_on", lambda device: EmulatedGraph)
     monkeypatch.setattr(step, "peak_memory", lambda *args: 1)
-    ways = ["clean", "sgr", "pgd-7"]
+    monkeypatch.setitem(step.WAYS, "of attacks", {"perturbation": "deepfool"})
+    ways = ["clean", "sgr", "of attacks"]
     ways += [way + step.CAPTURED for way in ways]
     rows = {row["way"]: row for row in step.measure("carlini-wagner-mnist", ways, 2, CPU, 2)}
     assert rows["clean, captured"]["time_ratio"] == 1
     captured, eager = rows["sgr, captured"], rows["sgr"]
     assert captured["time_ratio"] == captured["milliseconds"] / rows["clean, captured"]["milliseconds"]
     assert captured["eager_ratio"] == eager["milliseconds"] / captured["milliseconds"]
-    assert rows["pgd-7, captured"]["reason"].startswith("attacks: they ask for values")
+    assert rows["of attacks, captured"]["reason"].startswith("deepfool: this part of an attack takes the host")
     result = {"machine": {}, "rows": list(rows.values())}
     assert f"| sgr, captured | {captured['time_ratio']:.2f} |" in tables.step_overview(result)
-    assert "| pgd-7, captured | no |" in step.table(result["rows"])
+    assert "| of attacks, captured | no |" in step.table(result["rows"])
     assert [axes.get_xlabel() for axes in step_figure(result, "").axes] == [
         "time of a step / clean step",
         "peak memory of a step / clean step",

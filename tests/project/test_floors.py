@@ -16,7 +16,8 @@ PACKAGE = Path(sgr_kernels.__file__).parent
 MATHEMATICS = {"toeplitz"}
 OPERATORS = MATHEMATICS | {"checks", "backends", "ops", "functional"}
 LIBRARY = OPERATORS | {"covariance", "attacks"}
-LOSS = LIBRARY | {"penalty", "loss"}
+LOSS = LIBRARY | {"perturbations", "penalty", "loss"}
+ABOVE = LOSS | {"models", "_version"}
 
 # From the ground up.
 MAY_USE = {
@@ -29,14 +30,16 @@ MAY_USE = {
     "functional": OPERATORS,
     "covariance": OPERATORS,
     "attacks": OPERATORS | {"covariance"},
-    "penalty": LIBRARY,
-    "loss": LIBRARY | {"penalty"},
+    "models": {"checks"},
+    "perturbations": LIBRARY,
+    "penalty": LIBRARY | {"perturbations"},
+    "loss": LIBRARY | {"perturbations", "penalty"},
     "evaluation": LOSS,
-    "training": LOSS | {"evaluation", "_version"},
-    "reproduce": LOSS | {"evaluation", "training", "report", "_version"},
-    "__init__": LOSS | {"evaluation", "training", "_version"},
-    "demo": LOSS | {"evaluation", "training", "report", "_version"},
-    "commands": LOSS | {"evaluation", "training", "report", "_version", "reproduce", "demo", "__init__"},
+    "training": ABOVE | {"evaluation"},
+    "reproduce": ABOVE | {"evaluation", "training", "report"},
+    "__init__": ABOVE | {"evaluation", "training"},
+    "demo": ABOVE | {"evaluation", "training", "report"},
+    "commands": ABOVE | {"evaluation", "training", "report", "reproduce", "demo", "__init__"},
     "cli": {"commands", "_version"},
     "__main__": {"cli"},
 }

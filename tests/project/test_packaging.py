@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -89,3 +90,8 @@ def test_a_backend_named_by_the_environment():
         )
         assert (result.returncode == 0) == (message is None)
         assert message is None or message in result.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_public_module_can_be_imported_from(name: str) -> None:
+    assert importlib.import_module(f"sgr_kernels.{name}") is getattr(sgr_kernels, name)

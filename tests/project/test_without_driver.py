@@ -13,7 +13,7 @@ import torch
 
 import sgr_kernels as sgr
 from sgr_kernels import cli
-from sgr_kernels.training.models import carlini_wagner
+from sgr_kernels.models import carlini_wagner
 from tests.data_files import write_idx
 
 

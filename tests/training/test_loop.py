@@ -238,8 +238,9 @@ def without(tree, path):
     return replaced(tree, path[:-1], lambda node: {k: v for k, v in node.items() if k != path[-1]})
 
 
-# A name to show; absent from older files.
+# A name to show; absent from older files; how an optimizer computes on its device.
 FREE = {("data", "name"), ("epochs",), ("average",), ("data", "origin"), ("data", "shape"), ("data", "classes")}
+FREE |= {("optimizer", "param_groups", 0, name) for name in ("foreach", "fused")}
 
 
 def test_hand_edited_checkpoints_are_refused_in_one_line(digits, tmp_path):

@@ -8,11 +8,11 @@ from torch import nn
 
 from sgr_kernels.covariance import CovarianceFunction, FullCovariance
 from sgr_kernels.loss import SGRLoss
+from sgr_kernels.models import carlini_wagner
 from sgr_kernels.penalty.norms import NormPenalty
 from sgr_kernels.training.criteria import Augmented, with_fgsm, with_noise, with_pgd
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import METHODS, Settings, build_criterion
-from sgr_kernels.training.models import carlini_wagner
 from sgr_kernels.training.search import Trial, attack_area, choose, held_out, strength_search
 from sgr_kernels.training.trained import load_model
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sgr_kernels.models import Normalize
 from sgr_kernels.training import checkpoint
 from sgr_kernels.training.images import DataError, DataSet
 from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import METHODS, Settings
-from sgr_kernels.training.models import Normalize
 from sgr_kernels.training.network import NetworkError, Source, classes_of, located
 from sgr_kernels.training.trained import load_model
 from sgr_kernels.training.weights import load_weights

@@ -210,3 +210,17 @@ def test_averages_of_another_training_are_refused(few, tmp_path):
     for broken in (None, {}, {**state["average"], "n_averaged": "x"}):
         with pytest.raises(CheckpointError, match="average"):
             Trainer(settings, few).load_state_dict({**state, "average": broken})
+
+
+def test_a_state_from_a_gpu_goes_on_as_a_cpu_computes(few, own):
+    settings = Settings(own, method="clean", batch_size=8)
+    whole, stopped, resumed = (Trainer(settings, few) for _ in range(3))
+    whole.run(2, progress=False)
+    stopped.run(1, progress=False)
+    state = stopped.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True
+    resumed.load_state_dict(state)
+    assert resumed.optimizer.param_groups[0]["fused"] is None
+    resumed.run(2, progress=False)
+    assert_same(resumed, whole)

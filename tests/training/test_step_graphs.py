@@ -9,7 +9,7 @@ from torch import nn
 import sgr_kernels as sgr
 from sgr_kernels.training import cuda_graphs
 from sgr_kernels.training.cuda_graphs import StepGraphs
-from tests.graph_emulator import EmulatedGraph, LeftBehind
+from tests.graph_emulator import EmulatedGraph, Generator, LeftBehind
 
 
 @pytest.fixture(autouse=True)
@@ -268,23 +268,24 @@ def test_after_a_capture_that_fails_all_is_as_before(by_cuda, monkeypatch):
     """Whether CUDA has refused something, so that the capture cannot be ended, or only Python has raised."""
     cuda = LeftBehind(monkeypatch)
     new_graph = cuda_graphs.graphs_on("cuda")
-    default, before = cuda.streams[1], new_graph()
-    before.capture(lambda: None)
+    default, own, before = cuda.streams[1], Generator(), new_graph()
+    before.capture(lambda: None, [own])
 
     def refused():
         cuda.refused = by_cuda
         raise Refused("waiting is not permitted while capturing")
 
     with pytest.raises(Refused):
-        new_graph().capture(refused)
+        new_graph().capture(refused, [own])
     assert cuda.underway == []
     assert cuda.device == 0
     assert cuda.streams[1] is default
     after = new_graph()
-    after.capture(lambda: None)
+    after.capture(lambda: None, [own])
     for graph in (before, after):
         graph.replay()
-    assert cuda.generator == {"offset": 8, "capturing": False}  # the one that everybody draws from
+    for generator in (cuda.generator, own):  # the ones that everybody draws from
+        assert generator.state == {"offset": 8, "capturing": False}
     del before, after, graph
     assert not any(cuda.users.values())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgr_kernels.training.models import Standardize, architecture_for, carlini_wagner, smooth
+from sgr_kernels.models import Standardize, architecture_for, carlini_wagner, smooth
 
 
 @pytest.mark.parametrize(
