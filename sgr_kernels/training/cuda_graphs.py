@@ -10,6 +10,7 @@ cannot be captured, and a line in the log says why.
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 from collections import OrderedDict, deque
@@ -94,6 +95,9 @@ class CudaGraph:
 
     def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
         """As of `Graph`."""
+        # What is left of an earlier backward, in a circle of references, would draw its stream into the capture: of the
+        # first call in a process, for one, which lies in a frame that importing PyTorch's compiler has kept.
+        gc.collect()
         stream, failures = self._shared.stream, list[BaseException]()
         own = [generator for generator in generators if generator.device.type == "cuda"]
         _register(self._graph, own)

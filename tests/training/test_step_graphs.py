@@ -1,6 +1,7 @@
 """Loops of one's own with `StepGraphs`: whatever changes between steps, they train to the same bits as without graphs."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -129,8 +130,9 @@ def exchanged(self):
         replaced,
         exchanged,
         lambda self: self.model.register_buffer("shift", torch.ones(8)),
+        lambda self: setattr(self.criterion, "covariance", sgr.CovarianceFunction(1, (4, 4))),
     ],
-    ids=["decay", "variance", "psd", "loss_fn", "strength", "cadence", "criterion", "model", "momentum", "dropout", "frozen", "replaced", "exchanged", "buffer"],
+    ids=["decay", "variance", "psd", "loss_fn", "strength", "cadence", "criterion", "model", "momentum", "dropout", "frozen", "replaced", "exchanged", "buffer", "covariance"],
 )  # fmt: skip
 def test_what_changes_between_steps_is_not_replayed_as_it_was(change):
     loop = both(12, at(6, change), model=lambda: Small(dropout=0.2))
@@ -247,6 +249,26 @@ def test_statistics_that_somebody_keeps_stay_what_they_were():
         assert one.strength == other.strength
 
 
+def test_an_interrupted_capture_is_made_up_for():
+    interruptions = []
+
+    def interrupt(self, x):
+        if torch.cuda.is_initialized() and not interruptions:  # only while it is captured here
+            interruptions.append(x)
+            raise KeyboardInterrupt
+
+    def call(self):
+        batch = self.batch()
+        try:
+            self.step([batch])
+        except KeyboardInterrupt:
+            assert self.step.captured == 0
+
+    loop = both(8, call=call, model=lambda: Small(interrupt))
+    assert len(interruptions) == 1
+    assert [graph.replays for graph in loop.made] == [0, 4]
+
+
 def test_copies_begin_without_graphs():
     loop = Loop(True).run(6)
     assert loop.step.captured == 1
@@ -288,6 +310,32 @@ def test_after_a_capture_that_fails_all_is_as_before(by_cuda, monkeypatch):
         assert generator.state == {"offset": 8, "capturing": False}
     del before, after, graph
     assert not any(cuda.users.values())
+
+
+def test_no_backward_of_earlier_steps_is_left_when_a_capture_begins(monkeypatch):
+    """Its end, where gradients enter the parameters, would be on a stream that does not capture."""
+    LeftBehind(monkeypatch)
+    parameter = torch.zeros(3, requires_grad=True)
+
+    def end():
+        return torch.autograd.graph.get_gradient_edge(parameter).node.metadata
+
+    def step():
+        loss = parameter.sum()
+        circle = [loss]
+        circle.append(circle)
+        end()["step"] = "eager"
+        loss.backward()
+
+    found = []
+    gc.disable()
+    try:
+        step()
+        assert end()
+        cuda_graphs.graphs_on("cuda")().capture(lambda: found.append(dict(end())))
+    finally:
+        gc.enable()
+    assert found == [{}]
 
 
 def test_captures_begin_anew_where_tensors_of_forgotten_graphs_are_kept(monkeypatch):
