@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import gc
 import logging
-import random
-from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, Protocol
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from sgr_kernels.checks import describe
 from sgr_kernels.penalty.statistics import Criterion, StepStatistics
+from sgr_kernels.training import kinds
 from sgr_kernels.training.processes import Processes
 
 logger = logging.getLogger("sgr_kernels")
@@ -41,10 +37,6 @@ _MOST = 16
 """Kinds that are captured; they share their memory, but for their inputs and the parameters' gradients."""
 _REMEMBERED = 64
 """Kinds whose steps are counted."""
-_NUMBERS = frozenset({bool, int, float, str})
-_COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
-_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Graph(Protocol):
@@ -122,8 +114,8 @@ class CudaGraph:
 
         The allocator takes the capture for one that goes on, gives no memory back to the device any more and refuses
         captures into the same memory. So do the generators, which refuse to draw outside of a capture, and graphs that
-        were captured before to be replayed, until another capture has ended. (They must not be given other states: those
-        graphs draw from the ones they have.)
+        were captured before to be replayed, until another capture has ended. (They must not be given other states:
+        those graphs draw from the ones they have.)
         """
         stream, pool = self._shared.stream, self._shared.pool
         with suppress(RuntimeError):  # where capturing had not begun, or had ended in the allocator's eyes
@@ -219,7 +211,7 @@ class StepGraphs:
         self._criterion.before_step()
         leaves, structure = tree_flatten(parts)
         modules = list(self._model.modules())
-        kind = (structure, *map(_like, leaves), self._criterion.kind(), _decided(modules, self._criterion))
+        kind = (structure, *map(kinds.like, leaves), self._criterion.kind(), kinds.decided(modules, self._criterion))
         capture = self._captures.get(kind)
         if capture is not None:
             capture.replay(leaves, modules)
@@ -234,9 +226,9 @@ class StepGraphs:
     def _watched(self, kind: Hashable, parts: Any) -> None:
         """An eager step, after which its kind perhaps is captured or refused."""
         leaves, steps = tree_leaves(parts), self._criterion.steps
-        before = _on_host(self._model, leaves)
+        before = kinds.on_host(self._model, leaves)
         self._compute(parts)
-        reason = _unfit(leaves) or _difference(before, _on_host(self._model, leaves))
+        reason = kinds.unfit(leaves) or kinds.difference(before, kinds.on_host(self._model, leaves))
         if self._criterion.steps > steps + 1:
             reason = "the cadences count several calls of the criterion (count_calls) in a step"
         if reason is not None:
@@ -316,110 +308,10 @@ class _Capture:
             if isinstance(mine, Tensor):
                 mine.copy_(other)
         self._graph.replay()
-        for parameter, gradient in zip(_parameters(modules), self._gradients):
+        for parameter, gradient in zip(kinds.parameters(modules), self._gradients):
             parameter.grad = gradient
         # Kernels that are replayed count no changes, by which it is known what is stale of things derived.
         owners = (*modules, *self._criterion.modules())
         buffers = [b for module in owners for b in module._buffers.values() if b is not None and not b.is_inference()]
         increment_version(buffers)
         self._criterion.after_replay(self._statistics)
-
-
-def _like(leaf: Any) -> Hashable:
-    """What a graph takes for granted of a part of a batch."""
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device, leaf.requires_grad
-    return leaf if isinstance(leaf, _PLAIN) else type(leaf)
-
-
-def _unfit(leaves: list[Any]) -> str | None:
-    """Why a batch cannot be copied to where a graph reads it, in words."""
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            return "a batch wants a gradient"
-        if not isinstance(leaf, (Tensor, *_PLAIN)):
-            return f"a batch holds {describe(leaf)}"
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
-    return f"a batch lies on {' and '.join(sorted(map(str, devices)))}" if len(devices) > 1 else None
-
-
-def _decided(modules: list[nn.Module], criterion: Criterion) -> Hashable:
-    """What the host has decided, and may decide otherwise before the next step, beside the criterion's `kind`.
-
-    Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision.
-    """
-    numbers = tuple([value for module in modules for value in vars(module).values() if type(value) in _NUMBERS])
-    places = [(_address(p), p.requires_grad) for p in _parameters(modules)]
-    buffers = [_address(b) for module in modules for b in module._buffers.values() if b is not None]
-    for module in criterion.modules():
-        buffers += [_address(t) for t in (*module._buffers.values(), *vars(module).values()) if isinstance(t, Tensor)]
-    device = next((p.device.type for p in _parameters(modules)), "cpu")
-    precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_float32_matmul_precision()
-    return numbers, tuple(places), tuple(buffers), precision, torch.are_deterministic_algorithms_enabled()
-
-
-def _parameters(modules: list[nn.Module]) -> dict[nn.Parameter, None]:
-    """Those of ``model.parameters()``, in the same order."""
-    return dict.fromkeys(p for module in modules for p in module._parameters.values() if p is not None)
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's values lie; of one that has none, which tensor it is."""
-    try:
-        return tensor.data_ptr()
-    except (RuntimeError, ValueError):
-        return id(tensor)
-
-
-def _on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
-    """What a replay would leave as it is: the host's random streams, and what modules keep.
-
-    Of tensors it matters which they are, and what was written into those that lie elsewhere than the batch.
-    """
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    kept: dict[tuple[str, str], Any] = {("", ""): _random_streams()}
-    for path, module in model.named_modules():
-        for attributes in (vars(module), module._parameters, module._buffers):
-            for name, value in attributes.items():
-                kind = type(value)
-                if kind in _NUMBERS:
-                    kept[path, name] = value
-                elif _is_tensor(kind):
-                    kept[path, name] = _Kept([value], devices)
-                elif kind in _COLLECTIONS and value and name not in _REGISTERED:
-                    kept[path, name] = _Kept(list(value.values() if issubclass(kind, dict) else value), devices)
-    return kept
-
-
-@cache
-def _is_tensor(kind: type) -> bool:
-    return issubclass(kind, Tensor)
-
-
-class _Kept:
-    """Tensors, numbers and whatever else a module keeps; equal where they are the same, asked for no value."""
-
-    def __init__(self, values: list[Any], devices: set[str]) -> None:
-        self._values = values
-        self._written = [v._version for v in values if _is_tensor(type(v)) and v.device.type not in devices]
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Kept)
-            and self._written == other._written
-            and len(self._values) == len(other._values)
-            and all(a is b or (type(a) in _NUMBERS and a == b) for a, b in zip(self._values, other._values))
-        )
-
-
-def _random_streams() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the stream that other people's models draw from
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), *rest
-
-
-def _difference(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> str | None:
-    """What a step changed on the host, in words."""
-    changed = [".".join(filter(None, key)) for key, value in after.items() if key not in before or before[key] != value]
-    if not changed:
-        return None
-    return f"a step changes what modules keep ({changed[0]})" if changed[0] else "a step draws random numbers on the host"

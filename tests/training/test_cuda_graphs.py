@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgr_kernels.training import cuda_graphs, loop
+from sgr_kernels.training import cuda_graphs, kinds, loop
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.network import GIVEN
@@ -27,11 +27,11 @@ def graphs(monkeypatch):
         EmulatedGraph(made)
         return made[-1]
 
-    streams = cuda_graphs._random_streams
+    streams = kinds._random_streams
     monkeypatch.setattr(loop, "usable", lambda asked, device, processes: asked)
     monkeypatch.setattr(loop, "graphs_on", lambda device: new_graph)
     # PyTorch's stream on the CPU is the device's here.
-    monkeypatch.setattr(cuda_graphs, "_random_streams", lambda: streams()[1:])
+    monkeypatch.setattr(kinds, "_random_streams", lambda: streams()[1:])
     return made
 
 

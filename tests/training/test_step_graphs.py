@@ -1,4 +1,4 @@
-"""Loops of one's own with `StepGraphs`: whatever changes between steps, they train to the same bits as without graphs."""
+"""Loops of one's own with `StepGraphs` train to the same bits as without graphs, whatever changes between steps."""
 
 import copy
 import gc
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sgr_kernels as sgr
-from sgr_kernels.training import cuda_graphs
+from sgr_kernels.training import cuda_graphs, kinds
 from sgr_kernels.training.cuda_graphs import StepGraphs
 from tests.graph_emulator import EmulatedGraph, Generator, LeftBehind
 
@@ -16,8 +16,8 @@ from tests.graph_emulator import EmulatedGraph, Generator, LeftBehind
 @pytest.fixture(autouse=True)
 def one_stream(monkeypatch):
     """PyTorch's stream on the CPU is the device's here."""
-    streams = cuda_graphs._random_streams
-    monkeypatch.setattr(cuda_graphs, "_random_streams", lambda: streams()[1:])
+    streams = kinds._random_streams
+    monkeypatch.setattr(kinds, "_random_streams", lambda: streams()[1:])
 
 
 class Small(nn.Module):
@@ -46,8 +46,7 @@ class Loop:
         covariance = sgr.CovarianceFunction(1, (4, 4), target_variance=0.06)
         self.criterion = sgr.SGRLoss(covariance, 1.0, **options) if criterion is None else criterion()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
-        self.compute = compute
-        self.made = []
+        self.captured, self.compute, self.made = captured, compute, []
         self.step = StepGraphs(
             self.model, self.criterion, self._gradients, (lambda: EmulatedGraph(self.made)) if captured else None
         )
@@ -113,27 +112,28 @@ def exchanged(self):
     self.optimizer.add_param_group({"params": list(self.model.last.parameters())})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        set_attribute("criterion.covariance.decay", 0.9),
-        set_attribute("criterion.covariance.target_variance", 0.5),
-        set_attribute("criterion.covariance.psd", "none"),
-        set_attribute("criterion.loss_fn", lambda outputs, labels: nn.functional.cross_entropy(outputs, labels, reduction="none") / 2),
-        set_attribute("criterion.strength", 3.0),
-        set_attribute("criterion.penalty_every", 2),
-        lambda self: self.criterion.eval(),
-        lambda self: self.model.eval(),
-        set_attribute("model.norm.momentum", 0.5),
-        set_attribute("model.dropout.p", 0.5),
-        lambda self: self.model.first.requires_grad_(False),
-        replaced,
-        exchanged,
-        lambda self: self.model.register_buffer("shift", torch.ones(8)),
-        lambda self: setattr(self.criterion, "covariance", sgr.CovarianceFunction(1, (4, 4))),
-    ],
-    ids=["decay", "variance", "psd", "loss_fn", "strength", "cadence", "criterion", "model", "momentum", "dropout", "frozen", "replaced", "exchanged", "buffer", "covariance"],
-)  # fmt: skip
+CHANGES = {
+    "decay": set_attribute("criterion.covariance.decay", 0.9),
+    "variance": set_attribute("criterion.covariance.target_variance", 0.5),
+    "psd": set_attribute("criterion.covariance.psd", "none"),
+    "covariance": lambda self: setattr(self.criterion, "covariance", sgr.CovarianceFunction(1, (4, 4))),
+    "loss": set_attribute(
+        "criterion.loss_fn", lambda outputs, labels: sgr.cross_entropy_per_sample(outputs, labels) / 2
+    ),
+    "strength": set_attribute("criterion.strength", 3.0),
+    "cadence": set_attribute("criterion.penalty_every", 2),
+    "criterion": lambda self: self.criterion.eval(),
+    "model": lambda self: self.model.eval(),
+    "momentum": set_attribute("model.norm.momentum", 0.5),
+    "dropout": set_attribute("model.dropout.p", 0.5),
+    "frozen": lambda self: self.model.first.requires_grad_(False),
+    "replaced": replaced,
+    "exchanged": exchanged,
+    "buffer": lambda self: self.model.register_buffer("shift", torch.ones(8)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_between_steps_is_not_replayed_as_it_was(change):
     loop = both(12, at(6, change), model=lambda: Small(dropout=0.2))
     assert loop.made[0].replays == 3
@@ -239,10 +239,12 @@ def test_images_that_want_a_gradient_have_it():
 
 def test_statistics_that_somebody_keeps_stay_what_they_were():
     kept = {True: [], False: []}
-    for captured in kept:
-        loop = Loop(captured, penalty_every=2)
-        loop.run(14, call=lambda self: (self.step([self.batch()]), kept[captured].append(self.criterion.last)))
-    assert [graph.replays for graph in loop.made] == []
+
+    def call(self):
+        self.step([self.batch()])
+        kept[self.captured].append(self.criterion.last)
+
+    assert [graph.replays for graph in both(14, call=call, penalty_every=2).made] == [4, 4]
     for one, other in zip(kept[True], kept[False], strict=True):
         assert torch.equal(one.loss, other.loss)
         assert torch.equal(one.outputs, other.outputs)

@@ -1,0 +1,129 @@
+"""What makes a kind of training step, and what such a step changes on the host, where no CUDA graph would replay it."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgr_kernels.checks import describe
+
+
+class _Subclasses(dict[Any, bool]):
+    """Whether a type is a subclass of some; looked up, as thousands of attributes are asked for at each step."""
+
+    def __init__(self, *of: type) -> None:
+        super().__init__()
+        self._of = of
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = issubclass(kind, self._of)
+        return found
+
+
+_IS_NUMBER, _IS_TENSOR = _Subclasses(int, float, str, np.generic), _Subclasses(Tensor)  # names are numbers here
+_COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def like(leaf: Any) -> Any:
+    """What a graph takes for granted of a part of a batch."""
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device, leaf.requires_grad
+    return leaf if leaf is None or _IS_NUMBER[type(leaf)] else type(leaf)
+
+
+def unfit(leaves: list[Any]) -> str | None:
+    """Why a batch cannot be copied to where a graph reads it, in words."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            return "a batch wants a gradient"
+        if leaf is not None and not isinstance(leaf, Tensor) and not _IS_NUMBER[type(leaf)]:
+            return f"a batch holds {describe(leaf)}"
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+    return f"a batch lies on {' and '.join(sorted(map(str, devices)))}" if len(devices) > 1 else None
+
+
+def decided(modules: list[nn.Module], criterion: nn.Module) -> Hashable:
+    """What the host has decided, and may decide otherwise before the next step, beside the criterion's `kind`.
+
+    Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision.
+    """
+    numbers = tuple([value for module in modules for value in vars(module).values() if _IS_NUMBER[type(value)]])
+    places = [(_address(p), p.requires_grad) for p in parameters(modules)]
+    buffers = [_address(b) for module in modules for b in module._buffers.values() if b is not None]
+    for module in criterion.modules():
+        kept = (*module._buffers.values(), *vars(module).values())
+        buffers += [_address(tensor) for tensor in kept if _IS_TENSOR[type(tensor)]]
+    device = next((p.device.type for p in parameters(modules)), "cpu")
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return numbers, tuple(places), tuple(buffers), autocast, precision
+
+
+def parameters(modules: list[nn.Module]) -> dict[nn.Parameter, None]:
+    """Those of ``model.parameters()``, in the same order."""
+    return dict.fromkeys(p for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values lie; of one that has none, which tensor it is."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, ValueError):
+        return id(tensor)
+
+
+def on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
+    """What a replay would leave as it is: the host's random streams, and what modules keep.
+
+    Of tensors it matters which they are, and what was written into those that lie elsewhere than the batch.
+    """
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    kept: dict[tuple[str, str], Any] = {("", ""): _random_streams()}
+    for path, module in model.named_modules():
+        for attributes in (vars(module), module._parameters, module._buffers):
+            for name, value in attributes.items():
+                kind = type(value)
+                if _IS_NUMBER[kind]:
+                    kept[path, name] = value
+                elif _IS_TENSOR[kind]:
+                    kept[path, name] = _Kept([value], devices)
+                elif kind in _COLLECTIONS and value and name not in _REGISTERED:
+                    kept[path, name] = _Kept(list(value.values() if issubclass(kind, dict) else value), devices)
+    return kept
+
+
+class _Kept:
+    """Tensors, numbers and whatever else a module keeps; equal where they are the same, asked for no value."""
+
+    def __init__(self, values: list[Any], devices: set[str]) -> None:
+        self._values = values
+        elsewhere = [v for v in values if _IS_TENSOR[type(v)] and v.device.type not in devices]
+        self._written = [v._version for v in elsewhere if not v.is_inference()]  # which count no changes
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Kept)
+            and self._written == other._written
+            and len(self._values) == len(other._values)
+            and all(a is b or (_IS_NUMBER[type(a)] and a == b) for a, b in zip(self._values, other._values))
+        )
+
+
+def _random_streams() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the stream that other people's models draw from
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), *rest
+
+
+def difference(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> str | None:
+    """What a step changed on the host, in words."""
+    changed = [".".join(filter(None, key)) for key, value in after.items() if key not in before or before[key] != value]
+    if changed and not changed[0]:
+        return "a step draws random numbers on the host"
+    return f"a step changes what modules keep ({changed[0]})" if changed else None
