@@ -161,7 +161,6 @@ class StepGraphs:
     In a loop of one's own::
 
         def gradients(parts):
-            optimizer.zero_grad()
             for images, labels in parts:
                 criterion(model, images, labels).backward()
 
@@ -178,8 +177,8 @@ class StepGraphs:
     Args:
         model: Whose parameters receive the gradients.
         criterion: That ``compute`` calls.
-        compute: Puts the gradients of a step into the parameters, dropping earlier ones; what it writes besides, it
-            writes in place.
+        compute: Puts the gradients of a step into the parameters; what it writes besides, it writes in place. The
+            optimizer's step is none of it.
         new_graph: Makes a graph; None: all steps are eager.
 
     Attributes:
@@ -200,13 +199,13 @@ class StepGraphs:
         self.reasons: list[str] = []
 
     def __call__(self, parts: Any) -> None:
-        """The gradients of a step, in the parameters.
+        """The gradients of a step, in the parameters, until the next one; earlier ones are dropped.
 
         Args:
             parts: What ``compute`` takes: tensors in lists, tuples and dicts, and numbers, which make a kind of step.
         """
         if self._new_graph is None:
-            self._compute(parts)
+            self._eagerly(parts)
             return
         self._criterion.before_step()
         leaves, structure = tree_flatten(parts)
@@ -216,18 +215,23 @@ class StepGraphs:
         if capture is not None:
             capture.replay(leaves, modules)
         elif kind in self._refused:
-            self._compute(parts)
+            self._eagerly(parts)
         elif len(self._captures) + len(self._refused) >= _MOST:
             self._say(f"there are more than {_MOST} kinds of them")
-            self._compute(parts)
+            self._eagerly(parts)
         else:
             self._watched(kind, parts)
+
+    def _eagerly(self, parts: Any) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        self._compute(parts)
 
     def _watched(self, kind: Hashable, parts: Any) -> None:
         """An eager step, after which its kind perhaps is captured or refused."""
         leaves, steps = tree_leaves(parts), self._criterion.steps
         before = kinds.on_host(self._model, leaves)
-        self._compute(parts)
+        self._eagerly(parts)
         reason = kinds.unfit(leaves) or kinds.difference(before, kinds.on_host(self._model, leaves))
         if self._criterion.steps > steps + 1:
             reason = "the cadences count several calls of the criterion (count_calls) in a step"
@@ -250,7 +254,7 @@ class StepGraphs:
         criterion.steps = steps
         torch.clear_autocast_cache()  # of the eager step, where autocast is on around it
         try:
-            graph.capture(lambda: self._compute(inputs), criterion.generators())
+            graph.capture(lambda: self._eagerly(inputs), criterion.generators())
             captured = [parameter.grad for parameter in parameters]
             own = tree_leaves(inputs)
             self._captures[kind] = _Capture(criterion, graph, own, captured, criterion.remembered)

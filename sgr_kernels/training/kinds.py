@@ -82,12 +82,14 @@ def _address(tensor: Tensor) -> int:
 def on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
     """What a replay would leave as it is: the host's random streams, and what modules keep.
 
-    Of tensors it matters which they are, and what was written into those that lie elsewhere than the batch.
+    Of tensors it matters which they are, and what was written into parameters, which an optimizer's numbers decide, and
+    into those that lie elsewhere than the batch.
     """
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    here = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     kept: dict[tuple[str, str], Any] = {("", ""): _random_streams()}
     for path, module in model.named_modules():
         for attributes in (vars(module), module._parameters, module._buffers):
+            devices = set() if attributes is module._parameters else here
             for name, value in attributes.items():
                 kind = type(value)
                 if _IS_NUMBER[kind]:

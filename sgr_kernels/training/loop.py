@@ -305,7 +305,6 @@ class Trainer:
 
     def _compute(self, parts: Parts) -> None:
         """The gradient of a step, and what it adds to the epoch's sums; all that a CUDA graph may replay."""
-        self.optimizer.zero_grad()
         whole = self.batches.count(self.step)
         for number, part in enumerate(parts, start=1):
             self._backward(part[0], part[1], whole, last=number == len(parts))

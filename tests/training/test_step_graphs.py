@@ -47,9 +47,8 @@ class Loop:
         self.criterion = sgr.SGRLoss(covariance, 1.0, **options) if criterion is None else criterion()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
         self.captured, self.compute, self.made = captured, compute, []
-        self.step = StepGraphs(
-            self.model, self.criterion, self._gradients, (lambda: EmulatedGraph(self.made)) if captured else None
-        )
+        self.new_graph = (lambda: EmulatedGraph(self.made)) if captured else None
+        self.step = StepGraphs(self.model, self.criterion, self._gradients, self.new_graph)
         self.generator = torch.Generator().manual_seed(2)
 
     def _gradients(self, parts):
@@ -205,6 +204,35 @@ def test_several_captured_calls_of_one_optimizer_step_draw_elsewhere_each():
 
     loop = both(8, call=call, compute=compute, count_calls=False, fraction=0.5)
     assert loop.made[0].replays == 13
+
+
+def test_gradients_are_dropped_before_each_step_wherever_a_loop_does_so():
+    def compute(self, parts):
+        ((images, labels),) = parts
+        self.criterion(self.model, images, labels).backward()
+
+    loops = [Loop(captured) for captured in (True, False)]
+    for loop in loops:
+        loop.step = StepGraphs(
+            loop.model, loop.criterion, lambda parts, loop=loop: compute(loop, parts), loop.new_graph
+        )
+    before = [loop.run(8, lambda self, step: self.optimizer.zero_grad()).bits() for loop in loops]
+    never = [loop.run(4).bits() for loop in loops]
+    for one, other in (*zip(*before, strict=True), *zip(*never, strict=True)):
+        assert torch.equal(one, other)
+    assert loops[0].made[0].replays == 9
+
+
+def test_an_optimizer_among_what_is_computed_is_not_captured():
+    def compute(self, parts):
+        ((images, labels),) = parts
+        self.criterion(self.model, images, labels).backward()
+        self.optimizer.param_groups[0]["lr"] *= 0.9
+        self.optimizer.step()
+
+    loop = both(8, compute=compute)
+    assert loop.made == []
+    assert "(first.weight)" in loop.step.reasons[0]
 
 
 def test_labels_in_a_dict_and_numbers_beside_them():
