@@ -74,6 +74,10 @@ class CudaGraphs:
         """Give graphs from now on other memory."""
         self.pool = torch.cuda.graph_pool_handle()
 
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[torch.device]]:
+        """Copies share nothing."""
+        return CudaGraphs, (self.stream.device,)
+
 
 class CudaGraph:
     """A `torch.cuda.CUDAGraph`, after whose failure to capture everything goes on as before.

@@ -279,6 +279,27 @@ def test_statistics_that_somebody_keeps_stay_what_they_were():
         assert one.strength == other.strength
 
 
+class Attentive(nn.Module):
+    """A layer of attention, fused by PyTorch."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.last, self.dropout = nn.Linear(4, 4), nn.Linear(16, 3), dropout
+
+    def forward(self, x):
+        x = self.mix(x)
+        x = nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout)
+        return self.last(x.flatten(1))
+
+
+@pytest.mark.parametrize(("dropout", "replays"), [(0.0, [3]), (0.5, [0])])
+def test_attention_draws_only_where_it_drops(dropout, replays):
+    loop = both(6, model=lambda: Attentive(dropout), method="finite-difference")
+    assert [graph.replays for graph in loop.made] == replays
+    assert ["random numbers cannot be repeated" in reason for reason in loop.step.reasons] == [True] * (dropout > 0)
+
+
 def test_an_interrupted_capture_is_made_up_for():
     interruptions = []
 
@@ -340,6 +361,7 @@ def test_after_a_capture_that_fails_all_is_as_before(by_cuda, monkeypatch):
         assert generator.state == {"offset": 8, "capturing": False}
     del before, after, graph
     assert not any(cuda.users.values())
+    assert copy.deepcopy(new_graph).stream is not new_graph.stream
 
 
 def test_no_backward_of_earlier_steps_is_left_when_a_capture_begins(monkeypatch):
@@ -378,3 +400,23 @@ def test_captures_begin_anew_where_tensors_of_forgotten_graphs_are_kept(monkeypa
     graph = new_graph()
     graph.capture(lambda: None)
     graph.replay()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_graphs_of_a_device_outlive_a_capture_that_fails():
+    new_graph, found = cuda_graphs.graphs_on("cuda"), torch.empty(2, device="cuda")
+
+    def draw():
+        found.copy_(torch.rand(2, device="cuda"))
+
+    before, after = new_graph(), new_graph()
+    before.capture(draw)
+    with pytest.raises(RuntimeError):
+        new_graph().capture(lambda: float(torch.rand(2, device="cuda").sum()))
+    after.capture(draw)
+    draws = set()
+    for again in (before.replay, draw, after.replay, before.replay):
+        again()
+        draws.add(tuple(found.tolist()))
+    assert len(draws) == 4
