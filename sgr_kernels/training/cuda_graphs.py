@@ -208,10 +208,10 @@ class StepGraphs:
         Args:
             parts: What ``compute`` takes: tensors in lists, tuples and dicts, and numbers, which make a kind of step.
         """
+        self._criterion.before_step()
         if self._new_graph is None:
             self._eagerly(parts)
             return
-        self._criterion.before_step()
         leaves, structure = tree_flatten(parts)
         modules = list(self._model.modules())
         kind = (structure, *map(kinds.like, leaves), self._criterion.kind(), kinds.decided(modules, self._criterion))

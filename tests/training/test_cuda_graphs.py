@@ -99,7 +99,7 @@ def assert_same(one, other):
         ({"penalty_method": "forward-mode", "perturbation": "gradient", "amp": "bf16"}, 3, [6, 0]),
         ({"penalty_method": "finite-difference", "allow_kinks": True}, 2, [3]),
         ({"update_every": 2, "penalty_every": 4}, 4, [1, 1, 1, 1]),
-        ({"method": "pgd", "attack_steps": 2, "perturbation": "sign"}, 3, [6, 0]),
+        ({"method": "pgd", "attack_steps": 2, "accumulate": 2}, 3, [6, 0]),
         ({"method": "fgsm"}, 3, [6, 0]),
         ({"perturbation": "fgsm"}, 3, [6, 0]),
         ({"warmup": 2, "optimizer": "sgd", "learning_rate_warmup": 5}, 3, [5, 0]),
