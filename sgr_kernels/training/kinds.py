@@ -13,29 +13,27 @@ from torch import Tensor, nn
 
 from sgr_kernels.checks import describe
 
+_NUMBERS = frozenset({bool, int, float, str, *np.sctypeDict.values()})  # and names
+_COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
 
-class _Subclasses(dict[Any, bool]):
-    """Whether a type is a subclass of some; looked up, as thousands of attributes are asked for at each step."""
 
-    def __init__(self, *of: type) -> None:
-        super().__init__()
-        self._of = of
+class _Tensors(dict[type, bool]):
+    """Whether a type is one of tensors; looked up, for instances of classes that are not take long to be denied."""
 
     def __missing__(self, kind: type) -> bool:
-        found = self[kind] = issubclass(kind, self._of)
+        found = self[kind] = issubclass(kind, Tensor)
         return found
 
 
-_IS_NUMBER, _IS_TENSOR = _Subclasses(int, float, str, np.generic), _Subclasses(Tensor)  # names are numbers here
-_COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
-_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
+_IS_TENSOR = _Tensors()
 
 
 def like(leaf: Any) -> Any:
     """What a graph takes for granted of a part of a batch."""
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device, leaf.requires_grad
-    return leaf if leaf is None or _IS_NUMBER[type(leaf)] else type(leaf)
+    return leaf if leaf is None or type(leaf) in _NUMBERS else type(leaf)
 
 
 def unfit(leaves: list[Any]) -> str | None:
@@ -43,7 +41,7 @@ def unfit(leaves: list[Any]) -> str | None:
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             return "a batch wants a gradient"
-        if leaf is not None and not isinstance(leaf, Tensor) and not _IS_NUMBER[type(leaf)]:
+        if leaf is not None and not isinstance(leaf, Tensor) and type(leaf) not in _NUMBERS:
             return f"a batch holds {describe(leaf)}"
     devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
     return f"a batch lies on {' and '.join(sorted(map(str, devices)))}" if len(devices) > 1 else None
@@ -54,7 +52,7 @@ def decided(modules: list[nn.Module], criterion: nn.Module) -> Hashable:
 
     Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision.
     """
-    numbers = tuple([value for module in modules for value in vars(module).values() if _IS_NUMBER[type(value)]])
+    numbers = tuple([value for module in modules for value in vars(module).values() if type(value) in _NUMBERS])
     places = [(_address(p), p.requires_grad) for p in parameters(modules)]
     buffers = [_address(b) for module in modules for b in module._buffers.values() if b is not None]
     for module in criterion.modules():
@@ -92,7 +90,7 @@ def on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
             devices = set() if attributes is module._parameters else here
             for name, value in attributes.items():
                 kind = type(value)
-                if _IS_NUMBER[kind]:
+                if kind in _NUMBERS:
                     kept[path, name] = value
                 elif _IS_TENSOR[kind]:
                     kept[path, name] = _Kept([value], devices)
@@ -114,7 +112,7 @@ class _Kept:
             isinstance(other, _Kept)
             and self._written == other._written
             and len(self._values) == len(other._values)
-            and all(a is b or (_IS_NUMBER[type(a)] and a == b) for a, b in zip(self._values, other._values))
+            and all(a is b or (type(a) in _NUMBERS and a == b) for a, b in zip(self._values, other._values))
         )
 
 
