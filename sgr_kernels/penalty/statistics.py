@@ -57,7 +57,8 @@ class Criterion(Counting):
 
     Attributes:
         steps: Training steps taken.
-        remembered: What the last call computed; None before the first.
+        remembered: What the last call computed; None before the first. After a replay the next one rewrites it, and
+            `peek` copies it before.
     """
 
     def __init__(self) -> None:

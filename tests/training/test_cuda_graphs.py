@@ -3,8 +3,11 @@
 Graphs are emulated on the CPU (`tests.graph_emulator`), but for the last tests, which want a device.
 """
 
+import copy
+import gc
 import logging
 import random
+import weakref
 
 import pytest
 import torch
@@ -188,6 +191,22 @@ def test_penalties_that_are_never_finite_end_a_replayed_training(digits, graphs)
     trainer.criterion.nonfinite_in_a_row.fill_(10)
     with pytest.raises(RuntimeError, match="10 penalties in a row"):
         trainer.run(2, progress=False)
+
+
+def test_a_training_that_is_dropped_is_gone_at_once_and_copies_go_on_by_themselves(digits, graphs):
+    """No circle of references holds on to a device's memory."""
+    trainer = trained(digits, settings(method="clean"), 1)
+    other = copy.deepcopy(trainer)
+    for each in (other, trainer):
+        each.run(2, progress=False)
+    assert_same(other, trainer)
+    dropped = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer, each
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_graphs_are_for_one_process_on_a_device():
