@@ -13,20 +13,10 @@ from torch import Tensor, nn
 
 from sgr_kernels.checks import describe
 
-_NUMBERS = frozenset({bool, int, float, str, *np.sctypeDict.values()})  # and names
+_NUMBERS: frozenset[type] = frozenset({bool, int, float, str, *np.sctypeDict.values()})  # and names
+_WATCHED: set[type] = {*_NUMBERS, Tensor, nn.Parameter}  # and subclasses, once they have been seen
 _COLLECTIONS = frozenset({list, tuple, dict, OrderedDict, set, deque})
 _REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
-
-
-class _Tensors(dict[type, bool]):
-    """Whether a type is one of tensors; looked up, for instances of classes that are not take long to be denied."""
-
-    def __missing__(self, kind: type) -> bool:
-        found = self[kind] = issubclass(kind, Tensor)
-        return found
-
-
-_IS_TENSOR = _Tensors()
 
 
 def like(leaf: Any) -> Any:
@@ -52,16 +42,17 @@ def decided(modules: list[nn.Module], criterion: nn.Module) -> Hashable:
 
     Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision.
     """
-    numbers = tuple([value for module in modules for value in vars(module).values() if type(value) in _NUMBERS])
-    places = [(_address(p), p.requires_grad) for p in parameters(modules)]
-    buffers = [_address(b) for module in modules for b in module._buffers.values() if b is not None]
+    found = [value for module in modules for value in vars(module).values() if type(value) in _WATCHED]
     for module in criterion.modules():
-        kept = (*module._buffers.values(), *vars(module).values())
-        buffers += [_address(tensor) for tensor in kept if _IS_TENSOR[type(tensor)]]
+        found += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    kept = tuple([value if type(value) in _NUMBERS else _address(value) for value in found])
+    places = tuple([(_address(p), p.requires_grad) for p in parameters(modules)])
+    owners = (*modules, *criterion.modules())
+    buffers = tuple([_address(b) for module in owners for b in module._buffers.values() if b is not None])
     device = next((p.device.type for p in parameters(modules)), "cpu")
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return numbers, tuple(places), tuple(buffers), autocast, precision
+    return kept, places, buffers, autocast, precision
 
 
 def parameters(modules: list[nn.Module]) -> dict[nn.Parameter, None]:
@@ -92,7 +83,8 @@ def on_host(model: nn.Module, leaves: list[Any]) -> dict[tuple[str, str], Any]:
                 kind = type(value)
                 if kind in _NUMBERS:
                     kept[path, name] = value
-                elif _IS_TENSOR[kind]:
+                elif isinstance(value, Tensor):
+                    _WATCHED.add(kind)
                     kept[path, name] = _Kept([value], devices)
                 elif kind in _COLLECTIONS and value and name not in _REGISTERED:
                     kept[path, name] = _Kept(list(value.values() if issubclass(kind, dict) else value), devices)
@@ -104,7 +96,7 @@ class _Kept:
 
     def __init__(self, values: list[Any], devices: set[str]) -> None:
         self._values = values
-        elsewhere = [v for v in values if _IS_TENSOR[type(v)] and v.device.type not in devices]
+        elsewhere = [v for v in values if isinstance(v, Tensor) and v.device.type not in devices]
         self._written = [v._version for v in elsewhere if not v.is_inference()]  # which count no changes
 
     def __eq__(self, other: object) -> bool:

@@ -29,10 +29,11 @@ class Small(nn.Module):
         self.first, self.norm, self.last = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("shift", torch.zeros(8))
+        self.gain = torch.ones(8)
         self.at_each_pass = at_each_pass
 
     def forward(self, x):
-        x = self.norm(self.first(x.flatten(1))) + self.shift
+        x = self.gain * self.norm(self.first(x.flatten(1))) + self.shift
         self.at_each_pass(self, x)
         return self.last(self.dropout(torch.nn.functional.gelu(x)))
 
@@ -128,6 +129,7 @@ CHANGES = {
     "frozen": lambda self: self.model.first.requires_grad_(False),
     "replaced": replaced,
     "exchanged": exchanged,
+    "tensor": set_attribute("model.gain", torch.full((8,), 0.5)),
     "buffer": lambda self: self.model.register_buffer("shift", torch.ones(8)),
 }
 
