@@ -182,8 +182,8 @@ class Generator:
 class LeftBehind:
     """What PyTorch keeps of captures, beside their kernels, and leaves as it is where one fails.
 
-    After CUDAGraph.cpp, CUDAGeneratorImpl.cpp and CUDACachingAllocator.cpp of PyTorch 2.13, which are the same in what
-    matters here from 2.11 on.
+    After PyTorch's CUDAGraph.cpp, CUDAGeneratorImpl.cpp (before captures had states of their own, which is the harder
+    case) and CUDACachingAllocator.cpp.
 
     Attributes:
         refused: Set by what CUDA refuses while it captures: such a capture cannot be ended.

@@ -76,7 +76,7 @@ class Criterion(Counting):
         if self.remembered is None:
             raise RuntimeError("peek: the criterion has not been called yet")
         if self.remembered is self._rewritten:
-            self.remembered = map_tensors(Tensor.clone, self.remembered)
+            self.remembered, self._rewritten = map_tensors(Tensor.clone, self.remembered), None
         return self.remembered
 
     @property
