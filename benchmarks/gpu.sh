@@ -99,7 +99,7 @@ fi
 
 if [[ $known == *pytest*hypothesis* ]]; then
     part device-tests 75 "${pytest[@]}" -v -m gpu tests/backends/test_cuda_device.py tests/penalty/test_graph_capture.py \
-        tests/training/test_cuda_graphs.py
+        tests/training/test_cuda_graphs.py tests/training/test_step_graphs.py
     part contract 60 "${pytest[@]}" -m gpu --backend native "${workers[@]}" tests/operators
     part triton 60 "${pytest[@]}" -m gpu --backend triton "${workers[@]}" tests/operators
 else

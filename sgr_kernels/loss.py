@@ -232,22 +232,21 @@ class SGRLoss(Recorded):
         self._within_step = False
 
     def kind(self) -> Hashable:
-        """What the cadences, the strength and the settings make of the next training step."""
-        update, penalize = self._due(self.steps)
-        settings = (self.method, self.allow_kinks, self.fraction, self.sampling, self.mean_correction)
+        """As of `Criterion`, and what the cadences and the strength make of the next training step."""
+        update, penalize = self._due()
         source = self.perturbation if isinstance(self.perturbation, str) else id(self.perturbation)
-        return (update and source, self._weight() if penalize else None, *settings)
+        return (update and source, self._weight() if penalize else None, id(self.loss_fn), super().kind())
 
     def before_replay(self) -> None:
         """As of `Criterion`; looks now and then whether penalties are finite."""
         self._stop_if_hopeless()
-        if self.fraction < 1:
+        if self.fraction < 1 and self._due()[1]:
             self._begin_draws()
 
     def after_replay(self, captured: StepStatistics | None) -> None:
         """As of `Criterion`."""
         super().after_replay(captured and replace(captured, strength=self._strength()))
-        self.steps += self.count_calls
+        self.steps += self.training and self.count_calls
 
     @_disable_dynamo
     def _untraced_step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
@@ -255,8 +254,7 @@ class SGRLoss(Recorded):
 
     def _step(self, model: Any, images: Tensor, labels: Any, differentiable: bool) -> Outcome:
         """What this step's cadences ask for."""
-        update, penalize = self._due(self.steps if self.training else 0)
-        update = update and self.training
+        update, penalize = self._due()
         if update and isinstance(model, nn.Module) and not model.training:
             _say_once(
                 "the model is in evaluation mode and the criterion in training mode: the covariance goes on learning; "
@@ -279,19 +277,21 @@ class SGRLoss(Recorded):
             return steps.learning(task) if free else steps.plain(task)
         return steps.evaluated(task, penalize) if free or penalize else steps.plain(task)
 
-    def _due(self, step: int) -> tuple[bool, bool]:
-        """Whether the covariance learns on a step, and whether it has a penalty."""
-        return self.perturbation is not None and step % self.update_every == 0, step % self.penalty_every == 0
+    def _due(self) -> tuple[bool, bool]:
+        """Whether the covariance learns on this step, and whether it has a penalty."""
+        step = self.steps if self.training else 0
+        learns = self.training and self.perturbation is not None
+        return learns and step % self.update_every == 0, step % self.penalty_every == 0
 
     def _begin_draws(self) -> None:
-        """Draw as the step's number says, after whatever draws."""
-        self.drawn.fill_(self.steps // self.penalty_every)
+        """Draw as the step's number says, after whatever draws; later calls of the same step go on."""
+        if not self._within_step:
+            self.drawn.fill_(self.steps // self.penalty_every)
+        self._within_step = not self.count_calls
 
     def _sampled(self, task: Task, way: Way, count: int) -> Outcome:
         if not recording():  # a replayed graph goes on counting by itself
-            if not self._within_step:
-                self._begin_draws()
-            self._within_step = not self.count_calls
+            self._begin_draws()
         outcome = steps.sampled(task, way, count, offset(self.drawn), self.sampling == "uniform")
         self.drawn += 1 if self.count_calls else 10_007  # several calls of one step draw elsewhere each
         if count == 1 and task.passes.coupled:

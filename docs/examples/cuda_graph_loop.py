@@ -23,7 +23,6 @@ def train(
 
     def gradients(parts: Sequence[tuple[Tensor, ...]]) -> None:
         """All that a graph replays: no values asked for, no decisions."""
-        optimizer.zero_grad()
         for images, labels in parts:
             criterion(model, images, labels).backward()
 

@@ -241,7 +241,7 @@ class _NoDraws(TorchDispatchMode):
             self._refuse("a compiled model's")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in function.tags:
+        if torch.Tag.nondeterministic_seeded in function.tags and not _drops_nothing(function, args, kwargs or {}):
             self._refuse(f"the model's ({function})")
         return function(*args, **(kwargs or {}))
 
@@ -250,6 +250,13 @@ class _NoDraws(TorchDispatchMode):
             f"method: this one repeats the forward pass, and {whose} random numbers cannot be repeated while a CUDA "
             "graph captures; double-backward with fraction=1 needs no repetition"
         )
+
+
+def _drops_nothing(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is attention that could draw and does not."""
+    names = [argument.name for argument in function._schema.arguments]
+    given = {**dict(zip(names, args)), **kwargs}
+    return "dropout_p" in names and given.get("dropout_p", 0.0) == 0
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from sgr_kernels.checks import warn_caller
 from sgr_kernels.covariance import Covariance
 from sgr_kernels.covariance.counters import Counting
 from sgr_kernels.penalty.norms import NormPenalty
-from sgr_kernels.penalty.outputs import detached
+from sgr_kernels.penalty.outputs import detached, map_tensors
 from sgr_kernels.penalty.way import Outcome
 from sgr_kernels.toeplitz.constants import at_hand, recording
 
@@ -57,13 +57,15 @@ class Criterion(Counting):
 
     Attributes:
         steps: Training steps taken.
-        remembered: What the last call computed; None before the first.
+        remembered: What the last call computed; None before the first. After a replay the next one rewrites it, and
+            `peek` copies it before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
         self.remembered: StepStatistics | None = None
+        self._rewritten: StepStatistics | None = None
 
     def peek(self) -> StepStatistics:
         """What the last call computed, without waiting for the device and without warnings.
@@ -73,6 +75,8 @@ class Criterion(Counting):
         """
         if self.remembered is None:
             raise RuntimeError("peek: the criterion has not been called yet")
+        if self.remembered is self._rewritten:
+            self.remembered, self._rewritten = map_tensors(Tensor.clone, self.remembered), None
         return self.remembered
 
     @property
@@ -81,8 +85,16 @@ class Criterion(Counting):
         return self.peek()
 
     def kind(self) -> Hashable:
-        """What it decides on the host about the next training step: a graph serves the steps of one kind."""
-        return ()
+        """What it decides on the host about the next training step: a graph serves the steps of one kind.
+
+        Its settings and those of its parts, as far as they are numbers and names.
+        """
+        return tuple(
+            value
+            for module in self.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and name[0] != "_" and name not in ("steps", "strength")
+        )
 
     def generators(self) -> list[torch.Generator]:
         """Those that its steps draw from on a device, beside the default one; a graph has to know them."""
@@ -96,7 +108,7 @@ class Criterion(Counting):
 
     def after_replay(self, captured: StepStatistics | None) -> None:
         """Do what it does after them; the statistics are those of the captured call, which a replay rewrites."""
-        self.remembered = captured
+        self.remembered = self._rewritten = captured
 
 
 class Recorded(Criterion):

@@ -86,9 +86,9 @@ class Augmented(CrossEntropy):
         """The images, the second half of them perturbed. Batches are in random order, so any half will do."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels: expected a tensor of classes or of probabilities, got {describe(labels)}")
-        if not self._seeded and not recording():
+        if not self._seeded and not recording():  # nobody has begun a step, which may be of several calls
             self.before_step()
-        self._seeded = False
+            self._seeded = False
         generator = self._generator
         eps = self.largest * torch.rand((), generator=generator, device=generator.device).double()
         clean, rest = images.split([len(images) // 2, len(images) - len(images) // 2])

@@ -10,17 +10,20 @@ cannot be captured, and a line in the log says why.
 
 from __future__ import annotations
 
+import gc
 import logging
-import random
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
+from weakref import WeakSet
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from sgr_kernels.penalty.statistics import Criterion, StepStatistics
+from sgr_kernels.training import kinds
 from sgr_kernels.training.processes import Processes
 
 logger = logging.getLogger("sgr_kernels")
@@ -46,39 +49,96 @@ class Graph(Protocol):
         """Launch it again, on the same memory."""
 
 
+class CudaGraphs:
+    """Makes graphs on a device that share their memory, and so must not run at the same time.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+        self.pool: Any = None
+        self._graphs: WeakSet[CudaGraph] = WeakSet()
+
+    def __call__(self) -> CudaGraph:
+        """A graph that is to be captured."""
+        if not self._graphs:  # memory that no graph holds any more is given up, whatever tensors still lie there
+            self.renew()
+        graph = CudaGraph(self)
+        self._graphs.add(graph)
+        return graph
+
+    def renew(self) -> None:
+        """Give graphs from now on other memory."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[torch.device]]:
+        """Copies share nothing."""
+        return CudaGraphs, (self.stream.device,)
+
+
 class CudaGraph:
     """A `torch.cuda.CUDAGraph`, after whose failure to capture everything goes on as before.
 
     Args:
-        stream: To capture on.
-        pool: Whose memory it shares with other graphs, which must not run at the same time.
+        shared: What it has in common with other graphs.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        self._graph, self._stream, self._pool = torch.cuda.CUDAGraph(), stream, pool
+    def __init__(self, shared: CudaGraphs) -> None:
+        self._graph, self._shared = torch.cuda.CUDAGraph(), shared
 
     def capture(self, work: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> None:
         """As of `Graph`."""
-        device = self._stream.device
+        # What is left of an earlier backward, in a circle of references, would draw its stream into the capture: of the
+        # first call in a process, for one, which lies in a frame that importing PyTorch's compiler has kept.
+        gc.collect()
+        stream, failures = self._shared.stream, list[BaseException]()
         own = [generator for generator in generators if generator.device.type == "cuda"]
-        for generator in own:
-            self._graph.register_generator_state(generator)
-        # A capture that fails leaves its stream the current one, and the states of generators to captures alone.
-        before = [(g, g.clone_state()) for g in (torch.cuda.default_generators[device.index], *own)]
-        current = torch.cuda.current_stream(device)
-        try:
-            # Other threads may go on allocating, such as those that read images.
-            with torch.cuda.graph(self._graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                work()
-        except BaseException:
-            torch.cuda.set_stream(current)
-            for generator, state in before:
-                generator.graphsafe_set_state(state)
-            raise
+        _register(self._graph, own)
+        # A capture that fails leaves its device and stream the current ones.
+        with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
+            try:
+                # Other threads may go on allocating, such as those that read images.
+                with torch.cuda.graph(self._graph, self._shared.pool, stream, capture_error_mode="thread_local"):
+                    try:
+                        work()
+                    except BaseException as error:  # told when the capture has ended, which may fail because of it
+                        failures.append(error)
+            except BaseException as error:
+                failures.append(error)
+                self._abandon(own)
+        if failures:
+            del failures[1:]
+            raise failures.pop()
+
+    def _abandon(self, generators: Sequence[torch.Generator]) -> None:
+        """Do what PyTorch leaves undone where a capture cannot be ended, because CUDA has refused something.
+
+        The allocator takes the capture for one that goes on, gives no memory back to the device any more and refuses
+        captures into the same memory. So do the generators, which refuse to draw outside of a capture, and graphs that
+        were captured before to be replayed, until another capture has ended. (They must not be given other states:
+        those graphs draw from the ones they have.)
+        """
+        stream, pool = self._shared.stream, self._shared.pool
+        with suppress(RuntimeError):  # where capturing had not begun, or had ended in the allocator's eyes
+            torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+            torch._C._cuda_releasePool(stream.device.index, pool)
+        self._shared.renew()
+        graph = torch.cuda.CUDAGraph()
+        _register(graph, generators)
+        with suppress(RuntimeError), torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
+            torch.zeros((), device=stream.device)
 
     def replay(self) -> None:
         """As of `Graph`."""
         self._graph.replay()
+
+
+def _register(graph: torch.cuda.CUDAGraph, generators: Sequence[torch.Generator]) -> None:
+    for generator in generators:
+        graph.register_generator_state(generator)
 
 
 def usable(asked: bool | None, device: torch.device, processes: Processes) -> bool:
@@ -93,13 +153,10 @@ def usable(asked: bool | None, device: torch.device, processes: Processes) -> bo
     return can if asked is None else asked
 
 
-def graphs_on(device: torch.device | str) -> Callable[[], CudaGraph] | None:
-    """Makes graphs on a CUDA device that share their memory; None for other devices, which have none."""
-    if torch.device(device).type != "cuda":
-        return None
-    with torch.cuda.device(device):
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    return lambda: CudaGraph(stream, pool)
+def graphs_on(device: torch.device | str) -> CudaGraphs | None:
+    """Makes graphs on a CUDA device; None for other devices, which have none, and for one of several processes."""
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return None if several or torch.device(device).type != "cuda" else CudaGraphs(device)
 
 
 class StepGraphs:
@@ -108,7 +165,6 @@ class StepGraphs:
     In a loop of one's own::
 
         def gradients(parts):
-            optimizer.zero_grad()
             for images, labels in parts:
                 criterion(model, images, labels).backward()
 
@@ -117,13 +173,16 @@ class StepGraphs:
             step([(images, labels)])
             optimizer.step()
 
+    What is changed between steps in the model's and the criterion's parameters, buffers, modes and numbers is seen, and
+    makes another kind of step. What a step itself changes on the host, a replay leaves out: a kind that draws random
+    numbers there, or leaves numbers, lists or tensors other than they were in the model's modules, is not captured;
+    other effects of its Python code are not noticed, nor what a ``loss_fn`` or a ``perturbation`` keeps by itself.
+
     Args:
-        model: Whose parameters receive the gradients. What it does besides on the host, a replay leaves out: a kind of
-            step that draws random numbers there, or counts in its modules' attributes, is not captured; other effects
-            of its Python code are not noticed.
+        model: Whose parameters receive the gradients.
         criterion: That ``compute`` calls.
-        compute: Puts the gradients of a step into the parameters, dropping earlier ones; what it writes besides, it
-            writes in place.
+        compute: Puts the gradients of a step into the parameters; what it writes besides, it writes in place. The
+            optimizer's step is none of it.
         new_graph: Makes a graph; None: all steps are eager.
 
     Attributes:
@@ -134,7 +193,7 @@ class StepGraphs:
         self,
         model: nn.Module,
         criterion: Criterion,
-        compute: Callable[[Parts], None],
+        compute: Callable[[Any], None],
         new_graph: Callable[[], Graph] | None,
     ) -> None:
         self._model, self._criterion, self._compute, self._new_graph = model, criterion, compute, new_graph
@@ -143,28 +202,45 @@ class StepGraphs:
         self._seen: dict[Hashable, int] = {}
         self.reasons: list[str] = []
 
-    def __call__(self, parts: Parts) -> None:
-        """The gradients of a step, in the parameters."""
-        if self._new_graph is None:
-            self._compute(parts)
-            return
+    def __call__(self, parts: Any) -> None:
+        """The gradients of a step, in the parameters, until the next one; earlier ones are dropped.
+
+        Args:
+            parts: What ``compute`` takes: tensors in lists, tuples and dicts, and numbers, which make a kind of step.
+        """
         self._criterion.before_step()
-        kind = (self._criterion.kind(), *(_like(tensor) for part in parts for tensor in part))
+        if self._new_graph is None:
+            self._eagerly(parts)
+            return
+        leaves, structure = tree_flatten(parts)
+        modules = list(self._model.modules())
+        kind = (structure, *map(kinds.like, leaves), self._criterion.kind(), kinds.decided(modules, self._criterion))
         capture = self._captures.get(kind)
         if capture is not None:
-            capture.replay(parts)
-        elif kind in self._refused or len(self._captures) + len(self._refused) == _MOST:
-            self._compute(parts)
+            capture.replay(leaves, modules)
+        elif kind in self._refused:
+            self._eagerly(parts)
+        elif len(self._captures) + len(self._refused) >= _MOST:
+            self._say(f"there are more than {_MOST} kinds of them")
+            self._eagerly(parts)
         else:
             self._watched(kind, parts)
 
-    def _watched(self, kind: Hashable, parts: Parts) -> None:
-        """An eager step, after which its kind perhaps is captured or refused."""
-        steps, before = self._criterion.steps, _on_host(self._model)
+    def _eagerly(self, parts: Any) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
         self._compute(parts)
-        changed = _difference(before, _on_host(self._model))
-        if changed is not None:
-            self._refuse(kind, changed)
+
+    def _watched(self, kind: Hashable, parts: Any) -> None:
+        """An eager step, after which its kind perhaps is captured or refused."""
+        leaves, steps = tree_leaves(parts), self._criterion.steps
+        before = kinds.on_host(self._model, leaves)
+        self._eagerly(parts)
+        reason = kinds.unfit(leaves) or kinds.difference(before, kinds.on_host(self._model, leaves))
+        if self._criterion.steps > steps + 1:
+            reason = "the cadences count several calls of the criterion (count_calls) in a step"
+        if reason is not None:
+            self._refuse(kind, reason)
             return
         count = self._seen.pop(kind, 0) + 1
         self._seen[kind] = count  # the last one is the freshest
@@ -174,19 +250,22 @@ class StepGraphs:
             self._seen.pop(next(iter(self._seen)))
             self._say("no two steps are of the same shapes and strength for long")
 
-    def _capture(self, kind: Hashable, parts: Parts, steps: int, graph: Graph) -> None:
+    def _capture(self, kind: Hashable, parts: Any, steps: int, graph: Graph) -> None:
         """Capture the step that was just made: as it is of the same batch, whatever is kept of one is in place."""
         criterion, parameters = self._criterion, list(self._model.parameters())
         gradients, made, last = [parameter.grad for parameter in parameters], criterion.steps, criterion.remembered
-        inputs = [tuple(tensor.clone() for tensor in part) for part in parts]
+        inputs = tree_map_only(Tensor, Tensor.clone, parts)
         criterion.steps = steps
+        torch.clear_autocast_cache()  # of the eager step, where autocast is on around it
         try:
-            graph.capture(lambda: self._compute(inputs), criterion.generators())
+            graph.capture(lambda: self._eagerly(inputs), criterion.generators())
             captured = [parameter.grad for parameter in parameters]
-            self._captures[kind] = _Capture(self._model, criterion, graph, inputs, captured, criterion.remembered)
+            own = tree_leaves(inputs)
+            self._captures[kind] = _Capture(criterion, graph, own, captured, criterion.remembered)
         except Exception as error:  # the same step had just gone well: whatever it is, it is about capturing
             self._refuse(kind, " ".join(str(error).split("\n")[0].split()))
         finally:
+            torch.clear_autocast_cache()
             criterion.steps = made
             criterion.remembered = last
             for parameter, gradient in zip(parameters, gradients):
@@ -212,58 +291,35 @@ class StepGraphs:
         self._refused.clear()
         self._seen.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without graphs."""
+        return {**vars(self), "_captures": {}, "_refused": set(), "_seen": {}}
+
 
 class _Capture:
     """A captured kind of step."""
 
     def __init__(
         self,
-        model: nn.Module,
         criterion: Criterion,
         graph: Graph,
-        inputs: Parts,
+        inputs: list[Any],
         gradients: list[Tensor | None],
         statistics: StepStatistics | None,
     ) -> None:
-        self._model, self._criterion, self._graph = model, criterion, graph
+        self._criterion, self._graph = criterion, graph
         self._inputs, self._gradients, self._statistics = inputs, gradients, statistics
 
-    def replay(self, parts: Parts) -> None:
+    def replay(self, leaves: list[Any], modules: list[nn.Module]) -> None:
         self._criterion.before_replay()
-        for own, given in zip(self._inputs, parts):
-            for mine, other in zip(own, given):
+        for mine, other in zip(self._inputs, leaves):
+            if isinstance(mine, Tensor):
                 mine.copy_(other)
         self._graph.replay()
-        for parameter, gradient in zip(self._model.parameters(), self._gradients):
+        for parameter, gradient in zip(kinds.parameters(modules), self._gradients):
             parameter.grad = gradient
         # Kernels that are replayed count no changes, by which it is known what is stale of things derived.
-        increment_version([b for m in (self._model, self._criterion) for b in m.buffers() if not b.is_inference()])
+        owners = (*modules, *self._criterion.modules())
+        buffers = [b for module in owners for b in module._buffers.values() if b is not None and not b.is_inference()]
+        increment_version(buffers)
         self._criterion.after_replay(self._statistics)
-
-
-def _like(tensor: Tensor) -> Hashable:
-    return tuple(tensor.shape), tensor.dtype, tensor.stride()
-
-
-def _on_host(model: nn.Module) -> dict[str, Any]:
-    """What a replay would leave as it is: the host's random streams, and numbers that modules keep."""
-    numbers = {
-        f"{path}.{name}".lstrip("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str))
-    }
-    return {"": _random_streams(), **numbers}
-
-
-def _random_streams() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the stream that other people's models draw from
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), *rest
-
-
-def _difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """What a step changed on the host, in words."""
-    changed = [name for name, value in after.items() if name not in before or before[name] != value]
-    if not changed:
-        return None
-    return f"a step counts on the host ({changed[0]})" if changed[0] else "a step draws random numbers on the host"

@@ -35,11 +35,11 @@ def pixels(images: Tensor) -> Tensor:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, without waiting for what a GPU is still at."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and tensor.is_cpu
-        else tensor.to(device)
-    )
+    if device.type != "cuda" or not tensor.is_cpu:
+        return tensor.to(device)
+    if not tensor.is_pinned():  # by hand, as pin_memory() cannot write into an expanded tensor's memory
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 class Images(ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -134,7 +135,7 @@ class Trainer:
         self._epochs: int | None = None  # of the whole training, since its first step
         self._network: nn.Module = self.model if processes.size == 1 else DistributedDataParallel(self.model)
         new_graph = graphs_on(self.device) if usable(cuda_graphs, self.device, processes) else None
-        self.graphs = StepGraphs(self.model, self.criterion, self._compute, new_graph)
+        self.graphs = StepGraphs(self.model, self.criterion, _Gradients(self), new_graph)
 
     def run(
         self,
@@ -305,7 +306,6 @@ class Trainer:
 
     def _compute(self, parts: Parts) -> None:
         """The gradient of a step, and what it adds to the epoch's sums; all that a CUDA graph may replay."""
-        self.optimizer.zero_grad()
         whole = self.batches.count(self.step)
         for number, part in enumerate(parts, start=1):
             self._backward(part[0], part[1], whole, last=number == len(parts))
@@ -400,6 +400,22 @@ class Trainer:
     def _no_totals(self) -> Tensor:
         """Sums over the epoch's samples of loss, cross-entropy, hits and penalty; samples seen and penalized."""
         return torch.zeros(6, dtype=torch.float64, device=self.device)
+
+
+class _Gradients:
+    """A step of a training, which does not keep it: in a circle with it, a device's memory would stay in use."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self, parts: Parts) -> None:
+        trainer = self._trainer()
+        assert trainer is not None
+        trainer._compute(parts)
+
+    def __reduce__(self) -> tuple[type[_Gradients], tuple[Any]]:
+        """A copy is of the training's copy."""
+        return _Gradients, (self._trainer(),)
 
 
 def _mixup(alpha: float, classes: int) -> Any:

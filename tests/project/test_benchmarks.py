@@ -109,6 +109,19 @@ def test_rows_of_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_without_a_captured_clean_step_no_captured_one_has_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: step.Training) -> None:
+        if not isinstance(self.criterion, torch.nn.Module):
+            raise ValueError("the network counts")
+
+    monkeypatch.setattr(step.Training, "capture", capture)
+    monkeypatch.setattr(step, "peak_memory", lambda *args: 1)
+    ways = ["clean", "gn", "clean, captured", "gn, captured"]
+    rows = {row["way"]: row for row in step.measure("carlini-wagner-mnist", ways, 2, CPU, 2)}
+    assert rows["gn"]["time_ratio"] > 0
+    assert "the network counts" in rows["gn, captured"]["reason"]
+
+
 def test_a_way_that_a_network_does_not_support_gets_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoSecondDerivative(torch.autograd.Function):
         @staticmethod

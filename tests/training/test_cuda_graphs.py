@@ -3,14 +3,17 @@
 Graphs are emulated on the CPU (`tests.graph_emulator`), but for the last tests, which want a device.
 """
 
+import copy
+import gc
 import logging
 import random
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from sgr_kernels.training import cuda_graphs, loop
+from sgr_kernels.training import cuda_graphs, kinds, loop
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.network import GIVEN
@@ -24,14 +27,14 @@ def graphs(monkeypatch):
     made = []
 
     def new_graph():
-        made.append(EmulatedGraph())
+        EmulatedGraph(made)
         return made[-1]
 
-    streams = cuda_graphs._random_streams
+    streams = kinds._random_streams
     monkeypatch.setattr(loop, "usable", lambda asked, device, processes: asked)
     monkeypatch.setattr(loop, "graphs_on", lambda device: new_graph)
     # PyTorch's stream on the CPU is the device's here.
-    monkeypatch.setattr(cuda_graphs, "_random_streams", lambda: streams()[1:])
+    monkeypatch.setattr(kinds, "_random_streams", lambda: streams()[1:])
     return made
 
 
@@ -99,7 +102,7 @@ def assert_same(one, other):
         ({"penalty_method": "forward-mode", "perturbation": "gradient", "amp": "bf16"}, 3, [6, 0]),
         ({"penalty_method": "finite-difference", "allow_kinks": True}, 2, [3]),
         ({"update_every": 2, "penalty_every": 4}, 4, [1, 1, 1, 1]),
-        ({"method": "pgd", "attack_steps": 2, "perturbation": "sign"}, 3, [6, 0]),
+        ({"method": "pgd", "attack_steps": 2, "accumulate": 2}, 3, [6, 0]),
         ({"method": "fgsm"}, 3, [6, 0]),
         ({"perturbation": "fgsm"}, 3, [6, 0]),
         ({"warmup": 2, "optimizer": "sgd", "learning_rate_warmup": 5}, 3, [5, 0]),
@@ -129,7 +132,7 @@ def draw(self):
 @pytest.mark.parametrize(
     ("changed", "on_host", "reason"),
     [
-        ({}, count, "counts on the host (calls)"),
+        ({}, count, "changes what modules keep (calls)"),
         ({}, draw, "draws random numbers on the host"),
         ({"fraction": 0.5}, lambda self: None, "random numbers cannot be repeated"),
         ({"method": "lrc"}, lambda self: None, "correlated_noise: this part of an attack"),
@@ -188,6 +191,22 @@ def test_penalties_that_are_never_finite_end_a_replayed_training(digits, graphs)
     trainer.criterion.nonfinite_in_a_row.fill_(10)
     with pytest.raises(RuntimeError, match="10 penalties in a row"):
         trainer.run(2, progress=False)
+
+
+def test_a_training_that_is_dropped_is_gone_at_once_and_copies_go_on_by_themselves(digits, graphs):
+    """No circle of references holds on to a device's memory."""
+    trainer = trained(digits, settings(method="clean"), 1)
+    other = copy.deepcopy(trainer)
+    for each in (other, trainer):
+        each.run(2, progress=False)
+    assert_same(other, trainer)
+    dropped = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer, each
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_graphs_are_for_one_process_on_a_device():
