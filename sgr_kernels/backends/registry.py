@@ -76,6 +76,11 @@ def available(device: torch.device | str = "cpu") -> list[str]:
     return [b.name for b in _registered.values() if b.can_run(request) is None]
 
 
+def choice() -> str:
+    """What serves calls that leave ``backend="auto"``: a backend's name, or ``"auto"``."""
+    return _choice
+
+
 def choose(name: str, request: Request) -> str:
     """Resolve a ``backend`` argument to the name of a backend that can run.
 

@@ -95,46 +95,52 @@ def update(
 
 
 class Arranged:
-    """A spectrum as the kernels read it, rewritten in place, so that a CUDA graph sees the present one."""
+    """A spectrum as each backend's kernels read it, rewritten in place, so that a CUDA graph sees the present one.
+
+    What one backend's kernels read stays when another's serve for a while: a graph may read it.
+    """
 
     def __init__(self) -> None:
-        self.tiles = torch.empty(0)
-        self._backend = ""  # whose kernels read them
-        self._source: Tensor | None = None
-        self._version = -1
+        self._tiles: dict[str, Tensor] = {}
+        self._sources: dict[str, tuple[Tensor, int]] = {}  # which spectrum, and which version of it, they are of
 
     def of(self, spectrum: Tensor, images: Tensor, form: str, backend: str) -> Tensor | None:
         """The tiles of a symmetric spectrum (C, C, Fh, Fw), arranged anew if need be; None where they do not serve."""
         size = (images.shape[2], images.shape[3])
         if not _serves(images, spectrum, form, backend) or _words(backend, spectrum, size) == 0:
             return None
-        current = self._source is spectrum and self._version == spectrum._version
-        fresh = current and self._backend == backend
-        if fresh or recording():  # what a graph is the first to arrange would be anew for it alone
-            return self.tiles if fresh else None
-        self._arrange(spectrum, size, backend)
-        return self.tiles
+        source, version = self._sources.get(backend, (None, -1))
+        if source is spectrum and version == spectrum._version:
+            return self._tiles[backend]
+        if recording():  # what a graph is the first to arrange would be anew for it alone
+            return None
+        return self._arrange(spectrum, size, backend)
 
     def renew(self, spectrum: Tensor, size: Size) -> None:
         """Rewrite the tiles, where there are any."""
-        if self.beside(spectrum, self._backend):
-            self._arrange(spectrum, size, self._backend)
+        for backend in list(self._tiles):
+            if self.beside(spectrum, backend) is not None:
+                self._arrange(spectrum, size, backend)
 
-    def _arrange(self, spectrum: Tensor, size: Size, backend: str) -> None:
+    def _arrange(self, spectrum: Tensor, size: Size, backend: str) -> Tensor:
         with plainly():
-            if not self.beside(spectrum, backend):
-                self.tiles, self._backend = spectrum.new_empty(_words(backend, spectrum, size)), backend
-            ops.in_place("arrange", backend, spectrum, (self.tiles,), *size)
-        self.accept(spectrum)
+            tiles = self.beside(spectrum, backend)
+            if tiles is None:
+                tiles = self._tiles[backend] = spectrum.new_empty(_words(backend, spectrum, size))
+            ops.in_place("arrange", backend, spectrum, (tiles,), *size)
+        self.accept(spectrum, backend)
+        return tiles
 
-    def beside(self, spectrum: Tensor, backend: str) -> bool:
-        """Whether there are a backend's tiles, on the spectrum's device and in its type."""
-        same = self.tiles.device == spectrum.device and self.tiles.dtype == spectrum.dtype
-        return same and len(self.tiles) > 0 and self._backend == backend
+    def beside(self, spectrum: Tensor, backend: str) -> Tensor | None:
+        """A backend's tiles, if there are any on the spectrum's device and in its type."""
+        tiles = self._tiles.get(backend)
+        same = tiles is not None and tiles.device == spectrum.device and tiles.dtype == spectrum.dtype
+        return tiles if same else None
 
-    def accept(self, spectrum: Tensor) -> None:
-        """The tiles, where they are `beside` a spectrum, are those of it as it now is."""
-        self._source, self._version = spectrum, spectrum._version
+    def accept(self, spectrum: Tensor, backend: str) -> None:
+        """Take the tiles `beside` a spectrum, if there are any, for those of it as it now is."""
+        if self.beside(spectrum, backend) is not None:
+            self._sources[backend] = (spectrum, spectrum._version)
 
     def __reduce__(self) -> tuple[type[Arranged], tuple[()]]:
         """Copies and pickles begin empty."""

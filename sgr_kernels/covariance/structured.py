@@ -67,13 +67,12 @@ class StructuredMatrix(nn.Module):
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """Table, spectrum, and the arranged spectrum or nothing (0,): for what rewrites all of them in place."""
-        there = self._arranged.beside(self.spectrum, "native")
-        return self.table, self.spectrum, self._arranged.tiles if there else self.spectrum.new_empty(0)
+        tiles = self._arranged.beside(self.spectrum, "native")
+        return self.table, self.spectrum, self.spectrum.new_empty(0) if tiles is None else tiles
 
     def rewritten(self) -> None:
         """All of the `state` has been."""
-        if self._arranged.beside(self.spectrum, "native"):
-            self._arranged.accept(self.spectrum)
+        self._arranged.accept(self.spectrum, "native")
 
     def _spectrum_for(self, images: Tensor, constant: bool) -> Tensor:
         # A copy, because autograd may keep it while the next assignment rewrites the buffer.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sgr_kernels.backends.registry import choice
 from sgr_kernels.checks import describe
 
 _NUMBERS: frozenset[type] = frozenset({bool, int, float, str, *np.sctypeDict.values()})  # and names
@@ -40,7 +41,8 @@ def unfit(leaves: list[Any]) -> str | None:
 def decided(modules: list[nn.Module], criterion: nn.Module) -> Hashable:
     """What the host has decided, and may decide otherwise before the next step, beside the criterion's `kind`.
 
-    Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision.
+    Numbers and modes of the model's modules, which of its parameters are trained, where everything lies, precision, and
+    the operators' backend.
     """
     found = [value for module in modules for value in vars(module).values() if type(value) in _WATCHED]
     for module in criterion.modules():
@@ -52,7 +54,7 @@ def decided(modules: list[nn.Module], criterion: nn.Module) -> Hashable:
     device = next((p.device.type for p in parameters(modules)), "cpu")
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return kept, places, buffers, autocast, precision
+    return kept, places, buffers, autocast, precision, choice()
 
 
 def parameters(modules: list[nn.Module]) -> dict[nn.Parameter, None]:

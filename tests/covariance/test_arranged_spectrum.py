@@ -87,6 +87,25 @@ def test_it_is_made_once_and_follows_every_change(arrangements: list[Tensor]) ->
     assert len(arrangements) == 4
 
 
+def test_each_backend_keeps_its_own(arrangements: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was captured with one may be replayed after another's kernels served for a while."""
+    covariance, gradient = sgr.CovarianceFunction.exponential(1, (6, 6), 2.0), torch.randn(2, 1, 6, 6)
+    check(covariance, gradient)
+    of = covariance.matrix._arranged.of
+    arguments = (covariance.matrix.spectrum, gradient, "even")
+    first = of(*arguments, "native")
+    monkeypatch.setattr(on_device, "_words", lambda backend, spectrum, size: 4 * 256 + 4)
+    monkeypatch.setattr(on_device.ops, "in_place", lambda name, backend, spectrum, out, *size: out[0].fill_(7.0))
+    second = of(*arguments, "triton")
+    assert first is not None
+    assert second is not None
+    assert first.data_ptr() != second.data_ptr()
+    assert of(*arguments, "native") is first
+    covariance.matrix._arranged.renew(covariance.matrix.spectrum, (6, 6))
+    assert first[0] == 7.0  # both follow
+    assert of(*arguments, "triton") is second
+
+
 def test_a_copy_has_its_own(arrangements: list[Tensor]) -> None:
     covariance, gradient = sgr.CovarianceFunction.exponential(1, (6, 6), 2.0), torch.randn(2, 1, 6, 6)
     check(covariance, gradient)

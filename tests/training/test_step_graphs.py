@@ -134,6 +134,16 @@ CHANGES = {
 }
 
 
+def test_another_backend_makes_another_kind():
+    loop = Loop(True).run(5)
+    replays = loop.made[0].replays
+    with sgr.use_backend("reference"):
+        loop.run(2)
+    assert loop.made[0].replays == replays > 0
+    loop.run(1)
+    assert loop.made[0].replays == replays + 1
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_between_steps_is_not_replayed_as_it_was(change):
     loop = both(12, at(6, change), model=lambda: Small(dropout=0.2))
