@@ -11,7 +11,14 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 # Too many cases, or of several that take long one.
-ELSEWHERE = ("agree", "large_images", "longer", "6-inf", "(layout and (dtype1 or dtype2))")
+ELSEWHERE = (
+    "agree",
+    "large_images",
+    "longer",
+    "6-inf",
+    "(layout and (dtype1 or dtype2))",
+    "(short and (cpu-1 or cpu-4))",
+)
 # The folder's own tests, and of the contracts of all backends what does not go through hundreds of cases.
 PARTS = {
     "kernels": ["backends/triton_interpreter"],
