@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-# Too many cases, or of several that take long one.
+# Too many cases, or of several that take long one; and NumPy's results repeat.
 ELSEWHERE = (
     "agree",
     "large_images",
     "longer",
+    "repeat",
     "6-inf",
     "(layout and (dtype1 or dtype2))",
     "(short and (cpu-1 or cpu-4))",

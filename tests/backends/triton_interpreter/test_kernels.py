@@ -164,7 +164,7 @@ def test_derivatives_of_the_fused_kernels(form):
 
 # By path: in registers with both parities of rows at once, with one at a time, and in passes. The limits are those of a
 # blue gradient; no precision may be as good as the one above it.
-@pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (3, 5, 6, 5)])
+@pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (2, 5, 6, 5)])
 @pytest.mark.parametrize(
     ("precision", "better", "limit", "form_limit"), [("high", 5e-6, 1e-2, 5e-4), ("medium", 1e-3, 6e-2, 5e-3)]
 )
@@ -240,8 +240,8 @@ def test_bfloat16_images(precision):
 
 
 @pytest.mark.parametrize("channels", range(1, 9))
-@pytest.mark.parametrize("size", [(1, 6), (7, 1)])
-def test_any_number_of_channels(channels, size):
+def test_any_number_of_channels(channels):
+    size = (1, 6) if channels % 2 else (7, 1)
     g, f = gradients((2, channels, *size)).float(), covariances("radial", channels, size).float()
     exact, _ = dense_product(g, f, "radial")
     assert_product_close(sgr.covariance_product(g, f, backend="triton"), exact, 5e-6)
