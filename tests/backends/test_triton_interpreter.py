@@ -20,11 +20,12 @@ ELSEWHERE = (
     "(layout and (dtype1 or dtype2))",
     "(short and (cpu-1 or cpu-4))",
 )
+CONTRACT = f"test_operators.py and not ({' or '.join(ELSEWHERE)})"
+REGISTRATION = "test_registration.py and (fake or (opcheck and sliced))"
 # The folder's own tests, and of the contracts of all backends what does not go through hundreds of cases.
 PARTS = {
     "kernels": ["backends/triton_interpreter"],
-    "operators": ["operators/test_operators.py", "-k", f"triton and not ({' or '.join(ELSEWHERE)})"],
-    "registration": ["operators/test_registration.py", "-k", "triton and (fake or (opcheck and sliced))"],
+    "operators": ["operators", "-k", f"triton and (({CONTRACT}) or ({REGISTRATION}))"],
 }
 
 
