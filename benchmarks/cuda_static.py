@@ -138,7 +138,7 @@ class Tools:
     def build_tally(self) -> Path:
         """Compile the emulated device that counts."""
         target = self.directory / "tally"
-        flags = ["-std=c++17", "-O2", "-DSGR_COUNT_ONLY", "-fno-threadsafe-statics", f"-I{EMULATION}", f"-I{KERNELS}"]
+        flags = ["-std=c++17", "-O1", "-DSGR_COUNT_ONLY", "-fno-threadsafe-statics", f"-I{EMULATION}", f"-I{KERNELS}"]
         source, partial = str(EMULATION / "tally.cpp"), str(target.with_suffix(".o"))
         subprocess.run(["g++", *flags, "-fsanitize=thread", "-c", source, "-o", partial], check=True)
         subprocess.run(["g++", "-rdynamic", partial, "-ldl", "-o", str(target)], check=True)

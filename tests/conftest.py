@@ -72,6 +72,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Triton's interpreter computes in NumPy, which warns of the NaN and infinities that tests put in.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.triton_interpreter import replace_the_language_once_a_launch
+
+        replace_the_language_once_a_launch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 EMULATION = Path(__file__).parent / "emulation"
 KERNELS = ROOT / "csrc" / "cuda"
-FLAGS = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,alignment,bounds,shift"]
+FLAGS = ["-std=c++17", "-Og", "-fno-omit-frame-pointer", "-fsanitize=address,alignment,bounds,shift"]
+# Checks by calls are soon compiled; what is undefined must end the process, not only be told.
+FLAGS += ["-fsanitize-undefined-trap-on-error", "--param", "asan-instrumentation-with-call-threshold=0"]
 
 OPERATORS = {"product": 0, "quadratic_form": 1, "quadratic_form_only": 2, "cross_spectrum": 3, "update": 4}
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
@@ -45,7 +47,8 @@ def build(directory: Path) -> Path:
     """Compile the emulator into ``directory``, once for given sources, whatever number of processes ask for it."""
     headers = [KERNELS / "rounding.h", KERNELS.parent / "plan.h"]
     sources = sorted([*KERNELS.glob("*.cuh"), *headers, *EMULATION.iterdir()])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    inputs = [" ".join(FLAGS).encode(), *(path.read_bytes() for path in sources)]
+    digest = hashlib.sha256(b"".join(inputs)).hexdigest()[:16]
     binary = directory / f"emulator-{digest}"
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,7 +95,7 @@ class Emulator:
         cases.write_bytes(np.array(fields, np.int64).tobytes() + b"".join(payload))
         command = [str(self.binary), str(cases), str(results), order]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr[:4000]
+        assert process.returncode == 0, process.stderr[:4000] or f"ended with {process.returncode}"
         raw = results.read_bytes()
         self.launches = int(np.frombuffer(raw[-8:], np.int64)[0])
         return raw[:-8]

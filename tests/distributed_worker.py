@@ -1,4 +1,4 @@
-"""What the processes of penalty/test_distributed.py run: ``python -m tests.distributed_worker SCENARIO FOLDER``."""
+"""What penalty/test_distributed.py starts: ``python -m tests.distributed_worker FOLDER SCENARIO[:ARGUMENT]...``."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def scenario_nonfinite(rank: int, ranks: int, folder: Path) -> None:
         loss.covariance.__dict__.pop("quadratic_form", None)
         train(net, loss, rank, ranks, range(2, STEPS))
         state = {"nonfinite": loss.nonfinite, "values": loss.covariance.values, **net.module.state_dict()}
-        torch.save(state, folder / f"{method}-{rank}.pt")
+        torch.save(state, folder / f"nonfinite-{method}-{rank}.pt")
 
 
 def scenario_resume(rank: int, ranks: int, folder: Path) -> None:
@@ -97,17 +97,19 @@ def scenario_killed(rank: int, ranks: int, folder: Path) -> None:
 
 
 def main() -> None:
-    scenario, folder, *rest = sys.argv[1:]
+    folder, *scenarios = sys.argv[1:]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/{scenario}-store",
+        init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=60),
     )
-    globals()[f"scenario_{scenario}"](rank, ranks, Path(folder), *rest)
+    for scenario in scenarios:
+        name, *rest = scenario.split(":")
+        globals()[f"scenario_{name}"](rank, ranks, Path(folder), *rest)
     distributed.barrier()  # who leaves first would break the others' connections
     distributed.destroy_process_group()
 

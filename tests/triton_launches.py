@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from sgr_kernels.backends.triton_spectral import launch, staged_launch
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -114,9 +114,10 @@ def machine_code(launch: Launch, architecture: int, folder: Path) -> MachineCode
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
     binary = folder / f"{os.getpid()}.cubin"
     binary.write_bytes(compiled.asm["cubin"])
+    # cuobjdump has nvdisasm analyse and encode the code, too, of which nothing is asked.
     usage, code = (
-        subprocess.run([CUOBJDUMP, option, binary], capture_output=True, text=True, check=True).stdout
-        for option in ("-res-usage", "-sass")
+        subprocess.run([TOOLS / tool, *options, binary], capture_output=True, text=True, check=True).stdout
+        for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
     )
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)

@@ -68,11 +68,26 @@ inline bool omitted(const char* file, int line) {
   return std::string(name ? name + 1 : file) + ":" + std::to_string(line) == place;
 }
 
+// What is no part of a kernel: the sanitizers need not watch it.
+#define SGR_UNWATCHED __attribute__((optimize("O2"), no_sanitize("address", "undefined")))
+
+// A place on some stack, to go on at. (At each swapcontext the system is asked for the mask of signals, and
+// AddressSanitizer clears what it knows of the whole stack.)
+using Place = void* [5];
+#define SGR_SWITCH __attribute__((noinline, no_sanitize("address", "thread"))) inline
+[[noreturn]] SGR_SWITCH void leap(Place& to) { __builtin_longjmp(to, 1); }
+SGR_SWITCH void change(Place& from, Place& to) {
+  if (!__builtin_setjmp(from)) leap(to);
+}
+SGR_SWITCH void begin(Place& from, const ucontext_t& context) {
+  if (!__builtin_setjmp(from)) setcontext(&context);
+}
+
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Place place;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack = nullptr;
-  bool runnable = false, finished = true;
+  bool begun = false, runnable = false, finished = true;
 };
 
 // What the lanes of a warp have brought to the collective they are waiting in.
@@ -106,7 +121,7 @@ class Device {
   void barrier() {
     if (++waiting_ < fibers_.size()) return suspend();
     waiting_ = 0;
-    for (size_t i = 0; i < fibers_.size(); ++i) fibers_[i].runnable = true;
+    for (auto& fiber : fibers_) fiber->runnable = true;
   }
 
   // Lets the others run.
@@ -144,13 +159,14 @@ class Device {
   void collective(const char* name, uint32_t* words, int count, int results, Compute compute) {
     Rendezvous& meeting = warps_[current_ / kWarp];
     const int lane = current_ % kWarp;
-    if (meeting.arrived > 0 && std::strcmp(meeting.name, name) != 0) fail("lanes of a warp in different collectives");
+    if (meeting.arrived > 0 && meeting.name != name && std::strcmp(meeting.name, name) != 0)
+      fail("lanes of a warp in different collectives");
     meeting.name = name;
     std::memcpy(meeting.value[lane], words, sizeof(uint32_t) * count);
     if (++meeting.arrived == kWarp) {
       compute(meeting.value, meeting.result);
       meeting.arrived = 0;
-      for (int i = 0; i < kWarp; ++i) fibers_[current_ / kWarp * kWarp + i].runnable = true;
+      for (int i = 0; i < kWarp; ++i) fibers_[current_ / kWarp * kWarp + i]->runnable = true;
     } else {
       suspend();
     }
@@ -165,15 +181,10 @@ class Device {
     fibers_.resize(threads);
     warps_.assign(threads / kWarp, Rendezvous{});
     waiting_ = 0;
-    for (Fiber& fiber : fibers_) {
-      if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Device::start), 0);
-      fiber.runnable = true;
-      fiber.finished = false;
+    for (auto& fiber : fibers_) {
+      if (!fiber) fiber = std::make_unique<Fiber>();
+      fiber->runnable = true;
+      fiber->finished = false;
     }
     // A warp runs until a barrier holds it before the next one begins: the widest distance that barriers allow.
     for (int left = threads; left > 0;) {
@@ -184,7 +195,7 @@ class Device {
           again = false;
           for (int lane = 0; lane < kWarp; ++lane) {
             const int index = first + (descending ? kWarp - 1 - lane : lane);
-            Fiber& fiber = fibers_[index];
+            Fiber& fiber = *fibers_[index];
             if (fiber.finished || !fiber.runnable) continue;
             yielded_ = false;
             resume(index);
@@ -203,36 +214,48 @@ class Device {
   void resume(int index) {
     current_ = index;
     threadIdx = {static_cast<unsigned>(index), 0, 0};
+    Fiber& fiber = *fibers_[index];
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fibers_[index].stack.get(), kStackBytes);
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fiber.stack.get(), kStackBytes);
 #endif
-    swapcontext(&scheduler_, &fibers_[index].context);
+    if (fiber.begun) {
+      change(scheduler_, fiber.place);
+    } else {
+      ucontext_t context;
+      getcontext(&context);
+      context.uc_stack.ss_sp = fiber.stack.get();
+      context.uc_stack.ss_size = kStackBytes;
+      context.uc_link = nullptr;
+      makecontext(&context, reinterpret_cast<void (*)()>(&Device::start), 0);
+      fiber.begun = true;
+      begin(scheduler_, context);
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 #endif
   }
 
   void suspend(bool finished = false, bool runnable = false) {
-    Fiber& fiber = fibers_[current_];
+    Fiber& fiber = *fibers_[current_];
     fiber.runnable = runnable;
     fiber.finished = finished;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(finished ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_size_);
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack_, scheduler_stack_size_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    change(fiber.place, scheduler_);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_size_);
 #endif
   }
 
   std::function<void()> entry_;
-  std::vector<Fiber> fibers_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Rendezvous> warps_;
   struct Free {
     void operator()(unsigned char* memory) const { std::free(memory); }
   };
   std::unique_ptr<unsigned char, Free> shared_;
-  ucontext_t scheduler_;
+  Place scheduler_;
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_size_ = 0;
@@ -252,8 +275,10 @@ inline void Device::start() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &self.scheduler_stack_, &self.scheduler_stack_size_);
 #endif
-  self.entry_();
-  self.suspend(true);
+  for (;;) {  // a thread of one block after the other
+    self.entry_();
+    self.suspend(true);
+  }
 }
 
 inline unsigned char* shared_memory() { return device().shared(); }
@@ -279,10 +304,11 @@ inline float round_to(float value, int mantissa_bits, int minimum_exponent, floa
 // The sum that a matrix unit forms: products are exact, all addends are aligned
 // to the largest one and cut off two bits below float's last, and the sum is
 // rounded towards zero.
-inline float matrix_unit_sum(float start, const double* products, int count) {
+SGR_UNWATCHED inline float matrix_unit_sum(float start, const double* products, int count) {
   double largest = std::fabs(static_cast<double>(start)), plain = start;
   for (int i = 0; i < count; ++i) {
-    largest = std::max(largest, std::fabs(products[i]));
+    const double size = std::fabs(products[i]);
+    if (size > largest) largest = size;
     plain += products[i];
   }
   if (!std::isfinite(plain) || largest == 0.0) return static_cast<float>(plain);
@@ -428,7 +454,7 @@ void mma(const char* name, int per_word, float* d, uint32_t a0, uint32_t a1, uin
 #endif
   uint32_t words[10] = {a0, a1, a2, a3, b0, b1};
   std::memcpy(words + 6, d, 4 * sizeof(float));
-  device().collective(name, words, 10, 4, [=](auto& in, auto& out) {
+  device().collective(name, words, 10, 4, [=](auto& in, auto& out) SGR_UNWATCHED {
     float a[16][DEPTH], b[DEPTH][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const int group = lane / 4, in_group = lane % 4;

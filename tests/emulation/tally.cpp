@@ -11,6 +11,7 @@
 // kernel, symbol, grid, threads, shared bytes, arguments in hex, bytes.
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <array>
 #include <cstdio>
@@ -33,20 +34,25 @@ struct Buffer {
   unsigned char* seen;
 };
 constexpr int kBuffers = 64;
+constexpr int64_t kMemory = int64_t{1} << 32;
+char* const memory = static_cast<char*>(
+    mmap(nullptr, kMemory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+int64_t taken = 0;
 Buffer buffers[kBuffers];
 int buffer_count = 0;
 bool counting = false;
 int64_t bytes[2], distinct[2];  // read, written
 
 char* add_buffer(int64_t size) {
-  if (buffer_count == kBuffers) std::exit(4);
-  char* memory = static_cast<char*>(std::calloc(size, 1));
-  buffers[buffer_count] = {size, memory, static_cast<unsigned char*>(std::calloc(size / 4 + 1, 1))};
+  if (buffer_count == kBuffers || memory == MAP_FAILED || size > kMemory - taken) std::exit(4);
+  buffers[buffer_count] = {size, memory + taken, static_cast<unsigned char*>(std::calloc(size / 4 + 1, 1))};
+  taken += (size + 255) / 256 * 256;
   return buffers[buffer_count++].memory;
 }
 
 SGR_PLAIN void access(const void* address, int64_t size, int kind) {
-  if (!counting) return;
+  const uint64_t place = static_cast<const char*>(address) - memory;
+  if (!counting || place >= static_cast<uint64_t>(taken)) return;
   for (int b = 0; b < buffer_count; ++b) {
     const int64_t offset = static_cast<const char*>(address) - buffers[b].memory;
     if (offset < 0 || offset >= buffers[b].size) continue;

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,16 +57,32 @@ def torchrun(processes: int, *arguments: str) -> str:
     return result.stdout
 
 
+# Several trainings, each with a port of its own, in one process; which ends before PyTorch's own threads may abort it.
+IN_TURN = """
+import json, os, sys
+from sgr_kernels.cli import main
+for port, *arguments in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
+    if code := main(["train", *arguments]):
+        sys.exit(code)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 @contextlib.contextmanager
-def started(*arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two processes of ``sgr train``, in the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+def started(*commands: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of ``sgr train``, in the environment that torchrun gives them, of commands one after the other."""
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in commands]
+        for listener in free:
+            listener.bind(("localhost", 0))
+        ports = [str(listener.getsockname()[1]) for listener in free]
+    turns = json.dumps([[port, *OPTIONS, *command] for port, command in zip(ports, commands)])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "sgr_kernels.cli", "train", *OPTIONS, *arguments],
-            env=environment() | {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            [sys.executable, "-c", IN_TURN, turns],
+            env=environment() | {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -78,6 +95,15 @@ def started(*arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def in_two(*commands: Sequence[str]) -> str:
+    """What two processes print that train so, one command after the other; to start them takes longer than that."""
+    with started(*commands) as processes:
+        outputs = [process.communicate(timeout=TIME_LIMIT) for process in processes]
+    for process, (_, error) in zip(processes, outputs):
+        assert process.returncode == 0, error
+    return "".join(printed for printed, _ in outputs)
 
 
 def wait_for(path: Path) -> None:
@@ -96,27 +122,35 @@ def assert_close(found: Path, expected: Path, tolerance: float) -> None:
     assert (mine - wanted).norm() <= tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize("options", [(), ("--method", "clean")])
-def test_two_processes_train_the_network_of_one_and_either_continues_the_other(
-    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--data", data, *options]
-    printed = torchrun(2, *common, "--epochs", "1", "--out", str(two))
-    assert printed.count("epoch 1/1") == 1
-    assert printed.count("trained:") == 1
-    assert main(["train", *OPTIONS, *common, "--epochs", "1", "--out", str(one)]) == 0
+def check_first_epoch(two: Path, one: Path) -> None:
     assert_close(two, one, 1e-5)
     mine, wanted = (json.loads((folder / HISTORY_FILE).read_text())["epochs"][0] for folder in (two, one))
     for name in ("loss", "cross_entropy", "penalty", "train_accuracy", "test_accuracy"):
         assert mine[name] == pytest.approx(wanted[name], rel=1e-4)
-    if options:
-        return
-    printed = torchrun(2, *common, "--epochs", "2", "--out", str(one), "--resume")
+
+
+def test_torchrun_trains_the_network_of_one_process(data: str, tmp_path: Path) -> None:
+    command = ["--data", data, "--method", "clean", "--epochs", "1", "--out"]
+    printed = torchrun(2, *command, str(tmp_path / "two"))
+    assert printed.count("epoch 1/1") == 1
+    assert printed.count("trained:") == 1
+    assert main(["train", *OPTIONS, *command, str(tmp_path / "one")]) == 0
+    check_first_epoch(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_train_the_network_of_one_and_either_continues_the_other(data: str, tmp_path: Path) -> None:
+    one, two, continued = tmp_path / "one", tmp_path / "two", tmp_path / "continued"
+    short, long = (["--data", data, "--epochs", epochs] for epochs in ("1", "2"))
+    assert main(["train", *OPTIONS, *short, "--out", str(one)]) == 0
+    shutil.copytree(one, continued)
+    printed = in_two([*short, "--out", str(two)], [*long, "--out", str(continued), "--resume"])
+    assert printed.count("epoch 1/1") == 1
+    assert printed.count("trained:") == 2
     assert "after 1 epochs and 0 steps" in printed
-    assert main(["train", *OPTIONS, *common, "--epochs", "2", "--out", str(two), "--resume"]) == 0
-    assert main(["train", *OPTIONS, *common, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
-    for folder in (one, two):
+    check_first_epoch(two, one)
+    assert main(["train", *OPTIONS, *long, "--out", str(two), "--resume"]) == 0
+    assert main(["train", *OPTIONS, *long, "--out", str(tmp_path / "whole")]) == 0
+    for folder in (continued, two):
         assert_close(folder, tmp_path / "whole", 1e-4)
 
 
@@ -127,22 +161,23 @@ def test_a_network_of_ones_own_with_all_options_is_that_of_one_process(
     own = ["--model", f"{write_network(tmp_path)}:flat", "--data", data, "--epochs", "2", "--method", "sgr_sign"]
     own += ["--optimizer", "sgd", "--schedule", "cosine", "--learning-rate-warmup", "2", "--learning-rate", "0.05"]
     own += ["--label-smoothing", "0.1", "--ema", "0.5", "--accumulate", "2", "--clip-gradient", "1"]
-    torchrun(2, *own, "--out", str(tmp_path / "two"))
+    in_two([*own, "--out", str(tmp_path / "two")])
     assert main(["train", *OPTIONS, *own, "--out", str(tmp_path / "one")]) == 0
     assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
 
 
 def test_resuming_on_as_many_processes_gives_the_same_bits(data: str, tmp_path: Path) -> None:
     """Each process's attacks start at random places, and its penalized subsets are of parts of another size."""
-    common = ["--data", data, "--method", "pgd_sgr", "--fraction", "0.5"]
-    torchrun(2, *common, "--epochs", "2", "--out", str(tmp_path / "whole"))
-    for epochs in ("1", "2"):
-        torchrun(2, *common, "--epochs", epochs, "--out", str(tmp_path / "resumed"), "--resume")
+    common = ["--data", data, "--method", "pgd_sgr", "--fraction", "0.5", "--epochs"]
+    resumed, whole = (["--out", str(tmp_path / name)] for name in ("resumed", "whole"))
+    # The whole one in between leaves the process another state than that to continue from.
+    in_two([*common, "1", *resumed], [*common, "2", *whole], [*common, "2", *resumed, "--resume"])
     assert torch.equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
 
 
 def test_a_killed_process_ends_the_other_with_an_error(data: str, tmp_path: Path) -> None:
-    with started("--data", data, "--epochs", "10000", "--checkpoint-every", "1", "--out", str(tmp_path)) as processes:
+    command = ["--data", data, "--epochs", "10000", "--checkpoint-every", "1", "--out", str(tmp_path)]
+    with started(command) as processes:
         wait_for(tmp_path / CHECKPOINT_FILE)
         processes[1].send_signal(signal.SIGKILL)
         _, error = processes[0].communicate(timeout=TIME_LIMIT)
@@ -155,7 +190,7 @@ def test_an_interrupt_of_one_process_ends_all_between_the_same_two_steps(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["--data", data, "--epochs", "10000", "--out", str(tmp_path)]
-    with started(*common, "--checkpoint-every", "1") as processes:
+    with started([*common, "--checkpoint-every", "1"]) as processes:
         wait_for(tmp_path / CHECKPOINT_FILE)
         processes[1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=TIME_LIMIT)[0] for process in processes]

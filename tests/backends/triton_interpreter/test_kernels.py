@@ -25,8 +25,8 @@ from tests.helpers import (
     gradients,
 )
 
-FLOAT32 = [
-    # in registers, up to 32 x 32
+# Up to 32 x 32, in registers.
+SMALL = [
     (1, (28, 28), "radial", None),
     (3, (32, 32), "even", None),
     (2, (5, 7), "even", None),
@@ -35,6 +35,9 @@ FLOAT32 = [
     (2, (1, 31), "radial", 6),
     (3, (14, 11), "signed", None),
     (1, (32, 3), "signed", None),
+]
+FLOAT32 = [
+    *SMALL,
     # up to 64 x 64
     (1, (64, 39), "even", None),
     (3, (33, 34), "radial", None),
@@ -71,9 +74,14 @@ PROBLEMS = pytest.mark.parametrize(
 )
 
 
+def _batch(dtype: torch.dtype, *case: object) -> int:
+    """Three images for two programs, where a program may have several; one for each elsewhere."""
+    return 3 if dtype == torch.float32 and case in SMALL else 2
+
+
 @PROBLEMS
 def test_product_and_quadratic_form(dtype, channels, size, form, reach):
-    g = gradients((3, channels, *size)).float().double()
+    g = gradients((_batch(dtype, channels, size, form, reach), channels, *size)).float().double()
     f = covariances(form, channels, size, reach=reach).float().double()
     v, q = dense_product(g, f, form)
     symmetric_v, _ = dense_product(g, (f + _transposed(f, form)) / 2, form)
@@ -114,7 +122,7 @@ def _transposed(f: torch.Tensor, form: str) -> torch.Tensor:
 
 @PROBLEMS
 def test_displacement_covariance(dtype, channels, size, form, reach):
-    xi = gradients((3, channels, *size)).float().double()
+    xi = gradients((_batch(dtype, channels, size, form, reach), channels, *size)).float().double()
     exact = dense_covariance(xi, form)
     f = sgr.displacement_covariance(xi.to(dtype), form=form, max_displacement=reach, backend="triton")
     if form == "radial":
@@ -128,13 +136,14 @@ def test_displacement_covariance(dtype, channels, size, form, reach):
 
 def test_first_derivatives():
     """What is registered for all backends: `tests/operators` has the other forms."""
-    g = gradients((2, 2, 2, 3)).requires_grad_()
+    g = gradients((1, 2, 2, 3)).requires_grad_()
     f = covariances("signed", 2, (2, 3)).requires_grad_()
+    check = functools.partial(gradcheck, fast_mode=True, check_undefined_grad=False)
     for operator in (sgr.covariance_product, sgr.covariance_quadratic_form):
         call = functools.partial(operator, form="signed", backend="triton")
-        assert gradcheck(call, (g, f), fast_mode=True)
+        assert check(call, (g, f))
     estimate = functools.partial(sgr.displacement_covariance, form="signed", backend="triton")
-    assert gradcheck(estimate, (g,), fast_mode=True)
+    assert check(estimate, (g,))
 
 
 @pytest.mark.parametrize("form", ["even", "signed"])
@@ -155,7 +164,7 @@ def test_derivatives_of_the_fused_kernels(form):
 
 # By path: in registers with both parities of rows at once, with one at a time, and in passes. The limits are those of a
 # blue gradient; no precision may be as good as the one above it.
-@pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (3, 5, 6, 5)])
+@pytest.mark.parametrize("shape", [(3, 3, 12, 11), (3, 1, 34, 7), (2, 5, 6, 5)])
 @pytest.mark.parametrize(
     ("precision", "better", "limit", "form_limit"), [("high", 5e-6, 1e-2, 5e-4), ("medium", 1e-3, 6e-2, 5e-3)]
 )
@@ -231,8 +240,8 @@ def test_bfloat16_images(precision):
 
 
 @pytest.mark.parametrize("channels", range(1, 9))
-@pytest.mark.parametrize("size", [(1, 6), (7, 1)])
-def test_any_number_of_channels(channels, size):
+def test_any_number_of_channels(channels):
+    size = (1, 6) if channels % 2 else (7, 1)
     g, f = gradients((2, channels, *size)).float(), covariances("radial", channels, size).float()
     exact, _ = dense_product(g, f, "radial")
     assert_product_close(sgr.covariance_product(g, f, backend="triton"), exact, 5e-6)
