@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgr_kernels.checks import check_floating_point
+from sgr_kernels.checks import check_floating_point, describe
 
 T = TypeVar("T")
 
@@ -191,8 +191,11 @@ def smooth(model: nn.Module, activation: str = "gelu") -> nn.Module:
         activation: ``"gelu"``, ``"silu"`` or ``"softplus"``.
 
     Raises:
+        TypeError: If the network is no module.
         ValueError: For another activation; if there is nothing to exchange.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
     act = _named("activation", activation, {name: make for name, make in ACTIVATIONS.items() if name != "relu"})
     changed: Counter[str] = Counter()
     left: Counter[str] = Counter()

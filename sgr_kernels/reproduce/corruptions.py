@@ -52,6 +52,7 @@ _IMAGES = 1000  # that corruptions are tested on, and that covariances are shown
 _VALIDATION_IMAGES = 500
 _LARGE_MEAN = 0.5  # share of the squared mean in the second moment from which on Eq. 12 is tried as well
 _CHUNK = 1000
+_TRAINING, _VALIDATION, _TEST = range(3)  # seeds: no image is corrupted by the random numbers of another set's
 
 
 def measure(lab: Lab) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         both = with_corrupted(lab, kind)
         networks[f"data {kind}"] = lab.trained([(lab.settings("clean"), f"data {kind}")], data=both, epochs=epochs)[0]
     tests = [
-        Measurement("corruptions", name.replace(" ", "-"), [network], partial(tested, lab, network))
+        Measurement("corruptions", name.replace(" ", "-"), [network], partial(tested, lab, network), {"seed": _TEST})
         for name, network in networks.items()
     ]
     found = dict(zip(networks, lab.measured(tests, "corruptions"), strict=True))
@@ -106,7 +107,7 @@ def _sgr(lab: Lab, kind: str, strength: float) -> Settings:
 def _search(lab: Lab, settings: Settings, kinds: Sequence[str]) -> dict[str, Any]:
     def area(model: nn.Module) -> float:
         shares = [
-            float(answers(lab, model, corrupted(lab, _validated_on(lab), kind, severity)).double().mean())
+            float(answers(lab, model, corrupted(lab, _validated_on(lab), kind, severity, _VALIDATION)).double().mean())
             for kind in kinds
             for severity in _JUDGED
         ]
@@ -120,18 +121,18 @@ def _search(lab: Lab, settings: Settings, kinds: Sequence[str]) -> dict[str, Any
 def with_corrupted(lab: Lab, kind: str) -> DataSet:
     """The training images, and all of them once more corrupted; test images as they are."""
     train = lab.data.train
-    other = corrupted(lab, train, kind, SEVERITY)
+    other = corrupted(lab, train, kind, SEVERITY, _TRAINING)
     images, labels = (torch.cat(pair) for pair in ((train.images, other.images), (train.labels, other.labels)))
     return DataSet(replace(train, images=images, labels=labels), lab.data.test)
 
 
-def corrupted(lab: Lab, images: ImageSet, kind: str, severity: int) -> ImageSet:
+def corrupted(lab: Lab, images: ImageSet, kind: str, severity: int, seed: int = _TRAINING) -> ImageSet:
     """Images under a corruption, made once and kept in the lab's folder."""
-    path = lab.out / "corrupted" / f"{kind}-{severity}-{images.digest()}.npy"
+    path = lab.out / "corrupted" / f"{kind}-{severity}-{seed}-{images.digest()}.npy"
     if not path.is_file():
         lab.say(f"corrupting {len(images):,} images: {kind}, severity {severity}")
         parts = [
-            corrupt(pixels(part), kind, severity, first=k * _CHUNK).mul(255).round().to(torch.uint8)
+            corrupt(pixels(part), kind, severity, seed=seed, first=k * _CHUNK).mul(255).round().to(torch.uint8)
             for k, part in enumerate(images.images.split(_CHUNK))
         ]
         content = io.BytesIO()
@@ -144,7 +145,7 @@ def corrupted(lab: Lab, images: ImageSet, kind: str, severity: int) -> ImageSet:
 def moment(lab: Lab, kind: str) -> dict[str, Any]:
     """What the covariance of a corruption of the training images is like: its range, and the share of its mean."""
     images = pixels(lab.data.train.first(_IMAGES).images)
-    found = CovarianceFunction.from_pairs(images, corrupt(images, kind, SEVERITY), psd="none")
+    found = CovarianceFunction.from_pairs(images, corrupt(images, kind, SEVERITY, seed=_TRAINING), psd="none")
     variance = float(found.values[:, :, 0].diagonal().mean())
     length = float(found.decay_length().diagonal().mean())
     return {
@@ -160,7 +161,7 @@ def tested(lab: Lab, network: Network) -> dict[str, Any]:
     clean = answers(lab, network.model, images)
     curves = {}
     for kind in KINDS:
-        rows = [answers(lab, network.model, corrupted(lab, images, kind, severity)) for severity in SEVERITIES]
+        rows = [answers(lab, network.model, corrupted(lab, images, kind, severity, _TEST)) for severity in SEVERITIES]
         curve = RobustnessCurve([float(s) for s in SEVERITIES], torch.stack(rows), clean, kind, "true")
         curves[kind] = stats.record(curve)
     unharmed = stats.record(RobustnessCurve([0.0], clean[None], clean, "none", "true"))
@@ -199,7 +200,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"Corruptions by imagecorruptions, whose severities are meant for photographs of 224 pixels: on these images "
         f"they are harsher than CIFAR-10-C's. Trained for severity {severity}; tested on severities "
         f"{results['severities'][0]} to {results['severities'][-1]} of the first {results['images']:,} test images, "
-        "each with random numbers of its own, which are those of the training image of its number. "
+        "each with random numbers of its own, others than in training. "
         "*SGR* has the fixed covariance function of 1,000 training images' "
         "perturbations (second moments, not centred, at the images' own variance), *Eq. 12* takes their mean into "
         f"account as well, where it is more than {_LARGE_MEAN:.0%} of the second moment. *On the corruption* is plain "

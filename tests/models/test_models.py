@@ -139,3 +139,9 @@ def test_smooth_pools_what_there_is_and_keeps_the_mode():
     model = smooth(stem)
     assert not any(module.training for module in model.modules())
     torch.testing.assert_close(model[1](torch.ones(1, 1, 8, 8)), torch.ones(1, 1, 4, 4))
+
+
+def test_what_is_no_module_cannot_be_smooth():
+    for value in (None, torch.relu, {"a": 1}):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):
+            smooth(value)

@@ -34,12 +34,19 @@ def lab_in(folder, say=lambda line: None):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A run; its folder and what it said."""
-    folder, said = tmp_path_factory.mktemp("page"), []
+    folder, said, seeds = tmp_path_factory.mktemp("page"), [], set()
+
+    def seen(images, kind, severity, *, seed=0, first=0):
+        seeds.add((len(images), seed))
+        return corrupt(images, kind, severity, seed=seed, first=first)
+
     with pytest.MonkeyPatch.context() as patch, stand_in(tmp_path_factory.mktemp("package")):
+        patch.setattr(corruptions, "corrupt", seen)
         patch.setattr(corruptions, "KINDS", {kind: corruptions.KINDS[kind] for kind in KINDS})
         reproduce(lab_in(folder, said.append), ["corruptions"], "MNIST, tiny")
         first = len(said)
         reproduce(lab_in(folder, said.append), ["corruptions"], "MNIST, tiny")
+        assert seeds == {(32, 0), (20, 1), (40, 2)}  # training, validation, test
         yield folder, said[:first], said[first:]
 
 
