@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, nvcc, and a Python with torch >= 2.11: build, prove, measure; the most valuable first.
-#   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter, SGR_COMMIT the commit of a copy)
+#   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter, SGR_COMMIT the commit of a copy,
+#                                                     SGR_SECONDS how long all may take)
 # Parts: device build facts counters device-tests contract triton racecheck memcheck operators step; by default all but
-# step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the operators. A part
-# that fails does not stop the next ones. One log and a few JSON files come out of it, each written as facts come; called
+# step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the operators, and
+# what would begin too late is left out. A part that fails does not stop the next ones. One log and a few JSON files come out of it, each written as facts come; called
 # again with the same folder, facts, operators and step go on where they ended.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER [PART...]}
@@ -22,6 +23,7 @@ out=$(cd "$out" && pwd)
 log=$out/log.txt
 cd "$(dirname "$0")/.."
 failed=0
+total=${SGR_SECONDS:-530}
 summary=()
 # What setup.py finds there without PATH, the tests, the sanitizer and the profiler shall find too.
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -29,9 +31,14 @@ export PYTHONUNBUFFERED=1
 
 # part NAME SECONDS COMMAND...: interrupted at its limit, so that what it has is written, and killed ten seconds later.
 part() {
-    local name=$1 limit=$2 start=$SECONDS status verdict
+    local name=$1 limit=$2 start=$SECONDS left=$((total - SECONDS)) status verdict
     shift 2
     [[ $parts == *" $name "* ]] || return 0
+    if [ "$left" -lt 10 ]; then
+        skip "$name" "no time"
+        return 0
+    fi
+    [ "$limit" -le "$left" ] || limit=$left
     echo "== $name (at most $limit s)" | tee -a "$log"
     timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
     status=$?
@@ -114,7 +121,7 @@ for tool in racecheck memcheck; do
         skip "$tool" "compute-sanitizer is not installed"
     fi
 done
-left=$((530 - SECONDS))
+left=$((total - SECONDS))
 [[ $parts == *" step "* ]] && left=$((left / 2))
 [ "$left" -gt 40 ] || left=40
 part operators "$left" "${sgr[@]}" bench operators --device cuda --limit $((left - 20)) --budget 0.5 --out "$out/operators.json" \

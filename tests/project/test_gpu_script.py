@@ -98,6 +98,15 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert result.stdout.count("left out: pytest or hypothesis") == 2
 
 
+def test_all_parts_together_have_a_limit(tmp_path: Path) -> None:
+    result = run(tmp_path, SGR_SECONDS="20")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "== facts (at most 20 s)" in log or "== facts (at most 19 s)" in log
+    late = run(tmp_path, SGR_SECONDS="5")
+    assert late.stdout.count("left out: no time") == 12
+    assert result.stdout.count("left out: no time") == 0
+
+
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     result = run(tmp_path, "operator")
     assert result.returncode == 2
