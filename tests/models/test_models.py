@@ -143,5 +143,5 @@ def test_smooth_pools_what_there_is_and_keeps_the_mode():
 
 def test_what_is_no_module_cannot_be_smooth():
     for value in (None, torch.relu, {"a": 1}):
-        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
             smooth(value)
