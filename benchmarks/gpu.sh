@@ -4,8 +4,9 @@
 #                                                     SGR_SECONDS how long all may take)
 # Parts: device build facts counters device-tests contract triton racecheck memcheck operators step; by default all but
 # step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the operators, and
-# what would begin too late is left out. A part that fails does not stop the next ones. One log and a few JSON files come out of it, each written as facts come; called
-# again with the same folder, facts, operators and step go on where they ended.
+# what would begin too late is left out. A part that fails does not stop the next ones. One log and a few JSON files come
+# out of it, each written as facts come; called again with the same folder, facts, operators and step go on where they
+# ended.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER [PART...]}
 shift

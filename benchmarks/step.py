@@ -66,6 +66,10 @@ def graphs_on(device: torch.device) -> Any:
     return cuda_graphs.graphs_on(device)
 
 
+class NotCaptured(Exception):
+    """Why a way's steps cannot be captured."""
+
+
 class _Function(Criterion):
     """A loss without state."""
 
@@ -139,14 +143,14 @@ class Training:
         """Take steps until those of each kind are captured.
 
         Raises:
-            ValueError: If they cannot be.
+            NotCaptured: If they cannot be.
         """
         criterion = self.criterion if isinstance(self.criterion, Criterion) else _Function(self.criterion)
         self.graphs = StepGraphs(self.model, criterion, self._gradients, graphs_on(self.images.device))
         for _ in range(4 * self.period):
             self.step()
         if self.graphs.reasons:
-            raise ValueError(self.graphs.reasons[0])
+            raise NotCaptured(self.graphs.reasons[0])
 
     def _gradients(self, parts: Parts) -> None:
         self.optimizer.zero_grad()
@@ -240,7 +244,7 @@ def measure(network: str, ways: list[str], batch: int, device: torch.device, rou
         try:
             trainings[way] = Training.of(network, way, batch, device)
             trainings[way].seconds()
-        except (sgr.PenaltyGradientError, ValueError) as error:
+        except (sgr.PenaltyGradientError, NotCaptured) as error:
             reasons[way] = " ".join(str(error).split())
             trainings.pop(way, None)
     for way in set(trainings) if "clean" + CAPTURED in reasons else ():

@@ -24,8 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # What returns a value or a shape that follows from values; what moves host memory to a device.
 _WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "_unique2", "lift_fresh")
 
-_capturing = False
-
 
 class CaptureError(RuntimeError):
     """What CUDA answers with an error while it captures."""
@@ -62,9 +60,8 @@ class _Tape(TorchDispatchMode):
         schema = function._schema
         if schema.name.partition("::")[2] in _WAITING:
             raise CaptureError(f"operation not permitted when stream is capturing: {schema.name}")
-        for tensor in _tensors(
-            (args, kwargs)
-        ):  # any of them: not all schemas tell what is written, batch_norm's for one
+        # Any tensor: not all schemas tell what is written, batch_norm's for one.
+        for tensor in _tensors((args, kwargs)):
             if _address(tensor) not in self.own and _address(tensor) not in self.outside:
                 self.outside[_address(tensor)] = _whole(tensor), _whole(tensor).clone()
         known = {_address(t) for t in _tensors((args, kwargs))}

@@ -67,7 +67,8 @@ def fgsm(
         images: (B, C, H, W), floating point, inside ``bounds``.
         labels: (B,) classes to move away from, or the targets if ``targeted``. None: the model's own prediction, so
             that no label leaks; if ``targeted``, another class drawn uniformly.
-        eps: largest change of a pixel, in pixel units such as 8/255; a list gives a stack (len(eps), B, C, H, W).
+        eps: largest change of a pixel, in pixel units such as 8/255; a list gives a stack (len(eps), B, C, H, W). A
+            tensor () on a GPU is not waited for, and not checked.
         targeted: descend towards ``labels`` instead of ascending away from them.
         bounds: range of the pixels; None if there is none.
         generator: draws the targets; None means a private one with a fixed seed.
@@ -157,6 +158,8 @@ def pgd(
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``; also an unknown norm, loss or schedule, too few classes for the loss, fewer than one
             step or restart, a step size that is not positive and finite, or several restarts without a random start.
+        RuntimeError: while a CUDA graph captures, with ``early_stop``, or a random start whose generator is not on the
+            images' device.
     """
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm: expected 'Linf' or 'L2', got {norm!r}")

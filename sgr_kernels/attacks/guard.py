@@ -48,7 +48,7 @@ def random_streams(*models: Model) -> Iterator[None]:
     """Restores the global random streams of Python, NumPy and PyTorch, also those of the models' CUDA devices."""
     modules = [m for m in models if isinstance(m, nn.Module)]
     tensors = (t for module in modules for t in chain(module.parameters(), module.buffers()))
-    # A device's stream cannot be read while a CUDA graph captures, nor need it be: evaluation mode draws nothing.
+    # A device's stream cannot be read while a CUDA graph captures; what is drawn there then moves it on.
     devices = [] if recording() else sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global stream is meant
     try:

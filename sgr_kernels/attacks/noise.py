@@ -72,6 +72,7 @@ def uniform_noise(
     Raises:
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, or a count below one.
+        RuntimeError: while a CUDA graph captures.
     """
     refuse_while_capturing("uniform_noise")
     images = check_images(images, bounds)
@@ -138,6 +139,7 @@ def correlated_noise(
     Raises:
         TypeError: as ``fgsm``.
         ValueError: as ``fgsm``, a count below one, or a covariance of another size than the images.
+        RuntimeError: while a CUDA graph captures.
     """
     refuse_while_capturing("correlated_noise")
     images = check_images(images, bounds)

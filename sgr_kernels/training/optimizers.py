@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 SCHEDULES = ("constant", "cosine")
-
-
 _MEANS = ("foreach", "fused")
 """Options of how it is computed, not of what."""
 

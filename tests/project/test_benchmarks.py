@@ -112,7 +112,7 @@ def test_rows_of_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_captured_clean_step_no_captured_one_has_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(self: step.Training) -> None:
         if not isinstance(self.criterion, torch.nn.Module):
-            raise ValueError("the network counts")
+            raise step.NotCaptured("the network counts")
 
     monkeypatch.setattr(step.Training, "capture", capture)
     monkeypatch.setattr(step, "peak_memory", lambda *args: 1)

@@ -167,12 +167,16 @@ def test_a_network_of_ones_own_with_all_options_is_that_of_one_process(
 
 
 def test_resuming_on_as_many_processes_gives_the_same_bits(data: str, tmp_path: Path) -> None:
-    """Each process's attacks start at random places, and its penalized subsets are of parts of another size."""
-    common = ["--data", data, "--method", "pgd_sgr", "--fraction", "0.5", "--epochs"]
-    resumed, whole = (["--out", str(tmp_path / name)] for name in ("resumed", "whole"))
-    # The whole one in between leaves the process another state than that to continue from.
-    in_two([*common, "1", *resumed], [*common, "2", *whole], [*common, "2", *resumed, "--resume"])
-    assert torch.equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+    """Each process's attacks begin at random places, or its penalized subsets are of parts of another size."""
+    commands = []
+    for method in (["pgd"], ["pgd_sgr", "--fraction", "0.5"]):
+        common = ["--data", data, "--attack-steps", "2", "--method", *method, "--epochs"]
+        resumed, whole = (["--out", str(tmp_path / method[0] / name)] for name in ("resumed", "whole"))
+        # The whole one in between leaves the process another state than that to continue from.
+        commands += [[*common, "1", *resumed], [*common, "2", *whole], [*common, "2", *resumed, "--resume"]]
+    in_two(*commands)
+    for method in ("pgd", "pgd_sgr"):
+        assert torch.equal(weights(tmp_path / method / "resumed"), weights(tmp_path / method / "whole"))
 
 
 def test_a_killed_process_ends_the_other_with_an_error(data: str, tmp_path: Path) -> None:
@@ -225,3 +229,15 @@ def test_an_empty_part_takes_its_step(method: str, source: str) -> None:
     trainer._train_step(sample.train.images[:0] / 255, sample.train.labels[:0])
     for parameter, old in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
+
+
+def test_processes_draw_other_numbers_each_and_the_same_after_a_resumption(digits: DataSet) -> None:
+    def drawn(rank: int, step: int) -> list[float]:
+        trainer = Trainer(Settings("mnist", method="clean"), digits)
+        trainer.processes, trainer.step = Processes(rank, 2), step
+        trainer._seed_others()
+        return torch.rand(3).tolist()
+
+    assert drawn(1, 0) == drawn(1, 0)
+    assert len({tuple(drawn(rank, step)) for rank, step in ((0, 0), (1, 0), (1, 1), (2, 0))}) == 4
+    assert drawn(0, 0) == drawn(0, 1)  # the first goes on with the stream that a checkpoint holds
