@@ -310,7 +310,7 @@ def _noise(settings: Settings, data: Images) -> Criterion:
 
 
 def _gradient_norm(settings: Settings, data: Images) -> Criterion:
-    return _penalized(settings, IdentityCovariance(data.pixel_variance()))
+    return _penalized(settings, IdentityCovariance(data.pixel_variance(), data.shape))
 
 
 def _absolute(settings: Settings, data: Images) -> Criterion:

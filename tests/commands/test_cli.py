@@ -18,6 +18,7 @@ from sgr_kernels.commands import common
 from sgr_kernels.demo.run import Options, run
 from sgr_kernels.evaluation.certificates import CertificatePlan
 from sgr_kernels.evaluation.suite import Plan
+from sgr_kernels.training.methods import METHODS
 from sgr_kernels.training.records import claimed
 from sgr_kernels.training.trained import load_model
 from tests.commands.outcomes import fails, refuses, weights
@@ -208,6 +209,19 @@ def test_covariance_that_a_network_was_trained_with(few_digits, tmp_path, binnin
     if binning != "rounded":
         values = (values[0] + values[:, 0]) / 2  # along the axes
     assert learned == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_training_can_be_diagnosed(method, few_digits, tmp_path):
+    """With the covariance of its penalty, or of its noise, where there is one, else with an exponential one."""
+    folder = tmp_path / "trained"
+    options = ["--data", few_digits, "--epochs", "1", "--strength", "0.1", "--out", str(folder)]
+    assert main(["train", "--method", method, *options]) == 0
+    assert main(["diagnose", str(folder), "--images", "4", "--draws", "2", "--strengths", "0.1", "1"]) == 0
+    found = json.loads((folder / "diagnosis.json").read_text())
+    own = (METHODS[method].penalized and method != "l1") or method == "lrc"
+    assert found["source"] == ("trained" if own else "exponential")
+    assert found["penalty"] > 0
 
 
 @pytest.mark.parametrize("command", ["train", "certify", "covariance"])
