@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import sgr_kernels as sgr
-from benchmarks import machine
+from sgr_kernels.reproduce import machine
 from sgr_kernels.training.datasets import load
 from sgr_kernels.training.loop import Trainer
 from sgr_kernels.training.methods import Settings

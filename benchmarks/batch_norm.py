@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import sgr_kernels as sgr
-from benchmarks import machine
 from benchmarks.networks import resnet18
 from sgr_kernels.penalty.passes import select
+from sgr_kernels.reproduce import machine
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.datasets import load
 

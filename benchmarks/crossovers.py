@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, providers, tables
+from benchmarks import providers, tables
 from benchmarks.operators import Cell, measure, write
 from benchmarks.shapes import SERIES, SERIES_OPERATIONS, Problem
 from sgr_kernels.backends import crossovers
+from sgr_kernels.reproduce import machine
 
 BACKENDS = ("native", "triton", "torch")
 OPERATORS = {

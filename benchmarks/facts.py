@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, providers
+from benchmarks import providers
 from benchmarks.operators import given
 from benchmarks.shapes import Problem
 from benchmarks.timing import interleave, summary, timer
+from sgr_kernels.reproduce import machine
 
 Fact = tuple[str, Callable[[], Any]]
 
@@ -48,12 +49,12 @@ class DeviceLost(RuntimeError):
 
 
 def facts(device: torch.device, small: bool = False) -> Iterator[Fact]:
-    """All of them, by name, in order of value; ``small`` for a rehearsal on a CPU."""
+    """All of them, by name, in order of value; ``small`` for a rehearsal."""
     ragged, headline = (RAGGED[:2], HEADLINE[-1:]) if small else (RAGGED, HEADLINE)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        yield "copy bandwidth", partial(_copy_bandwidth, device)
-        yield "product rate", partial(_product_rate, device)
+        yield "copy bandwidth", partial(_copy_bandwidth, device, 2**12 if small else 2**28)
+        yield "product rate", partial(_product_rate, device, (64, 32) if small else (8192, 4096))
         yield "launches", partial(_launches, device)
     for problem in ragged:
         yield f"errors native {problem}", partial(errors, problem, "sgr native", device)
@@ -91,16 +92,16 @@ def times(problem: Problem, operation: str, names: list[str], device: torch.devi
     return rows | {name: {**summary(values), "method": timers[name].method} for name, values in samples.items()}
 
 
-def _copy_bandwidth(device: torch.device) -> dict[str, float]:
-    source = torch.randn(2**28, device=device)
+def _copy_bandwidth(device: torch.device, numbers: int) -> dict[str, float]:
+    source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     seconds = _device_seconds(lambda: target.copy_(source))
     return {"gigabytes_per_second": 2e-9 * source.numel() * source.element_size() / seconds}
 
 
-def _product_rate(device: torch.device) -> dict[str, float]:
+def _product_rate(device: torch.device, sizes: tuple[int, int]) -> dict[str, float]:
     found = {}
-    for name, dtype, size in (("bfloat16", torch.bfloat16, 8192), ("float32", torch.float32, 4096)):
+    for name, dtype, size in zip(("bfloat16", "float32"), (torch.bfloat16, torch.float32), sizes):
         a = torch.randn(size, size, device=device, dtype=dtype)
         found[f"{name}_teraflops"] = 2e-12 * size**3 / _device_seconds(partial(torch.matmul, a, a))
     return found

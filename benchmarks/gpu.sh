@@ -2,22 +2,25 @@
 # On a machine with an NVIDIA GPU, nvcc, and a Python with torch >= 2.11: build, prove, measure; the most valuable first.
 #   benchmarks/gpu.sh OUTPUT_FOLDER [PART...]        (PYTHON names the interpreter, SGR_COMMIT the commit of a copy,
 #                                                     SGR_SECONDS how long all may take)
-# Parts: device build facts counters device-tests contract triton racecheck memcheck operators step; by default all but
-# step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the operators, and
-# what would begin too late is left out. A part that fails does not stop the next ones. One log and a few JSON files come
-# out of it, each written as facts come; called again with the same folder, facts, operators and step go on where they
-# ended.
+# Parts: device build facts counters device-tests contract triton racecheck memcheck operators step mnist cifar10; by
+# default all before step. Every part has a time limit, and together they end within 9 minutes; what is left goes to the
+# operators, and what would begin too late is left out. A part that fails does not stop the next ones. One log and a few
+# files come out of it, each written as facts come; called again with the same folder, facts, operators, step, mnist and
+# cifar10 go on where they ended.
+# mnist and cifar10: the paper at its own scale, with SGR_SEEDS networks of a method, from SGR_DATA/mnist and
+# SGR_DATA/cifar10. Networks stay in SGR_SCRATCH; what was measured comes out as mnist.tar.gz. From there, or from
+# benchmarks/results/paper/full/mnist.tar.gz, a run on another machine goes on, and trains only what is not measured yet.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUTPUT_FOLDER [PART...]}
 shift
-all="device build facts counters device-tests contract triton racecheck memcheck operators step"
+all="device build facts counters device-tests contract triton racecheck memcheck operators step mnist cifar10"
 for name in "$@"; do
     if [[ " $all " != *" $name "* ]]; then
         echo "PART: expected of $all, got $name" >&2
         exit 2
     fi
 done
-parts=" ${*:-${all% step}} "
+parts=" ${*:-${all%% step*}} "
 python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -128,6 +131,26 @@ left=$((total - SECONDS))
 part operators "$left" "${sgr[@]}" bench operators --device cuda --limit $((left - 20)) --budget 0.5 --out "$out/operators.json" \
     --providers copy "sgr auto" "sgr native" "sgr native tf32" "sgr triton" "sgr triton tf32" "sgr torch" dense "dense tf32" rfft2
 part step "$left" "${sgr[@]}" bench step --device cuda --rounds 5 --networks carlini-wagner-mnist resnet18 --out "$out/step.json"
+
+# Correlated noise last: each of its results needs one network, so that little is trained twice where another run goes on.
+reproduce() {
+    local name=$1 folder=${SGR_SCRATCH:-gpu-reproduction}/$1 data=${SGR_DATA:-}/$1 kept packing=15
+    [[ $parts == *" $name "* ]] || return 0
+    if [ ! -d "$data" ]; then
+        skip "$name" "no folder $data"
+        return 0
+    fi
+    mkdir -p "$folder"
+    for kept in "$out/$name.tar.gz" "benchmarks/results/paper/full/$name.tar.gz"; do
+        [ ! -f "$kept" ] || tar -xzf "$kept" -C "$folder" --skip-old-files
+    done
+    part "$name" $((total - SECONDS - packing)) bash -c 'for experiment in table1 transfer covariance smoothness leaking lrc; do
+        "$@" "$experiment" || exit; done' reproduce "${sgr[@]}" reproduce --dataset "$name" --scale full --data "$data" \
+        --seeds "${SGR_SEEDS:-1}" --jobs "${SGR_JOBS:-6}" --device cuda --out "$folder"
+    tar -czf "$out/$name.tar.gz.new" -C "$folder" --exclude=networks . && mv "$out/$name.tar.gz.new" "$out/$name.tar.gz"
+}
+reproduce mnist
+reproduce cifar10
 
 printf '\n%s\n' "summary ($SECONDS s), log in $log:" | tee -a "$log"
 printf '  %s\n' "${summary[@]}" | tee -a "$log"

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
 from sgr_kernels.evaluation.suite import EPS_GRIDS, Plan, evaluate
+from sgr_kernels.reproduce import machine
 from sgr_kernels.training.batches import Batches
 from sgr_kernels.training.checkpoint import write_atomically
 from sgr_kernels.training.datasets import DataSet, load

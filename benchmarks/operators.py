@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, memory, providers, tables
+from benchmarks import memory, providers, tables
 from benchmarks.peers import Unsupported
 from benchmarks.providers import TOLERANCES, Provider
 from benchmarks.shapes import OPERATIONS, SERIES, SERIES_OPERATIONS, Exact, Problem
 from benchmarks.timing import Samples, Timer, interleave, paired_ratio, summary, timer
+from sgr_kernels.reproduce import machine
 
 Cell = dict[str, Any]
 _DENSE = {"highest": "dense", "high": "dense tf32", "medium": "dense bf16"}

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import sgr_kernels as sgr
-from benchmarks import machine, timing
+from benchmarks import timing
 from benchmarks.operators import resume, write
 from benchmarks.peers import Unsupported
 from benchmarks.shapes import Problem, norms, periodic, power_of_two
 from sgr_kernels.functional.solve import System
+from sgr_kernels.reproduce import machine
 from sgr_kernels.toeplitz import conjugate_gradients
 from sgr_kernels.toeplitz.geometry import dense_matrix
 

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 import sgr_kernels as sgr
-from benchmarks import machine
 from benchmarks.memory import ENVIRONMENT
 from benchmarks.networks import NETWORKS
 from sgr_kernels.penalty.statistics import Criterion
+from sgr_kernels.reproduce import machine
 from sgr_kernels.training import cuda_graphs
 from sgr_kernels.training.cuda_graphs import Parts, StepGraphs
 
@@ -303,6 +303,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _rounds(text: str) -> int:
+    """Argument type: so many that they have quartiles."""
+    rounds = int(text)
+    if rounds < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {text}")
+    return rounds
+
+
 def _rows_before(out: Path | None, head: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the same machine, versions and commit that a file holds."""
     if out is None or not out.exists():
@@ -321,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     parser.add_argument("--batch", type=int, help="none: 128, but on a CPU 16 for resnet18 and vit, 8 for the larger")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="none: 15, but on a CPU 5 for all but the paper's networks")
+    parser.add_argument("--rounds", type=_rounds, help="none: 15, but on a CPU 5 for all but the paper's networks")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="smoke",
         help="smoke: about a minute, says nothing; cpu: two cores, an hour or two; full: as the paper, on a GPU",
     )
+    add("--seeds", type=common.whole, metavar="N", help="networks of each method that has several; none: the scale's")
     common.add_data(parser)
     add("--data-name", metavar="NAME", help="of the data on the pages; none: the data set's")
     add("--out", metavar="DIR", default="reproduction", help="networks, measurements and, in results/, the pages")
@@ -48,9 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         found = architecture_for(data.train.shape)
         if found != arguments.dataset:
             raise ValueError(f"--dataset {arguments.dataset}, but --data {arguments.data} holds images for {found}")
+        scale = SCALES[arguments.dataset][arguments.scale]
         lab = Lab(
             arguments.dataset,
-            SCALES[arguments.dataset][arguments.scale],
+            scale if arguments.seeds is None else scale.with_seeds(arguments.seeds),
             data,
             out,
             device=common.device(arguments.device),

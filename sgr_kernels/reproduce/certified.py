@@ -36,7 +36,7 @@ _SHOWN = (0.25, 0.5, 1.0)
 def measure(lab: Lab) -> dict[str, Any]:
     """Radii of every method's networks, by decay length of the noise and its scale."""
     plan, shape = lab.scale.beyond, lab.image_shape()
-    networks = lab.trained(
+    networks = lab.planned(
         [
             (lab.settings(method, seed, SEARCHED_UNDER.get(method)), method)
             for seed in range(plan.seeds)

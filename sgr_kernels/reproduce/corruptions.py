@@ -74,17 +74,12 @@ def measure(lab: Lab) -> dict[str, Any]:
             if moments[kind]["mean_share"] > _LARGE_MEAN
         },
     }
-    networks = dict(zip(wanted, lab.trained([(settings, name) for name, settings in wanted.items()]), strict=True))
+    found = _all_tested(lab, lab.planned([(settings, name) for name, settings in wanted.items()]))
     for kind in KINDS:
-        # Twice as many images half as often: as many steps as the others take.
+        # Twice as many images half as often: as many steps as the others take. One kind at a time: each has its images.
         epochs = max(1, lab.scale.epochs // 2)
         both = with_corrupted(lab, kind)
-        networks[f"data {kind}"] = lab.trained([(lab.settings("clean"), f"data {kind}")], data=both, epochs=epochs)[0]
-    tests = [
-        Measurement("corruptions", name.replace(" ", "-"), [network], partial(tested, lab, network), {"seed": _TEST})
-        for name, network in networks.items()
-    ]
-    found = dict(zip(networks, lab.measured(tests, "corruptions"), strict=True))
+        found |= _all_tested(lab, lab.planned([(lab.settings("clean"), f"data {kind}")], data=both, epochs=epochs))
     return {
         "kinds": list(KINDS),
         "severity": SEVERITY,
@@ -153,6 +148,15 @@ def moment(lab: Lab, kind: str) -> dict[str, Any]:
         "decay_length": length if np.isfinite(length) else None,
         "mean_share": float(found.mean.double().square().mean()) / variance if variance else 0.0,
     }
+
+
+def _all_tested(lab: Lab, networks: Sequence[Network]) -> dict[str, dict[str, Any]]:
+    """Several networks (`tested`), by name."""
+    wanted = [
+        Measurement("corruptions", n.name.replace(" ", "-"), [n], partial(tested, lab, n), {"seed": _TEST})
+        for n in networks
+    ]
+    return {n.name: found for n, found in zip(networks, lab.measured(wanted, "corruptions"), strict=True)}
 
 
 def tested(lab: Lab, network: Network) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def measure(lab: Lab) -> dict[str, Any]:
     """A network of each method under the ensemble, PGD as the tables have it, and PGD at its strongest."""
     package()  # without it an error before hours of training
     plan = lab.scale.beyond
-    networks = lab.trained([(lab.settings(method), method) for method in METHODS])
+    networks = lab.planned([(lab.settings(method), method) for method in METHODS])
     attacked = [plan.ensemble_images, plan.autoattack_eps, STANDARD]
     ours = [plan.ensemble_images, plan.autoattack_eps, STRONG_PGD]
     found = lab.measured(

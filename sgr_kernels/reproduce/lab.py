@@ -1,4 +1,4 @@
-"""The workshop of a reproduction: trains each network once, measures each thing once, and remembers both on disk."""
+"""The workshop of a reproduction: trains networks when they are needed, measures once, and remembers both on disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
+from sgr_kernels.reproduce import machine
 from sgr_kernels.reproduce.jobs import run_all
 from sgr_kernels.reproduce.measurements import Measurement, Network, Share
 from sgr_kernels.reproduce.scales import Scale
@@ -24,10 +25,11 @@ from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.methods import METHODS, Settings
 from sgr_kernels.training.records import digest
 from sgr_kernels.training.search import Attack, Search, Trial, attack_area, held_out, strength_search
-from sgr_kernels.training.trained import accuracy, load_model
+from sgr_kernels.training.trained import accuracy
 
 T = TypeVar("T")
 
+_FORMAT = 2  # of a measurement's file
 _LOGGED = 1000
 # Fields of a scale that say which networks there are, not how one is measured: more seeds leave what is known as it is.
 # What is beyond the paper is part of the question of those measurements alone that depend on it (`Lab.cached`).
@@ -53,6 +55,9 @@ class Lab:
         say: Told what is being done.
         progress: Whether progress bars are shown; None: where standard error is a terminal.
         jobs: Trainings and measurements at a time, each in a process of its own with its part of the threads.
+
+    Attributes:
+        machines: What those results were measured with that were asked for, each kind once (`machine.describe`).
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Lab:
         self.device, self.say, self.progress = torch.device(device), say, progress
         self.whole = data
         self.data = DataSet(data.train.first(scale.train_images), data.test)
+        self.machines: list[dict[str, Any]] = []
         self._digests = [part.digest() for part in data]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,26 +110,30 @@ class Lab:
         return replace(base, **changes)
 
     def network(self, settings: Settings, name: str = "") -> Network:
-        """The network that these settings give, trained now or before, by the method's name if none is given."""
-        return self.trained([(settings, name or settings.method)])[0]
+        """The network that these settings give, by the method's name if none is given (`planned`)."""
+        return self.planned([(settings, name or settings.method)])[0]
 
-    def trained(
+    def planned(
         self, wanted: Sequence[tuple[Settings, str]], *, data: DataSet | None = None, epochs: int | None = None
     ) -> list[Network]:
-        """The networks of several settings, trained now, several at a time, or before.
+        """The networks of several settings, trained when something is measured of them that is not known yet.
 
         Args:
             wanted: Settings and names.
             data: To train and test on; None: the lab's.
             epochs: Of the trainings; None: the scale's.
+        """
+        trainings = [self._training(settings, name, data or self.data, epochs) for settings, name in wanted]
+        return [Network(t.name, t.settings, t.folder, self.device, t, self.train) for t in trainings]
+
+    def train(self, networks: Iterable[Network]) -> None:
+        """Train those of the networks that were not trained before, several at a time.
 
         Raises:
             TrainingError: If a training fails.
         """
-        trainings = [self._training(settings, name, data or self.data, epochs) for settings, name in wanted]
-        missing = {training.folder: training for training in trainings if not training.done()}
-        run_all(list(missing.values()), self.jobs, self.say, self.progress)
-        return [Network(t.name, t.settings, load_model(t.folder)[0].to(self.device)) for t in trainings]
+        wanted = {network.folder: network.training for network in networks if network.training is not None}
+        run_all([training for training in wanted.values() if not training.done()], self.jobs, self.say, self.progress)
 
     def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
         epochs = epochs or self.scale.epochs
@@ -150,7 +160,7 @@ class Lab:
     def networks(self, methods: Sequence[str], attacks: Mapping[str, Attack] | None = None) -> list[Network]:
         """All seeds of several methods; ``attacks`` names those that decide a strength, where not the usual one."""
         chosen = attacks or {}
-        return self.trained(
+        return self.planned(
             [(self.settings(m, seed, chosen.get(m)), m) for m in methods for seed in self.scale.seeds_of(m)]
         )
 
@@ -163,7 +173,7 @@ class Lab:
         return self._one_each([method for method in methods if self.scale.has_twin(method)], seed=1)
 
     def _one_each(self, methods: Sequence[str], seed: int) -> dict[str, Network]:
-        networks = self.trained([(self.settings(method, seed), method) for method in methods])
+        networks = self.planned([(self.settings(method, seed), method) for method in methods])
         return dict(zip(methods, networks, strict=True))
 
     def strength(self, method: str, attack: Attack | None = None, **network: Any) -> float:
@@ -220,7 +230,9 @@ class Lab:
 
         def train(tried: Sequence[Settings]) -> list[nn.Module]:
             wanted = [(settings, f"trial of {settings.method}") for settings in tried]
-            return [network.model for network in self.trained(wanted, data=data, epochs=self.scale.search.epochs)]
+            networks = self.planned(wanted, data=data, epochs=self.scale.search.epochs)
+            self.train(networks)
+            return [network.model for network in networks]
 
         def run() -> dict[str, Any]:
             self.say(f"searching {method}'s strength under {attack}")
@@ -252,6 +264,7 @@ class Lab:
             MeasurementError: If one of several at a time fails.
         """
         missing = [measurement for measurement in wanted if not self._path(measurement).is_file()]
+        self._train_for(missing)
         jobs = min(self.jobs, len(missing))
         if jobs > 1:
             with self._tqdm(total=len(missing), desc=description) as bar:
@@ -267,17 +280,24 @@ class Lab:
     def _path(self, measurement: Measurement) -> Path:
         """Where it is remembered."""
         settings = [(n if isinstance(n, Settings) else n.settings).record() for n in measurement.networks]
-        question = [__version__, self._measured_at(), self._digests, settings]
+        question = [_FORMAT, __version__, self._measured_at(), self._digests, settings]
         key = digest(question if measurement.plan is None else [*question, measurement.plan])
         return self.out / "measurements" / measurement.experiment / f"{measurement.name}-{key}.json"
 
     def _made(self, measurement: Measurement) -> Any:
         path = self._path(measurement)
         if not path.is_file():
-            content = json.dumps(measurement.measure())
+            self._train_for([measurement])
+            made = {"found": measurement.measure(), "machine": machine.describe(self.device)}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content.encode())
-        return json.loads(path.read_text())
+            write_atomically(path, json.dumps(made).encode())
+        kept = json.loads(path.read_text())
+        if kept["machine"] not in self.machines:
+            self.machines.append(kept["machine"])
+        return kept["found"]
+
+    def _train_for(self, measurements: Sequence[Measurement]) -> None:
+        self.train([n for measurement in measurements for n in measurement.networks if isinstance(n, Network)])
 
     def question(self) -> dict[str, Any]:
         """What every result of this lab depends on, ready for JSON."""

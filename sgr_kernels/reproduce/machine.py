@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -10,7 +11,10 @@ from typing import Any
 
 import torch
 
-import sgr_kernels as sgr
+from sgr_kernels import backends
+from sgr_kernels._version import __version__
+
+_CHECKOUT = Path(__file__).parents[2]
 
 
 def _processor() -> str:
@@ -20,11 +24,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _commit() -> str:
     """Of the checkout, or as ``SGR_COMMIT`` has it where a copy travels without its history."""
     if "SGR_COMMIT" in os.environ:
         return os.environ["SGR_COMMIT"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    if not (_CHECKOUT / "csrc").is_dir():  # installed, perhaps within a checkout of something else
+        return "unknown"
+    command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git
@@ -41,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
-        "sgr_kernels": sgr.__version__,
+        "sgr_kernels": __version__,
         "commit": _commit(),
-        "backends": sgr.backends.available(device),
+        "backends": backends.available(device),
     }

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from sgr_kernels.reproduce.trainings import Training
 from sgr_kernels.training.methods import Settings
+from sgr_kernels.training.trained import load_model
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network.
+    """A network, trained when it is first needed: what was measured of it before needs it no more.
 
     Attributes:
         name: For people and folders.
         settings: Of its training.
-        model: In evaluation mode, on the lab's device.
+        folder: Of its checkpoint.
+        device: Where it is wanted.
+        training: That gives it; None in a process that measures, for which it has been done.
+        train: Trains networks that are not trained yet.
     """
 
     name: str
     settings: Settings
-    model: nn.Module
+    folder: Path
+    device: torch.device
+    training: Training | None
+    train: Callable[[Sequence[Network]], None]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """In evaluation mode, on the lab's device."""
+        self.train([self])
+        return load_model(self.folder)[0].to(self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which loads the model from its folder."""
+        return {**{name: value for name, value in self.__dict__.items() if name != "model"}, "training": None}
 
 
 class MeasurementError(RuntimeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,9 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
-from sgr_kernels._version import __version__
 from sgr_kernels.report.page import Page
 from sgr_kernels.reproduce import (
     certified,
@@ -75,10 +71,6 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
         "train_images": len(lab.data.train),
         "test_images": len(lab.data.test),
         "scale": asdict(lab.scale),
-        "sgr_kernels": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(lab.device) if lab.device.type == "cuda" else "CPU",
     }
     folder = lab.out / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +81,8 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
     _require_one_question(folder, lab.question(), kept)
     for name in renewed:
         lab.say(f"{name}: {_ALL[name].TITLE.lower()}")
-        results = {**about, **_ALL[name].measure(lab)}
+        lab.machines.clear()
+        results = {**about, **_ALL[name].measure(lab), "machines": lab.machines}
         write_atomically(folder / f"{name}.json", (json.dumps(results) + "\n").encode())
         _ALL[name].show(results, folder)
         summarize(folder, lab.question())
@@ -124,7 +117,8 @@ def summarize(folder: Path, question: dict[str, Any]) -> None:
     verdicts = claims.judge(results)
     papers = any(name in EXPERIMENTS for name in results)
     page = Page(("The paper's claims: " if papers else "Beyond the paper: ") + about["title"])
-    page.text(_setting(about, papers))
+    made = [entry for found in results.values() for entry in found.get("machines", [found])]
+    page.text(_setting(about, papers, made))
     if verdicts:
         page.text(
             f"Of {len(verdicts)} claims measured: "
@@ -203,7 +197,7 @@ def _epochs(scale: dict[str, Any]) -> str:
     return f"{scale['epochs']} epoch{'' if scale['epochs'] == 1 else 's'}"
 
 
-def _setting(about: dict[str, Any], papers: bool) -> str:
+def _setting(about: dict[str, Any], papers: bool, made: Sequence[dict[str, Any]]) -> str:
     scale = about["scale"]
     several = scale["seeds"] > 1 and scale["repeated"]
     repeated = f"{scale['seeds']} seeds of {', '.join(scale['repeated'])}, one of the others" if several else "one seed"
@@ -213,5 +207,16 @@ def _setting(about: dict[str, Any], papers: bool) -> str:
     return (
         f"{about['title']}: Carlini-Wagner networks, {_epochs(scale)} on {about['train_images']:,} images, "
         f"Adam 1e-3 ({rate}), batches of {scale['batch_size']}; {repeated}. "
-        f"sgr_kernels {about['sgr_kernels']}, torch {about['torch']}, {about['device']}."
+        f"{_machines(made)}."
     )
+
+
+def _machines(made: Sequence[dict[str, Any]]) -> str:
+    """What measured, each kind once."""
+    kinds = [
+        f"sgr_kernels {entry['sgr_kernels']}"
+        + (f" at commit {entry['commit']}" if "commit" in entry else "")
+        + f", torch {entry['torch']}, {entry['device']}"
+        for entry in made
+    ]
+    return "; ".join(dict.fromkeys(kinds))

@@ -131,6 +131,12 @@ class Scale:
         """Seeds of the networks of a method that count in its averages."""
         return tuple(range(self.seeds if method in self.repeated else 1))
 
+    def with_seeds(self, seeds: int) -> Scale:
+        """The same with another number of networks of each method that has several, or may have."""
+        return replace(
+            self, seeds=seeds, repeated=self.repeated or NOISE_METHODS, beyond=replace(self.beyond, seeds=seeds)
+        )
+
     def has_twin(self, method: str) -> bool:
         """Whether a second network of the method is trained."""
         return method in self.twins or len(self.seeds_of(method)) > 1
@@ -235,7 +241,7 @@ _MNIST_FULL = replace(
     name="full",
     train_images=None,
     epochs=50,
-    seeds=5,
+    seeds=3,
     twins=METHODS,
     search=SearchScale(STRENGTHS, 20_000, 10, 5_000, 1_000, tuple(range(0, 33, 4)), (0.1, 0.3, 0.5, 0.7), 30),
     update_every=1,
@@ -243,11 +249,11 @@ _MNIST_FULL = replace(
     attack_images=10_000,
     deepfool_images=10_000,
     sanity_images=512,
-    noise_eps=(0.3, 0.01, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7),
+    noise_eps=(0.3, 0.1, 0.5, 0.7),
     noise_images=10_000,
     draws=100,
     decay_lengths=(1.0, 2.0, 4.0, 8.0, 16.0),
-    limit_lengths=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    limit_lengths=(0.25, 1.0, 4.0, 16.0),
     covariance_images=10_000,
     leaking_network=True,
     leaking_images=10_000,
@@ -259,9 +265,13 @@ _MNIST_FULL = replace(
 
 _CIFAR_FULL = replace(
     _MNIST_FULL,
+    # Six times the arithmetic of a digit's network.
+    seeds=1,
+    twins=("clean", "gn", "sgr_sign", "sgr_exp"),
     search=replace(_MNIST_FULL.search, eps=tuple(range(9))),
     eps=tuple(range(9)),
     single_eps=(4.0, 8.0),
+    noise_eps=(0.3, 0.7),
     covariance_eps=4.0,
     full_covariance=False,
     beyond=replace(_MNIST_FULL.beyond, autoattack_eps=4.0),

@@ -67,7 +67,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         for kind, options in NETWORKS.items()
         for method in METHODS
     ]
-    networks = lab.trained(wanted)
+    networks = lab.planned(wanted)
     names = [(kind, method) for _ in range(lab.scale.beyond.seeds) for kind in NETWORKS for method in METHODS]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     asked = [measurements(lab, network, kinds) for network in networks]

@@ -13,6 +13,8 @@ from sgr_kernels.training.loop import CHECKPOINT_FILE, Trainer
 from sgr_kernels.training.methods import Settings
 from sgr_kernels.training.trained import load_model
 
+_CHECKPOINT_EVERY = 1000  # steps, beside each epoch's end
+
 
 @dataclass(frozen=True)
 class Training:
@@ -51,7 +53,8 @@ class Training:
         trainer = Trainer(self.settings, self.data, device=self.device)
         if self.begun():
             trainer.resume(self.folder)
-        trainer.run(self.epochs, out=self.folder, progress=progress)
+        # Where a step takes less than a millisecond, writing it down takes as long as fifty.
+        trainer.run(self.epochs, out=self.folder, checkpoint_every=_CHECKPOINT_EVERY, progress=progress)
 
     def announcement(self) -> str:
         """Said at the start."""

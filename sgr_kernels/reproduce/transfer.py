@@ -50,6 +50,7 @@ def measure(lab: Lab) -> dict[str, Any]:
     ]
     from_twins = zip(twinned, lab.measured(own, "attacks from twins"), strict=True)
     from_twin = {method: found[method] for method, found in from_twins}
+    shown = {name: targets[name] for name in SHOWN if name in targets}
     return {
         "images": lab.scale.attack_images,
         "pgd_steps": lab.scale.pgd_steps,
@@ -57,7 +58,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         "single_eps": list(lab.scale.single_eps),
         "sources": from_source,
         "twins": from_twin,
-        "samples": lab.cached("transfer", "samples", list(targets.values()), partial(samples, lab, targets)),
+        "samples": lab.cached("transfer", "samples", list(shown.values()), partial(samples, lab, shown)),
     }
 
 
@@ -77,12 +78,12 @@ def transferred(lab: Lab, source: Network, targets: dict[str, Network]) -> dict[
     return {name: stats.record(curve, PIXEL_LEVELS) for name, curve in curves.items()}
 
 
-def samples(lab: Lab, targets: dict[str, Network]) -> dict[str, Any]:
+def samples(lab: Lab, networks: dict[str, Network]) -> dict[str, Any]:
     """The first image of each class under PGD on several networks, with each network's answer to its own."""
     images, labels = lab.pixels(lab.scale.attack_images)
     chosen = pictures.one_of_each_class(labels)
     images, labels = images[chosen], labels[chosen]
-    shown = {name: targets[name].model for name in SHOWN if name in targets}
+    shown = {name: network.model for name, network in networks.items()}
     eps = min(lab.scale.single_eps)
     rows = [pictures.row("not perturbed,\nclean network", images, {"clean": shown["clean"]})]
     for name, model in shown.items():

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from benchmarks import facts, ragged
 from sgr_kernels import backends
 from sgr_kernels.backends import native
 from sgr_kernels.cli import main
+from sgr_kernels.reproduce.run import EXPERIMENTS
 from sgr_kernels.toeplitz.geometry import Size
 from tests.backends import test_cuda_device as device_tests
 
@@ -24,6 +26,13 @@ PYTHON = """#!/bin/sh
 case "$*" in
 *get_device_capability*) echo "9.0 $HAS" ;;
 -c*) exit "${CARRIED:-1}" ;;
+*"cli reproduce "*)
+    echo "$*"
+    for last; do :; done
+    folder=${*##*--out }
+    mkdir -p "${folder% *}/measurements" "${folder% *}/networks"
+    touch "${folder% *}/measurements/$last.json" "${folder% *}/networks/weights"
+    exit "${REPRODUCED:-0}" ;;
 *facts*) echo "facts in $PWD: $*"; exit "${FACTS:-0}" ;;
 *) echo "arch $TORCH_CUDA_ARCH_LIST, build $SGR_BUILD: $*" ;;
 esac
@@ -106,6 +115,31 @@ def test_all_parts_together_have_a_limit(tmp_path: Path) -> None:
     late = run(tmp_path, SGR_SECONDS="5")
     assert late.stdout.count("left out: no time") == 12
     assert result.stdout.count("left out: no time") == 0
+
+
+def test_a_reproduction_brings_back_what_was_measured_and_goes_on_from_it(tmp_path: Path) -> None:
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    places = {"SGR_DATA": str(tmp_path / "data"), "SGR_SCRATCH": str(tmp_path / "scratch"), "SGR_SECONDS": "60"}
+    first = run(tmp_path, "mnist", "cifar10", **places, SGR_SEEDS="3")
+    assert first.returncode == 0
+    assert f"left out: no folder {tmp_path / 'data' / 'cifar10'}" in first.stdout
+    log = (tmp_path / "out" / "log.txt").read_text()
+    asked = re.findall(
+        r"reproduce --dataset mnist --scale full .* --seeds 3 .* --device cuda .* (\w+)$", log, re.MULTILINE
+    )
+    assert set(asked) == set(EXPERIMENTS)
+    (limit,) = re.findall(r"^== mnist \(at most (\d+) s\)", log, re.MULTILINE)
+    assert int(limit) <= 45  # what is measured by then still has to be packed
+    with tarfile.open(tmp_path / "out" / "mnist.tar.gz") as packed:
+        names = {name for name in packed.getnames() if name.endswith(("json", "weights"))}
+    assert names == {f"./measurements/{name}.json" for name in EXPERIMENTS}
+    # On another machine: nothing is there but what came back. The first experiment fails.
+    again = run(tmp_path, "mnist", **places | {"SGR_SCRATCH": str(tmp_path / "other")}, REPRODUCED="2")
+    assert again.returncode == 1
+    assert {f"{name}.json" for name in EXPERIMENTS} == {
+        path.name for path in (tmp_path / "other" / "mnist" / "measurements").iterdir()
+    }
+    assert (tmp_path / "out" / "log.txt").read_text().count("--scale full") == len(EXPERIMENTS) + 1
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:

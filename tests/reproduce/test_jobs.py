@@ -35,16 +35,18 @@ def parallel(folder, say=lambda line: None, scale=TINY, jobs=2):
     return lab
 
 
-def weights(networks):
+def weights(lab, methods):
+    networks = lab.first(methods)
+    lab.train(networks.values())
     return {name: network.model.state_dict() for name, network in networks.items()}
 
 
 @pytest.mark.slow
 def test_two_at_a_time_are_those_of_one_after_the_other(tmp_path):
     said = []
-    together = weights(parallel(tmp_path / "together", said.append).first(METHODS))
+    together = weights(parallel(tmp_path / "together", said.append), METHODS)
     torch.set_num_threads(1)
-    for name, expected in weights(lab_in(tmp_path / "alone").first(METHODS)).items():
+    for name, expected in weights(lab_in(tmp_path / "alone"), METHODS).items():
         assert all(torch.equal(expected[key], value) for key, value in together[name].items()), name
     starts = [line for line in said if line.startswith("training")]
     ends = [line for line in said if line.startswith("trained")]
@@ -59,7 +61,7 @@ def test_a_training_that_fails_stops_the_others(tmp_path):
     broken = Settings("mnist", method="gn", strength=1.0, learning_rate=1e30, batch_size=16)
     started = time.monotonic()
     with pytest.raises(TrainingError, match=r"^doomed \(seed 0, strength 1\): the loss is no longer"):
-        lab.trained([(broken, "doomed"), (Settings("mnist", batch_size=16), "clean")])
+        lab.train(lab.planned([(broken, "doomed"), (Settings("mnist", batch_size=16), "clean")]))
     assert time.monotonic() - started < 60
     assert not _children(os.getpid())
 
@@ -70,8 +72,10 @@ def test_an_interrupt_stops_all(tmp_path):
             raise KeyboardInterrupt
 
     settings = [(Settings("mnist", method=method, batch_size=16), method) for method in ("clean", "lrc")]
+    lab = parallel(tmp_path, interrupt, LONG)
+    networks = lab.planned(settings)
     with pytest.raises(KeyboardInterrupt):
-        parallel(tmp_path, interrupt, LONG).trained(settings)
+        lab.train(networks)
     assert not _children(os.getpid())
 
 
@@ -111,7 +115,8 @@ def test_trainings_end_when_the_reproduction_is_killed(tmp_path):
         "from test_jobs import *\n"
         "if __name__ == '__main__':\n"
         "    settings = [(Settings('mnist', method=m, batch_size=16), m) for m in ('clean', 'lrc')]\n"
-        "    parallel(Path(sys.argv[3]), scale=LONG).trained(settings)\n"
+        "    lab = parallel(Path(sys.argv[3]), scale=LONG)\n"
+        "    lab.train(lab.planned(settings))\n"
     )
     (tmp_path / "script.py").write_text(script)
     here = Path(__file__).parent

@@ -18,10 +18,10 @@ from sgr_kernels.cli import main
 from sgr_kernels.reproduce import certified, claims, ensemble, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab
-from sgr_kernels.reproduce.measurements import Network
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
 from sgr_kernels.reproduce.scales import METHODS, SCALES, Beyond, SearchScale
 from sgr_kernels.reproduce.smoothness import softmax_along
+from sgr_kernels.reproduce.trainings import Training
 from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.datasets import load as load_data
 from sgr_kernels.training.search import Search
@@ -125,6 +125,43 @@ def test_nothing_is_trained_or_measured_twice(whole):
     assert {path: path.stat().st_mtime_ns for path in (whole / "measurements").rglob("*.json")} == before
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_was_measured_needs_no_networks(jobs, whole, tmp_path):
+    """On another machine, say, that has the measurements alone; what is missing there trains what it is about."""
+    shutil.copytree(whole / "measurements", tmp_path / "measurements")
+    said = []
+    lab = lab_in(tmp_path, said.append)
+    reproduce(lab, list(EXPERIMENTS), "MNIST, tiny")
+    assert files(tmp_path) == files(whole)
+    assert not (tmp_path / "networks").exists()
+    lost = [path for path in (tmp_path / "measurements" / "leaking").iterdir() if path.name.startswith(("gn", "lrc"))]
+    for path in lost:
+        path.unlink()
+    said.clear()
+    lab.jobs = jobs
+    EXPERIMENTS["leaking"].measure(lab)
+    started = [line.partition(":")[0] for line in said if line.startswith("training")]
+    assert started == ["training gn (seed 0, strength 1)", "training lrc (seed 0)"]
+    assert all(path.is_file() for path in lost)
+    assert len(list((tmp_path / "networks").iterdir())) == 2
+
+
+def test_a_result_names_what_measured_it(whole, tmp_path, monkeypatch):
+    """Each machine, where several did, and its commit."""
+    shutil.copytree(whole / "measurements", tmp_path / "measurements")
+    (one, *_) = (tmp_path / "measurements" / "leaking").iterdir()
+    made = json.loads(one.read_text())
+    one.write_text(json.dumps(made | {"machine": made["machine"] | {"device": "a GPU", "commit": "abc1234"}}))
+    reproduce(lab_in(tmp_path), ["leaking", "smoothness"], "MNIST, tiny")
+    results = load(tmp_path / "results")
+    (here,) = results["smoothness"]["machines"]
+    assert {*here} >= {"device", "commit", "torch", "cuda", "python", "sgr_kernels"}
+    assert [entry["device"] for entry in results["leaking"]["machines"]].count("a GPU") == 1
+    assert len(results["leaking"]["machines"]) == 2
+    summary = (tmp_path / "results" / "README.md").read_text()
+    assert f"at commit {here['commit']}, torch {torch.__version__}, {here['device']}" in summary
+
+
 def test_another_seed_costs_no_more_than_itself(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "more")
     before = set((tmp_path / "more" / "measurements").rglob("*.json"))
@@ -145,13 +182,15 @@ def test_a_search_judges_by_images_that_no_trial_has_seen(tmp_path, monkeypatch)
         area(train([settings])[0])
         return Search(settings.method, "pgd", 1.0, 1.0, [], 1.0)
 
-    def trained(self, wanted, *, data, epochs):
-        seen.append(data.train.images)
-        return [Network("trial", settings, None) for settings, _ in wanted]
+    def train(self, progress):
+        seen.append(self.data.train.images)
+        run(self, progress)
+
+    run = Training.run
 
     monkeypatch.setattr(lab, "strength_search", searching)
     monkeypatch.setattr(lab, "attack_area", lambda model, images, *rest, **options: judged.append(images.images))
-    monkeypatch.setattr(Lab, "trained", trained)
+    monkeypatch.setattr(Training, "run", train)
     lab_in(tmp_path).search("gn")
 
     def pixels(images):
@@ -339,6 +378,22 @@ def test_scales_agree_with_the_paper(dataset):
         assert (min(scale.eps), max(scale.eps)) == (0, end)
         assert set(scale.single_eps) == set(paper.TRANSFER[dataset])
         assert set(scale.methods) <= set(METHODS)
+
+
+@pytest.mark.parametrize(("dataset", "scale"), [("mnist", "full"), ("cifar10", "cpu"), ("mnist", "smoke")])
+def test_as_many_seeds_as_asked_for(dataset, scale, tmp_path, monkeypatch):
+    """Also of a scale that has one of each method."""
+    labs = []
+    monkeypatch.setattr("sgr_kernels.commands.reproduce.reproduce", lambda lab, *_: labs.append(lab))
+    monkeypatch.setattr("sgr_kernels.commands.reproduce.architecture_for", lambda shape: dataset)
+    command = ["reproduce", "all", "--dataset", dataset, "--scale", scale, "--out", str(tmp_path)]
+    for options in ([], ["--seeds", "1"], ["--seeds", "4"]):
+        assert main([*command, *options]) == 0
+    usual, one, four = (lab.scale for lab in labs)
+    assert usual == SCALES[dataset][scale]
+    assert one.seeds_of("sgr_exp") == (0,)
+    assert four.seeds_of("sgr_exp") == (0, 1, 2, 3)
+    assert (one.beyond.seeds, four.beyond.seeds) == (1, 4)
 
 
 def test_the_dataset_must_fit_the_data(tmp_path, capsys):

@@ -37,11 +37,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import sgr_kernels as sgr
-from benchmarks import machine
 from benchmarks.memory import ENVIRONMENT
 from benchmarks.step import Training, memory_of_a_step
 from sgr_kernels.penalty import choice, proof
 from sgr_kernels.penalty.choice import METHODS
+from sgr_kernels.reproduce import machine
 from tests.zoo.models import ENTRIES, Entry
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "zoo.jsonl"
