@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -43,61 +43,112 @@ class Task(Protocol):
         """What is raised where its process says an error."""
 
 
-def run_all(
-    tasks: Sequence[Task],
-    jobs: int,
-    say: Callable[[str], None],
-    progress: bool | None = None,
-    watch: Callable[[], None] | None = None,
-) -> None:
-    """Run all tasks, ``jobs`` at a time. One at a time runs in this process, with all its threads.
+class Workers:
+    """Processes that do tasks, kept for the next ones: bringing PyTorch up, and a GPU, takes each some seconds."""
 
-    Args:
-        tasks: What to do.
-        jobs: At a time.
-        say: Told when a task begins and ends.
-        progress: Whether a task that runs in this process shows a bar.
-        watch: Called now and then while others run.
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+        weakref.finalize(self, _end, self._workers)
 
-    Raises:
-        Exception: A task's failure. Those that were running with it are stopped.
-    """
-    jobs = min(jobs, len(tasks))
-    if jobs <= 1:
-        for task in tasks:
-            say(task.announcement())
-            task.run(progress)
-            say(task.outcome())
-        return
-    left = list(tasks)
-    running: dict[Connection, tuple[Task, SpawnProcess]] = {}
-    try:
-        while left or running:
-            while left and len(running) < jobs:
-                task = left.pop(0)
+    def __reduce__(self) -> Any:
+        """Without the processes, which belong to this one."""
+        return Workers, ()
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        jobs: int,
+        say: Callable[[str], None],
+        progress: bool | None = None,
+        watch: Callable[[], None] | None = None,
+    ) -> None:
+        """Run all tasks, ``jobs`` at a time. One at a time runs in this process, with all its threads.
+
+        Args:
+            tasks: What to do.
+            jobs: At a time.
+            say: Told when a task begins and ends.
+            progress: Whether a task that runs in this process shows a bar.
+            watch: Called now and then while others run.
+
+        Raises:
+            Exception: A task's failure. Those that were running with it are stopped.
+        """
+        jobs = min(jobs, len(tasks))
+        if jobs <= 1:
+            for task in tasks:
                 say(task.announcement())
-                with _interrupts_held_back():
-                    receiver, process = _start(task, threads=max(1, torch.get_num_threads() // jobs))
-                    running[receiver] = task, process
-            for receiver in _ready(running, None if watch is None else _LOOK):
-                task, process = running.pop(receiver)
-                try:
-                    error = receiver.recv()
-                except EOFError:
-                    error = None
-                process.join()
-                if error is None:
-                    error = f"its process ended with exit code {process.exitcode}"
+                task.run(progress)
+                say(task.outcome())
+            return
+        try:
+            self._share_out(tasks, jobs, say, watch)
+        except BaseException:
+            _end(self._workers)
+            raise
+
+    def _share_out(
+        self, tasks: Sequence[Task], jobs: int, say: Callable[[str], None], watch: Callable[[], None] | None
+    ) -> None:
+        # All at once, so that none waits for another's imports.
+        while len(self._workers) < jobs:
+            with _interrupts_held_back():
+                self._workers.append(_Worker())
+        threads = max(1, torch.get_num_threads() // jobs)
+        left, idle = list(tasks), self._workers[:jobs]
+        running: dict[Connection, tuple[Task, _Worker]] = {}
+        while left or running:
+            while left and idle:
+                task, worker = left.pop(0), idle.pop(0)
+                say(task.announcement())
+                worker.begin(task, threads)
+                running[worker.connection] = task, worker
+            for connection in _ready(running, None if watch is None else _LOOK):
+                task, worker = running.pop(connection)
+                error = worker.end()
                 if error:
                     raise task.failure(error)
                 say(task.outcome())
+                idle.append(worker)
             if watch is not None:
                 watch()
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.join()
+
+
+class _Worker:
+    """A process that does tasks, and says of each what went wrong, or ``""``."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(os.getpid(), theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, task: Task, threads: int) -> None:
+        """Give it a task."""
+        # As bytes, because PyTorch shares tensors through a file in memory, which containers keep small.
+        content = pickle.dumps(task.detached())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `end` says how it ended
+            self.connection.send((content, threads))
+
+    def end(self) -> str:
+        """What went wrong with the task."""
+        try:
+            error: str = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return f"its process ended with exit code {self.process.exitcode}"
+        return error
+
+
+def _end(workers: list[_Worker]) -> None:
+    """Stop processes, whatever they do, and forget them."""
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join()
+        worker.connection.close()
+    workers.clear()
 
 
 def _ready(connections: Iterable[Connection], seconds: float | None) -> list[Connection]:
@@ -115,33 +166,27 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(task: Task, threads: int) -> tuple[Connection, SpawnProcess]:
-    """A process that does a task, and where it says at its end what went wrong, or ``""``."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    receiver, sender = context.Pipe(duplex=False)
-    # As bytes, because PyTorch shares tensors through a file in memory, which containers keep small.
-    content = pickle.dumps(task.detached())
-    process = context.Process(target=_work, args=(content, threads, os.getpid(), sender), daemon=True)
-    process.start()
-    sender.close()
-    return receiver, process
-
-
-def _work(content: bytes, threads: int, parent: int, sender: Connection) -> None:
+def _work(parent: int, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that no half-written file stays
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
-    task: Task = pickle.loads(content)
-    error = ""
-    try:
-        task.run(False)
-    except TrainingError as problem:
-        error = str(problem)
-    except Exception as problem:
-        traceback.print_exc()
-        error = f"{type(problem).__name__}: {problem}"
-    with contextlib.suppress(BrokenPipeError):
-        sender.send(error)
+    while True:
+        try:
+            content, threads = connection.recv()
+        except EOFError:
+            return
+        torch.set_num_threads(threads)
+        task: Task = pickle.loads(content)
+        error = ""
+        try:
+            task.run(False)
+        except TrainingError as problem:
+            error = str(problem)
+        except Exception as problem:
+            traceback.print_exc()
+            error = f"{type(problem).__name__}: {problem}"
+        del content, task  # the next one may need the memory
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(error)
 
 
 def _end_with(parent: int) -> None:

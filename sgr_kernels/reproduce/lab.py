@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.reproduce import machine
-from sgr_kernels.reproduce.jobs import run_all
+from sgr_kernels.reproduce.jobs import Workers
 from sgr_kernels.reproduce.measurements import Measurement, Network, Share
 from sgr_kernels.reproduce.scales import Scale
 from sgr_kernels.reproduce.trainings import Training
@@ -78,11 +78,12 @@ class Lab:
         self.whole = data
         self.data = DataSet(data.train.first(scale.train_images), data.test)
         self.machines: list[dict[str, Any]] = []
+        self._workers = Workers()
         self._digests = [part.digest() for part in data]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that makes measurements, one after the other and in silence."""
-        return {**self.__dict__, "say": _silent, "progress": False, "jobs": 1}
+        """For a process that measures, one thing after the other, in silence; searches, over all data, are not its."""
+        return {**self.__dict__, "say": _silent, "progress": False, "jobs": 1, "whole": None}
 
     def settings(self, method: str, seed: int = 0, attack: Attack | None = None, **changes: Any) -> Settings:
         """Settings of a method at this scale; a penalty's strength is searched for if none is given.
@@ -133,7 +134,8 @@ class Lab:
             TrainingError: If a training fails.
         """
         wanted = {network.folder: network.training for network in networks if network.training is not None}
-        run_all([training for training in wanted.values() if not training.done()], self.jobs, self.say, self.progress)
+        missing = [training for training in wanted.values() if not training.done()]
+        self._workers.run(missing, self.jobs, self.say, self.progress)
 
     def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
         epochs = epochs or self.scale.epochs
@@ -272,7 +274,7 @@ class Lab:
                 def watch() -> None:
                     bar.update(sum(self._path(measurement).is_file() for measurement in missing) - bar.n)
 
-                run_all(
+                self._workers.run(
                     [Share(description, self._made, missing[k::jobs]) for k in range(jobs)], jobs, self.say, watch=watch
                 )
         return [self._made(measurement) for measurement in self.bar(wanted, description)]

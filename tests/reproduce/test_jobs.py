@@ -136,6 +136,33 @@ def test_trainings_end_when_the_reproduction_is_killed(tmp_path):
         time.sleep(0.1)
 
 
+def test_processes_are_kept_for_the_next_tasks(tmp_path):
+    """And end with the lab."""
+    lab = parallel(tmp_path)
+    wanted = [Measurement("x", str(number), [], os.getpid) for number in range(6)]
+    first = set(lab.measured(wanted[:3], "processes"))
+    assert first | set(lab.measured(wanted, "processes")) == first == set(map(int, _children(os.getpid())))
+    assert len(first) == 2
+    with pytest.raises(MeasurementError):
+        lab.measured([Measurement("x", "bad", [], partial(int, "nine")), Measurement("x", "good", [], int)], "numbers")
+    assert not _children(os.getpid())
+    again = set(lab.measured([Measurement("y", str(number), [], os.getpid) for number in range(2)], "processes"))
+    assert len(again) == 2
+    assert not again & first
+    del lab
+    assert not _children(os.getpid())
+
+
+def test_a_process_that_is_killed_is_said_to_be(tmp_path):
+    wanted = [
+        Measurement("x", "killed", [], partial(os._exit, 3)),
+        Measurement("x", "long", [], partial(time.sleep, 60)),
+    ]
+    with pytest.raises(MeasurementError, match=r"^numbers: its process ended with exit code 3"):
+        parallel(tmp_path).measured(wanted, "numbers")
+    assert not _children(os.getpid())
+
+
 def _children(parent):
     """Processes that train for a parent; not the tracker of resources, which outlives them."""
     found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
