@@ -38,11 +38,11 @@ part() {
     local name=$1 limit=$2 start=$SECONDS left=$((total - SECONDS)) status verdict
     shift 2
     [[ $parts == *" $name "* ]] || return 0
-    if [ "$left" -lt 10 ]; then
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 10 ]; then
         skip "$name" "no time"
         return 0
     fi
-    [ "$limit" -le "$left" ] || limit=$left
     echo "== $name (at most $limit s)" | tee -a "$log"
     timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
     status=$?
@@ -89,6 +89,7 @@ part device 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,
 if "$python" -c 'import sgr_kernels as s; assert "cuda" in s.backends.build_info()["kernels"]' >>"$log" 2>&1; then
     skip build "the kernels are there"
 else
+    [[ $parts == *" build "* ]] || echo "note: there are no compiled kernels for GPUs; the part build makes them" | tee -a "$log"
     part build 150 env SGR_BUILD=cuda "$python" setup.py build_ext --inplace
 fi
 
@@ -132,9 +133,10 @@ part operators "$left" "${sgr[@]}" bench operators --device cuda --limit $((left
     --providers copy "sgr auto" "sgr native" "sgr native tf32" "sgr triton" "sgr triton tf32" "sgr torch" dense "dense tf32" rfft2
 part step "$left" "${sgr[@]}" bench step --device cuda --rounds 5 --networks carlini-wagner-mnist resnet18 --out "$out/step.json"
 
-# Correlated noise last: each of its results needs one network, so that little is trained twice where another run goes on.
+# Correlated noise last: its results need one network each, and so are soonest made where another run goes on.
 reproduce() {
     local name=$1 folder=${SGR_SCRATCH:-gpu-reproduction}/$1 data=${SGR_DATA:-}/$1 kept packing=15
+    local experiments=(table1 transfer covariance smoothness leaking lrc)
     [[ $parts == *" $name "* ]] || return 0
     if [ ! -d "$data" ]; then
         skip "$name" "no folder $data"
@@ -142,12 +144,16 @@ reproduce() {
     fi
     mkdir -p "$folder"
     for kept in "$out/$name.tar.gz" "benchmarks/results/paper/full/$name.tar.gz"; do
-        [ ! -f "$kept" ] || tar -xzf "$kept" -C "$folder" --skip-old-files
+        [ -f "$kept" ] || continue
+        if ! gzip -t "$kept" 2>>"$log" || ! tar -xzf "$kept" -C "$folder" --skip-old-files 2>>"$log"; then
+            failed=1
+            skip "$name" "cannot read $kept"
+            return 0
+        fi
     done
-    part "$name" $((total - SECONDS - packing)) bash -c 'for experiment in table1 transfer covariance smoothness leaking lrc; do
-        "$@" "$experiment" || exit; done' reproduce "${sgr[@]}" reproduce --dataset "$name" --scale full --data "$data" \
-        --seeds "${SGR_SEEDS:-1}" --jobs "${SGR_JOBS:-6}" --device cuda --out "$folder"
-    tar -czf "$out/$name.tar.gz.new" -C "$folder" --exclude=networks . && mv "$out/$name.tar.gz.new" "$out/$name.tar.gz"
+    part "$name" $((total - SECONDS - packing)) "${sgr[@]}" reproduce "${experiments[@]}" --dataset "$name" --scale full \
+        --data "$data" --seeds "${SGR_SEEDS:-1}" --jobs "${SGR_JOBS:-6}" --device cuda --out "$folder"
+    tar -czf "$out/$name.tar.gz.new" -C "$folder" --exclude=./networks . && mv "$out/$name.tar.gz.new" "$out/$name.tar.gz"
 }
 reproduce mnist
 reproduce cifar10

@@ -20,7 +20,14 @@ FLAGS = ["-std=c++17", "-Og", "-fno-omit-frame-pointer", "-fsanitize=address,ali
 # Checks by calls are soon compiled; what is undefined must end the process, not only be told.
 FLAGS += ["-fsanitize-undefined-trap-on-error", "--param", "asan-instrumentation-with-call-threshold=0"]
 
-OPERATORS = {"product": 0, "quadratic_form": 1, "quadratic_form_only": 2, "cross_spectrum": 3, "update": 4}
+OPERATORS = {
+    "product": 0,
+    "quadratic_form": 1,
+    "quadratic_form_only": 2,
+    "cross_spectrum": 3,
+    "update": 4,
+    "arrange": 5,
+}
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 BINNINGS = {"rounded": 0, "linear": 1, "even": 2}
 ELEMENTS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -157,6 +164,15 @@ class Emulator:
         payload = [_images(a)] + ([] if b is None else [_images(b)])
         shape = (a.shape[1], a.shape[1], *frequencies)
         return _tensor(self._run(fields, payload, order), (4, *shape) if signed else shape, wide)
+
+    def arrange(self, spectrum: Tensor, size: tuple[int, int], order: str = "ascending") -> Tensor:
+        """A symmetric spectrum (C, C, Fh, Fw) in the order in which the fused kernels read it, for images of a size."""
+        images = torch.zeros(1, spectrum.shape[0], *size)
+        fields = self._fields("arrange", images, spectrum.shape[-2:], 1, "highest", HOPPER)
+        lam = spectrum.contiguous()
+        fields += [0, *lam.stride()]
+        shape = self.arranged(spectrum, size).shape
+        return _tensor(self._run(fields, [_images(images), _storage(lam)], order), shape, torch.float32)
 
     @staticmethod
     def arranged(spectrum: Tensor, size: tuple[int, int]) -> Tensor:

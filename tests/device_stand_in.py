@@ -2,7 +2,7 @@
 
 Its tensors say that they are on ``cuda:0`` and hold a tensor of the host. Operators compute with those, and fail where
 a GPU's would: on tensors of both places, on a generator of the other one, on a NumPy array asked of the device. Zeros
-of the host pass, for autograd makes such; what ``vmap`` maps hides where it lies; kernels of a GPU there are none.
+of the host pass where autograd makes such; what ``vmap`` maps hides where it lies. Its kernels: `tests.device_kernels`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import pytest
 import torch
 import torch._decomp.decompositions_for_jvp  # which compiles what it finds in PyTorch, and may not find a wrapper
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.device_kernels import Kernels
 
 DEVICE = torch.device("cuda", 0)
 
 _aten = torch.ops.aten
 # Operators that take tensors of both places; of an index the places may lie on the host.
 _ACROSS = {_aten.copy_.default, _aten._to_copy.default}
+_OF_BACKWARD = {_aten.add.Tensor, _aten.mm.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
 
@@ -82,10 +86,24 @@ class Device(Tensor):
         _require_one_place(function, args, kwargs)
         # Where Python asks for a place, it was seen to before; what C++ asks for is the wrapper's, or no place at all.
         on_device = asked is None or torch.device(asked).type != "meta"
+        kernel = _kernel(function)
+        if kernel is not None:
+            return _wrapped(kernel(*_host(args), **_host(kwargs)))
         found = function(*_host(args), **_host(kwargs))
         if function._schema.is_mutable:
             return _written(function, args, kwargs, found)
         return _wrapped(found) if on_device else found
+
+
+_compiled: dict[str, Kernels | None] = {"kernels": None}
+
+
+def _kernel(function: Any) -> Callable[..., Any] | None:
+    """A compiled kernel for GPUs, in the place of the host's of the same name."""
+    kernels = _compiled["kernels"]
+    if kernels is None or function.namespace != "sgr_kernels":
+        return None
+    return kernels.get(function._schema.name.partition("::")[2])
 
 
 def _is_parameter(tensor: Tensor) -> bool:
@@ -117,23 +135,23 @@ def _written(function: Any, args: Any, kwargs: Any, found: Any) -> Any:
 
 
 def _require_one_place(function: Any, args: Any, kwargs: Any) -> None:
-    """As on a GPU: tensors without dimensions may come from the host."""
+    """As on a GPU, whose element-wise operators take numbers from the host, and its indices places."""
     if function in _ACROSS:
         return
     checked = [*args[:1], *args[2:]] if function in _INDEXED and isinstance(args[0], Device) else [*args]
     leaves = [leaf for leaf in tree_leaves((checked, kwargs)) if isinstance(leaf, Tensor)]
-    host = [leaf for leaf in leaves if not isinstance(leaf, Device) and leaf.dim()]
+    on_device = [leaf for leaf in leaves if isinstance(leaf, Device)]
+    numbers = torch.Tag.pointwise in function.tags or function in _INDEXED
+    host = [leaf for leaf in leaves if not isinstance(leaf, Device) and (leaf.dim() or not numbers)]
     # Zeros that stand for absent derivatives autograd makes where the wrapper lies, which is on the host.
-    if any(isinstance(leaf, Device) for leaf in leaves) and any(leaf.count_nonzero() for leaf in host):
+    if forward_ad._current_level >= 0 or (function in _OF_BACKWARD and not torch.is_grad_enabled()):
+        host = [leaf for leaf in host if leaf.count_nonzero()]
+    written = function._schema.is_mutable and leaves and not isinstance(leaves[0], Device)
+    if on_device and (host or written):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
             f"({function})"
         )
-    first = leaves[0] if leaves else None
-    if first is not None and not isinstance(first, Device) and any(isinstance(leaf, Device) for leaf in leaves):
-        mutated = function._schema.is_mutable
-        if mutated:
-            raise RuntimeError(f"{function}: writes a tensor of the device into one of the host")
 
 
 class _ToDevice(torch.autograd.Function):
@@ -288,6 +306,7 @@ _MAKERS = [
 ]
 _LIKE = ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"]
 _NEW = ["new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"]
+_DRAWN_FOR = ["bernoulli", "multinomial", "poisson", "normal"]
 _DRAWN = ["normal_", "uniform_", "random_", "bernoulli_", "exponential_", "bernoulli", "multinomial"]
 
 
@@ -324,8 +343,12 @@ _PROPERTIES = types.SimpleNamespace(L2_cache_size=1 << 10, shared_memory_per_blo
 
 
 @contextlib.contextmanager
-def stand_in() -> Iterator[torch.device]:
-    """A process with a GPU, within."""
+def stand_in(kernels: Kernels | None = None) -> Iterator[torch.device]:
+    """A process with a GPU, within.
+
+    Args:
+        kernels: Those that the package was compiled with; None: none for GPUs.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for place, names, changed in (
             (torch, _MAKERS, _making),
@@ -333,7 +356,7 @@ def stand_in() -> Iterator[torch.device]:
             (torch, _LIKE, _making_like),
             (Tensor, _NEW, _making_like),
             (Tensor, _DRAWN, _drawing),
-            (torch, ["bernoulli", "multinomial", "poisson"], _drawing),
+            (torch, _DRAWN_FOR, _drawing),
             (Tensor, ["to"], _going),
         ):
             for name in names:
@@ -366,7 +389,10 @@ def stand_in() -> Iterator[torch.device]:
         patch.setattr(torch.cuda, "CUDAGraph", _Graph)
         patch.setattr(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
-        patch.setattr("sgr_kernels.backends.native._KERNELS", ["cpu"])
+        patch.setitem(_compiled, "kernels", kernels)
+        patch.setattr("sgr_kernels.backends.native._KERNELS", ["cpu"] if kernels is None else ["cpu", "cuda"])
+        patch.setattr("sgr_kernels.backends.native._ARCHITECTURES", ["sm_90"])
+        patch.setattr("sgr_kernels.backends.native._obstacles", {})
         # The steps that `sgr_kernels.training` captures have a stand-in of their own, `tests.graph_emulator`.
         patch.setattr("sgr_kernels.training.loop.graphs_on", lambda device: None)
         patch.setattr("benchmarks.step.cuda_graphs.graphs_on", lambda device: None)

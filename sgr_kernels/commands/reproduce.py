@@ -21,7 +21,13 @@ _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("experiment", choices=(*EXPERIMENTS, *BEYOND, "all"), help=f"all: the paper's; beyond it: {', '.join(BEYOND)}")
+    add(
+        "experiments",
+        nargs="+",
+        choices=(*EXPERIMENTS, *BEYOND, "all"),
+        metavar="EXPERIMENT",
+        help=f"of {', '.join(EXPERIMENTS)}, or all of them, the paper's; beyond it: {', '.join(BEYOND)}",
+    )
     add("--dataset", choices=tuple(SCALES), default="mnist", help="whose networks and columns of the paper")
     add(
         "--scale",
@@ -60,9 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
             jobs=arguments.jobs,
         )
         name = arguments.data_name or ("MNIST sample" if arguments.data == SAMPLE else _NAMES[arguments.dataset])
-        chosen = list(EXPERIMENTS) if arguments.experiment == "all" else [arguments.experiment]
+        paper = list(EXPERIMENTS)
+        chosen = dict.fromkeys(n for name in arguments.experiments for n in (paper if name == "all" else [name]))
         try:
-            reproduce(lab, chosen, f"{name}, {arguments.scale} scale")
+            reproduce(lab, list(chosen), f"{name}, {arguments.scale} scale")
         except (TrainingError, MeasurementError) as error:
             raise ValueError(str(error)) from error
     print(f"written: {out / 'results' / 'README.md'}")

@@ -50,11 +50,13 @@ def measure(lab: Lab) -> dict[str, Any]:
         for name, attack in attacks.items()
     ]
     wanted.append(Measurement("covariance", DATA, [], partial(of_data, lab)))
-    found = dict(zip([*attacks, DATA], lab.measured(wanted, "covariances"), strict=True))
-    correction = {
-        name: lab.cached("covariance", f"eq12-{name}", [network], partial(mean_correction, lab, network))
-        for name, network in {"clean": clean, "sgr_sign": sgr}.items()
-    }
+    corrected = {"clean": clean, "sgr_sign": sgr}
+    wanted += [
+        Measurement("covariance", f"eq12-{name}", [network], partial(mean_correction, lab, network))
+        for name, network in corrected.items()
+    ]
+    found = dict(zip([*attacks, DATA, *corrected], lab.measured(wanted, "covariances"), strict=True))
+    correction = {name: found.pop(name) for name in corrected}
     return {
         "images": lab.scale.covariance_images,
         "attack_images": lab.scale.attack_images,
@@ -158,7 +160,8 @@ def variants(lab: Lab, sgr: Network) -> dict[str, Any]:
     wanted = [
         Measurement("covariance", f"pgd-{name}", [n], partial(_under_pgd, lab, n)) for name, n in networks.items()
     ]
-    found = zip(networks.items(), lab.measured(wanted, "variants of SGR"), strict=True)
+    wanted += [lab.accuracy(network) for network in networks.values()]
+    found = zip(networks.items(), lab.measured(wanted, "variants of SGR"))  # and then the accuracies
     return {name: {"test_accuracy": lab.test_accuracy(network), "pgd": curve} for (name, network), curve in found}
 
 

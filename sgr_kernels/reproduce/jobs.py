@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ import torch
 
 from sgr_kernels.training.checkpoint import TrainingError
 
+_SHARED = "shared"
 _LOOK = 1.0  # seconds between looks at how far tasks are, and whether there is still somebody to work for
 
 
@@ -61,6 +63,8 @@ class Workers:
         say: Callable[[str], None],
         progress: bool | None = None,
         watch: Callable[[], None] | None = None,
+        then: Callable[[Task], Sequence[Task]] = lambda task: (),
+        shared: Any = None,
     ) -> None:
         """Run all tasks, ``jobs`` at a time. One at a time runs in this process, with all its threads.
 
@@ -70,26 +74,40 @@ class Workers:
             say: Told when a task begins and ends.
             progress: Whether a task that runs in this process shows a bar.
             watch: Called now and then while others run.
+            then: What a task that is done makes possible; that comes first.
+            shared: An object that tasks refer to; it is sent to each process once.
 
         Raises:
             Exception: A task's failure. Those that were running with it are stopped.
         """
         jobs = min(jobs, len(tasks))
         if jobs <= 1:
-            for task in tasks:
+            left = list(tasks)
+            while left:
+                task = left.pop(0)
                 say(task.announcement())
                 task.run(progress)
                 say(task.outcome())
+                left[:0] = then(task)
             return
         try:
-            self._share_out(tasks, jobs, say, watch)
+            self._share_out(tasks, jobs, say, watch, then, shared)
         except BaseException:
             _end(self._workers)
             raise
 
     def _share_out(
-        self, tasks: Sequence[Task], jobs: int, say: Callable[[str], None], watch: Callable[[], None] | None
+        self,
+        tasks: Sequence[Task],
+        jobs: int,
+        say: Callable[[str], None],
+        watch: Callable[[], None] | None,
+        then: Callable[[Task], Sequence[Task]],
+        shared: Any,
     ) -> None:
+        dead = [worker for worker in self._workers if not worker.process.is_alive()]
+        self._workers[:] = [worker for worker in self._workers if worker not in dead]
+        _end(dead)
         # All at once, so that none waits for another's imports.
         while len(self._workers) < jobs:
             with _interrupts_held_back():
@@ -101,7 +119,7 @@ class Workers:
             while left and idle:
                 task, worker = left.pop(0), idle.pop(0)
                 say(task.announcement())
-                worker.begin(task, threads)
+                worker.begin(task, threads, shared)
                 running[worker.connection] = task, worker
             for connection in _ready(running, None if watch is None else _LOOK):
                 task, worker = running.pop(connection)
@@ -109,6 +127,7 @@ class Workers:
                 if error:
                     raise task.failure(error)
                 say(task.outcome())
+                left[:0] = then(task)
                 idle.append(worker)
             if watch is not None:
                 watch()
@@ -123,13 +142,18 @@ class _Worker:
         self.process = context.Process(target=_work, args=(os.getpid(), theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self._shared: Callable[[], Any] = lambda: None  # a weak reference: the object owns its processes
 
-    def begin(self, task: Task, threads: int) -> None:
-        """Give it a task."""
+    def begin(self, task: Task, threads: int, shared: Any) -> None:
+        """Give it a task, which may refer to a shared object."""
         # As bytes, because PyTorch shares tensors through a file in memory, which containers keep small.
-        content = pickle.dumps(task.detached())
+        known = shared is None or self._shared() is shared
+        content = io.BytesIO()
+        _Pickler(content, shared).dump(task.detached())
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `end` says how it ended
-            self.connection.send((content, threads))
+            self.connection.send((None if known else pickle.dumps(shared), content.getvalue(), threads))
+        if not known:
+            self._shared = weakref.ref(shared)
 
     def end(self) -> str:
         """What went wrong with the task."""
@@ -166,16 +190,42 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Pickler(pickle.Pickler):
+    """All but the shared object, which the other process has."""
+
+    def __init__(self, file: io.BytesIO, shared: Any) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Its name there."""
+        return _SHARED if value is self._shared and value is not None else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, shared: Any) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_load(self, name: str) -> Any:
+        """What is meant by it here."""
+        assert name == _SHARED
+        return self._shared
+
+
 def _work(parent: int, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # in order, so that no half-written file stays
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    shared: Any = None
     while True:
         try:
-            content, threads = connection.recv()
+            brought, content, threads = connection.recv()
         except EOFError:
             return
         torch.set_num_threads(threads)
-        task: Task = pickle.loads(content)
+        if brought is not None:
+            shared = pickle.loads(brought)
+        task: Task = _Unpickler(io.BytesIO(content), shared).load()
         error = ""
         try:
             task.run(False)
@@ -184,7 +234,7 @@ def _work(parent: int, connection: Connection) -> None:
         except Exception as problem:
             traceback.print_exc()
             error = f"{type(problem).__name__}: {problem}"
-        del content, task  # the next one may need the memory
+        del brought, content, task  # the next one may need the memory
         with contextlib.suppress(BrokenPipeError):
             connection.send(error)
 

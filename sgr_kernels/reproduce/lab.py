@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from sgr_kernels._version import __version__
 from sgr_kernels.evaluation.suite import PIXEL_LEVELS
 from sgr_kernels.reproduce import machine
-from sgr_kernels.reproduce.jobs import Workers
+from sgr_kernels.reproduce.jobs import Task, Workers
 from sgr_kernels.reproduce.measurements import Measurement, Network, Share
 from sgr_kernels.reproduce.scales import Scale
 from sgr_kernels.reproduce.trainings import Training
@@ -39,6 +40,10 @@ _L1_SHARES = (0.1, 0.3, 1.0, 3.0)
 _SEARCHED = {"sgr_grad": "sgr_sign", "fgsm_sgr": "sgr_sign", "pgd_sgr": "sgr_sign"}
 
 
+def _accuracy(lab: Lab, network: Network) -> float:
+    return accuracy(network.model, lab.batches(len(lab.data.test)))
+
+
 def _silent(line: str) -> None:
     """What another process says is said here."""
 
@@ -58,6 +63,8 @@ class Lab:
 
     Attributes:
         machines: What those results were measured with that were asked for, each kind once (`machine.describe`).
+        weights: Of the networks that those results are of, by the names of their folders, fingerprints: several where
+            networks of several machines, say, were trained by the same settings.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class Lab:
         self.whole = data
         self.data = DataSet(data.train.first(scale.train_images), data.test)
         self.machines: list[dict[str, Any]] = []
+        self.weights: dict[str, set[str]] = {}
         self._workers = Workers()
         self._digests = [part.digest() for part in data]
 
@@ -146,14 +154,15 @@ class Lab:
         logged = DataSet(data.train, data.test.first(_LOGGED))
         return Training(name, settings, logged, epochs, folder, self.device)
 
-    def test_accuracy(self, network: Network) -> float:
+    def accuracy(self, network: Network) -> Measurement:
         """Of a network on all test images."""
-
-        def measure() -> float:
-            return accuracy(network.model, self.batches(len(self.data.test)))
-
         name = f"{network.settings.method}-seed{network.settings.seed}"
-        return self.cached("accuracy", name, [network], measure)
+        return Measurement("accuracy", name, [network], partial(_accuracy, self, network))
+
+    def test_accuracy(self, network: Network) -> float:
+        """A network's `accuracy`, measured now or before."""
+        found: float = self._made(self.accuracy(network))
+        return found
 
     def method(self, method: str, seed: int = 0, attack: Attack | None = None, **changes: Any) -> Network:
         """The network of a method at this scale (`settings`)."""
@@ -265,19 +274,33 @@ class Lab:
         Raises:
             MeasurementError: If one of several at a time fails.
         """
-        missing = [measurement for measurement in wanted if not self._path(measurement).is_file()]
-        self._train_for(missing)
-        jobs = min(self.jobs, len(missing))
-        if jobs > 1:
-            with self._tqdm(total=len(missing), desc=description) as bar:
-
-                def watch() -> None:
-                    bar.update(sum(self._path(measurement).is_file() for measurement in missing) - bar.n)
-
-                self._workers.run(
-                    [Share(description, self._made, missing[k::jobs]) for k in range(jobs)], jobs, self.say, watch=watch
-                )
+        missing = [measurement for measurement in wanted if self._known(measurement) is None]
+        if min(self.jobs, len(missing)) > 1:
+            self._measure_at_a_time(missing, description)
         return [self._made(measurement) for measurement in self.bar(wanted, description)]
+
+    def _measure_at_a_time(self, missing: Sequence[Measurement], description: str) -> None:
+        """Each as soon as its networks are trained, so that an interruption takes little."""
+        untrained = {t.folder: t for m in missing for t in m.trainings() if not t.done()}
+        waiting: dict[frozenset[Path], list[Measurement]] = {}
+        for measurement in missing:
+            needed = frozenset(t.folder for t in measurement.trainings() if t.folder in untrained)
+            waiting.setdefault(needed, []).append(measurement)
+
+        def then(task: Task | None) -> list[Task]:
+            if isinstance(task, Training):
+                del untrained[task.folder]
+            ready = [needed for needed in waiting if not any(folder in untrained for folder in needed)]
+            parts = [group[k :: self.jobs] for group in map(waiting.pop, ready) for k in range(self.jobs)]
+            return [Share(description, self._made, part) for part in parts if part]
+
+        with self._tqdm(total=len(missing), desc=description) as bar:
+
+            def watch() -> None:
+                bar.update(sum(self._path(measurement).is_file() for measurement in missing) - bar.n)
+
+            first: list[Task] = [*then(None), *untrained.values()]
+            self._workers.run(first, self.jobs, self.say, watch=watch, then=then, shared=self)
 
     def _path(self, measurement: Measurement) -> Path:
         """Where it is remembered."""
@@ -286,20 +309,33 @@ class Lab:
         key = digest(question if measurement.plan is None else [*question, measurement.plan])
         return self.out / "measurements" / measurement.experiment / f"{measurement.name}-{key}.json"
 
+    def _known(self, measurement: Measurement) -> dict[str, Any] | None:
+        """What a file says of it, if there is one; a damaged one is none."""
+        try:
+            kept: dict[str, Any] = json.loads(self._path(measurement).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return kept if set(kept) == {"found", "machine", "weights"} else None
+
     def _made(self, measurement: Measurement) -> Any:
-        path = self._path(measurement)
-        if not path.is_file():
-            self._train_for([measurement])
-            made = {"found": measurement.measure(), "machine": machine.describe(self.device)}
+        kept = self._known(measurement)
+        if kept is None:
+            networks = [n for n in measurement.networks if isinstance(n, Network)]
+            self.train(networks)
+            made = {
+                "found": measurement.measure(),
+                "machine": machine.describe(self.device),
+                "weights": {network.folder.name: network.fingerprint for network in networks},
+            }
+            path = self._path(measurement)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(made).encode())
-        kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text())
         if kept["machine"] not in self.machines:
             self.machines.append(kept["machine"])
+        for name, fingerprint in kept["weights"].items():
+            self.weights.setdefault(name, set()).add(fingerprint)
         return kept["found"]
-
-    def _train_for(self, measurements: Sequence[Measurement]) -> None:
-        self.train([n for measurement in measurements for n in measurement.networks if isinstance(n, Network)])
 
     def question(self) -> dict[str, Any]:
         """What every result of this lab depends on, ready for JSON."""

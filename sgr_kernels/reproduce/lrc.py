@@ -45,7 +45,8 @@ def measure(lab: Lab) -> dict[str, Any]:
         for n, name in pairs
     ]
     rows: dict[str, list[dict[str, Any]]] = {}
-    found = zip(pairs, lab.measured(wanted, "correlated noise"), strict=True)
+    wanted += [lab.accuracy(network) for network in networks]
+    found = zip(pairs, lab.measured(wanted, "correlated noise"))  # and then the accuracies
     for network, named in groupby(found, key=lambda item: item[0][0]):
         row = {"test_accuracy": lab.test_accuracy(network), "strength": network.settings.strength}
         rows.setdefault(network.settings.method, []).append(

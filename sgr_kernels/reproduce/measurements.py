@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,9 +43,20 @@ class Network:
         self.train([self])
         return load_model(self.folder)[0].to(self.device)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digits that tell its weights from those of another training by the same settings."""
+        state = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            state.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:12]
+
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which loads the model from its folder."""
-        return {**{name: value for name, value in self.__dict__.items() if name != "model"}, "training": None}
+        return {
+            **{name: value for name, value in self.__dict__.items() if name not in ("model", "fingerprint")},
+            "training": None,
+        }
 
 
 class MeasurementError(RuntimeError):
@@ -69,6 +81,11 @@ class Measurement:
     networks: Sequence[Network | Settings]
     measure: Callable[[], Any]
     plan: Any = None
+
+    def trainings(self) -> list[Training]:
+        """Those that its networks come from."""
+        networks = [network for network in self.networks if isinstance(network, Network)]
+        return [network.training for network in networks if network.training is not None]
 
 
 @dataclass(frozen=True)

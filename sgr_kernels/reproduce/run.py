@@ -26,7 +26,8 @@ from sgr_kernels.reproduce import (
     transfer,
 )
 from sgr_kernels.reproduce.lab import Lab
-from sgr_kernels.training.checkpoint import write_atomically
+from sgr_kernels.reproduce.measurements import MeasurementError
+from sgr_kernels.training.checkpoint import TrainingError, write_atomically
 from sgr_kernels.training.records import difference
 
 EXPERIMENTS: dict[str, ModuleType] = {
@@ -56,6 +57,8 @@ _ALL = {"search": search, **EXPERIMENTS, **BEYOND}
 def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
     """Measure, write results and pages; everything already in the lab's folder is used again.
 
+    An experiment that fails does not stop the next ones.
+
     Args:
         lab: Where to work.
         experiments: Names in ``EXPERIMENTS`` and ``BEYOND``.
@@ -63,6 +66,7 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
 
     Raises:
         ValueError: if the folder holds results of other data or another scale, beyond those measured anew.
+        TrainingError, MeasurementError: the first experiment's that failed, at the end.
     """
     about = {
         "question": lab.question(),
@@ -79,13 +83,26 @@ def reproduce(lab: Lab, experiments: Sequence[str], title: str) -> None:
         renewed.insert(0, "search")
     kept = {name: found for name, found in load(folder).items() if name not in renewed}
     _require_one_question(folder, lab.question(), kept)
+    failures: list[TrainingError | MeasurementError] = []
     for name in renewed:
         lab.say(f"{name}: {_ALL[name].TITLE.lower()}")
         lab.machines.clear()
-        results = {**about, **_ALL[name].measure(lab), "machines": lab.machines}
+        lab.weights.clear()
+        try:
+            found = _ALL[name].measure(lab)
+        except (TrainingError, MeasurementError) as error:
+            if len(renewed) == 1:
+                raise
+            lab.say(f"{name}: {error}")
+            failures.append(error)
+            continue
+        weights = {network: sorted(kinds) for network, kinds in sorted(lab.weights.items())}
+        results = {**about, **found, "machines": lab.machines, "weights": weights}
         write_atomically(folder / f"{name}.json", (json.dumps(results) + "\n").encode())
         _ALL[name].show(results, folder)
         summarize(folder, lab.question())
+    if failures:
+        raise failures[0]
 
 
 def show(folder: Path) -> None:
@@ -113,12 +130,22 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def summarize(folder: Path, question: dict[str, Any]) -> None:
     """Write README.md: each of the paper's claims and what became of it, by the results that answer the question."""
     results = {name: found for name, found in load(folder).items() if not _difference(question, found)}
-    about = next(iter(results.values()))
     verdicts = claims.judge(results)
     papers = any(name in EXPERIMENTS for name in results)
+    seeds = {name: _seeds(found, papers) for name, found in results.items() if name != "search"}
+    # Where results differ, the fewest are said of all.
+    about = results[min(seeds, key=lambda name: seeds[name]) if seeds else "search"]
     page = Page(("The paper's claims: " if papers else "Beyond the paper: ") + about["title"])
     made = [entry for found in results.values() for entry in found.get("machines", [found])]
     page.text(_setting(about, papers, made))
+    notes = [f"More seeds: {', '.join(more)}."] if (more := _more(seeds)) else []
+    if again := _trained_again(results):
+        notes.append(
+            "Trained more than once, on machines that round differently, so that what was measured is of several "
+            f"networks of the same settings: {', '.join(again)}."
+        )
+    for note in notes:
+        page.text(note)
     if verdicts:
         page.text(
             f"Of {len(verdicts)} claims measured: "
@@ -209,6 +236,28 @@ def _setting(about: dict[str, Any], papers: bool, made: Sequence[dict[str, Any]]
         f"Adam 1e-3 ({rate}), batches of {scale['batch_size']}; {repeated}. "
         f"{_machines(made)}."
     )
+
+
+def _seeds(about: dict[str, Any], papers: bool) -> int:
+    """How many networks there are of a method that has several."""
+    scale = about["scale"]
+    if not papers:
+        return int(scale["beyond"]["seeds"])
+    return int(scale["seeds"]) if scale["repeated"] else 1
+
+
+def _more(seeds: dict[str, int]) -> list[str]:
+    """Pages with more seeds than the others."""
+    return [f"{_ALL[name].TITLE} ({count})" for name, count in seeds.items() if count > min(seeds.values())]
+
+
+def _trained_again(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of the networks of which there are several by the same settings."""
+    weights: dict[str, set[str]] = {}
+    for found in results.values():
+        for name, kinds in found.get("weights", {}).items():
+            weights.setdefault(name, set()).update(kinds)
+    return list(dict.fromkeys(name.rpartition("-")[0] for name in sorted(weights) if len(weights[name]) > 1))
 
 
 def _machines(made: Sequence[dict[str, Any]]) -> str:

@@ -132,9 +132,13 @@ class Scale:
         return tuple(range(self.seeds if method in self.repeated else 1))
 
     def with_seeds(self, seeds: int) -> Scale:
-        """The same with another number of networks of each method that has several, or may have."""
+        """The same with another number of networks of each method that has several, or may have; of one, no twins."""
         return replace(
-            self, seeds=seeds, repeated=self.repeated or NOISE_METHODS, beyond=replace(self.beyond, seeds=seeds)
+            self,
+            seeds=seeds,
+            repeated=self.repeated or NOISE_METHODS,
+            twins=() if seeds == 1 else self.twins,
+            beyond=replace(self.beyond, seeds=seeds),
         )
 
     def has_twin(self, method: str) -> bool:

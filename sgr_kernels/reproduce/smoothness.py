@@ -35,7 +35,9 @@ def measure(lab: Lab) -> dict[str, Any]:
     _, labels = lab.pixels(lab.scale.line_images)
     chosen = examples(found["clean"], labels.tolist())
     shown = {
-        name: lab.cached("smoothness", f"{name}-examples", [network], partial(lines_of, lab, network, eps, chosen))
+        name: lab.cached(
+            "smoothness", f"{name}-examples", [network], partial(lines_of, lab, network, eps, chosen), chosen
+        )
         for name, network in networks.items()
     }
     return {

@@ -34,8 +34,10 @@ def measure(lab: Lab) -> dict[str, Any]:
         Measurement("table1", f"{n.settings.method}-seed{n.settings.seed}", [n], partial(attacked, lab, n))
         for n in networks
     ]
+    shown = [method for method in SHOWN if method in lab.scale.methods]
+    found = lab.measured([*wanted, *(sanity(lab, method) for method in shown)], "white-box attacks")
     rows: dict[str, list[dict[str, Any]]] = {}
-    for network, row in zip(networks, lab.measured(wanted, "white-box attacks"), strict=True):
+    for network, row in zip(networks, found):  # and then the sanity reports
         rows.setdefault(network.settings.method, []).append(row)
     return {
         "images": lab.scale.attack_images,
@@ -44,26 +46,26 @@ def measure(lab: Lab) -> dict[str, Any]:
         "pgd_steps": lab.scale.pgd_steps,
         "methods": rows,
         "sanity_images": lab.scale.sanity_images,
-        "sanity": {name: sanity(lab, name) for name in lab.bar([m for m in SHOWN if m in rows], "sanity reports")},
+        "sanity": dict(zip(shown, found[len(networks) :], strict=True)),
     }
 
 
-def sanity(lab: Lab, method: str) -> dict[str, Any]:
+def sanity(lab: Lab, method: str) -> Measurement:
     """Can the PGD accuracies of a method's first network be believed?"""
     network, surrogate = lab.method(method), lab.method("gn" if method == "clean" else "clean")
+    return Measurement("sanity", method, [network, surrogate], partial(_sanity, lab, network, surrogate))
 
-    def measure() -> dict[str, Any]:
-        report = sanity_report(
-            network.model,
-            lab.batches(lab.scale.sanity_images),
-            eps=max(lab.scale.eps) / PIXEL_LEVELS,
-            surrogate=surrogate.model,
-            steps=lab.scale.pgd_steps,
-            max_images=lab.scale.sanity_images,
-        )
-        return report.to_dict()
 
-    return lab.cached("sanity", method, [network, surrogate], measure)
+def _sanity(lab: Lab, network: Network, surrogate: Network) -> dict[str, Any]:
+    report = sanity_report(
+        network.model,
+        lab.batches(lab.scale.sanity_images),
+        eps=max(lab.scale.eps) / PIXEL_LEVELS,
+        surrogate=surrogate.model,
+        steps=lab.scale.pgd_steps,
+        max_images=lab.scale.sanity_images,
+    )
+    return report.to_dict()
 
 
 def attacked(lab: Lab, network: Network) -> dict[str, Any]:

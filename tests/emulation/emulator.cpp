@@ -9,7 +9,7 @@
 // A case is kFields int64 followed by the storages of a, of b (cross_spectrum
 // of two tensors) and of the spectrum. Results follow each other without
 // headers: q, then v (contiguous), or S. kHasB of products: an arranged spectrum
-// follows. An update has kUpdateFields int64 more,
+// follows. What is arranged has an image of zeros. An update has kUpdateFields int64 more,
 // then decay, target variance, and the state, which is the result. The number of
 // launches comes last.
 #include <array>
@@ -18,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "update_schedule.cuh"
@@ -28,7 +29,7 @@ using namespace sgr::cuda;
 
 enum Field {
   kOperator,  // 0 product, 1 quadratic_form, 2 quadratic_form without product, 3
-              // cross_spectrum, 4 update
+              // cross_spectrum, 4 update, 5 arrange
   kPrecision,
   kElement,
   kBatch,
@@ -185,6 +186,14 @@ void run_case(const int64_t* field, std::FILE* cases, std::FILE* results) {
   read(cases, spectrum.data.get(), spectrum.size);
   SpectrumView<T> lambda{static_cast<const T*>(spectrum.data.get()), parts, spectrum_size / parts, {}};
   std::memcpy(lambda.stride, field + kSpectrumStride, sizeof(lambda.stride));
+  if constexpr (std::is_same_v<T, float>) {
+    if (field[kOperator] == 5) {
+      const Buffer tiles(4 * arranged_words(geometry));
+      compute_arranged(launcher, lambda, geometry, static_cast<float*>(tiles.data.get()));
+      std::fwrite(tiles.data.get(), 1, tiles.size, results);
+      return;
+    }
+  }
   const Buffer arranged(field[kHasB] ? 4 * arranged_words(geometry) : 0);
   read(cases, arranged.data.get(), arranged.size);
   const int64_t plane = field[kHeight] * field[kWidth];

@@ -28,10 +28,11 @@ case "$*" in
 -c*) exit "${CARRIED:-1}" ;;
 *"cli reproduce "*)
     echo "$*"
-    for last; do :; done
     folder=${*##*--out }
-    mkdir -p "${folder% *}/measurements" "${folder% *}/networks"
-    touch "${folder% *}/measurements/$last.json" "${folder% *}/networks/weights"
+    mkdir -p "$folder/measurements" "$folder/networks"
+    touch "$folder/networks/weights"
+    [ -n "$LONG" ] && echo begun >"$folder/measurements/begun.json" && exec sleep 600
+    echo done >"$folder/measurements/done.json"
     exit "${REPRODUCED:-0}" ;;
 *facts*) echo "facts in $PWD: $*"; exit "${FACTS:-0}" ;;
 *) echo "arch $TORCH_CUDA_ARCH_LIST, build $SGR_BUILD: $*" ;;
@@ -117,29 +118,55 @@ def test_all_parts_together_have_a_limit(tmp_path: Path) -> None:
     assert result.stdout.count("left out: no time") == 0
 
 
+def measured(archive: Path) -> set[str]:
+    with tarfile.open(archive) as packed:
+        return {Path(name).stem for name in packed.getnames() if name.endswith(("json", "weights"))}
+
+
 def test_a_reproduction_brings_back_what_was_measured_and_goes_on_from_it(tmp_path: Path) -> None:
-    (tmp_path / "data" / "mnist").mkdir(parents=True)
-    places = {"SGR_DATA": str(tmp_path / "data"), "SGR_SCRATCH": str(tmp_path / "scratch"), "SGR_SECONDS": "60"}
-    first = run(tmp_path, "mnist", "cifar10", **places, SGR_SEEDS="3")
-    assert first.returncode == 0
-    assert f"left out: no folder {tmp_path / 'data' / 'cifar10'}" in first.stdout
+    (tmp_path / "some data" / "mnist").mkdir(parents=True)
+    archive = tmp_path / "out" / "mnist.tar.gz"
+    places = {"SGR_DATA": str(tmp_path / "some data"), "SGR_SCRATCH": str(tmp_path / "scratch"), "SGR_SECONDS": "60"}
+    first = run(tmp_path, "mnist", "cifar10", **places, SGR_SEEDS="3", REPRODUCED="2")
+    assert first.returncode == 1
+    assert "failed, status 2" in first.stdout
+    assert f"left out: no folder {tmp_path / 'some data' / 'cifar10'}" in first.stdout
+    assert "note: there are no compiled kernels for GPUs" in first.stdout
     log = (tmp_path / "out" / "log.txt").read_text()
-    asked = re.findall(
-        r"reproduce --dataset mnist --scale full .* --seeds 3 .* --device cuda .* (\w+)$", log, re.MULTILINE
-    )
-    assert set(asked) == set(EXPERIMENTS)
+    (asked,) = re.findall(r"reproduce (\w.*) --dataset mnist --scale full .* --seeds 3 .* --device cuda ", log)
+    assert set(asked.split()) == set(EXPERIMENTS)
+    assert asked.endswith(" lrc")
     (limit,) = re.findall(r"^== mnist \(at most (\d+) s\)", log, re.MULTILINE)
     assert int(limit) <= 45  # what is measured by then still has to be packed
-    with tarfile.open(tmp_path / "out" / "mnist.tar.gz") as packed:
-        names = {name for name in packed.getnames() if name.endswith(("json", "weights"))}
-    assert names == {f"./measurements/{name}.json" for name in EXPERIMENTS}
-    # On another machine: nothing is there but what came back. The first experiment fails.
-    again = run(tmp_path, "mnist", **places | {"SGR_SCRATCH": str(tmp_path / "other")}, REPRODUCED="2")
-    assert again.returncode == 1
-    assert {f"{name}.json" for name in EXPERIMENTS} == {
-        path.name for path in (tmp_path / "other" / "mnist" / "measurements").iterdir()
-    }
-    assert (tmp_path / "out" / "log.txt").read_text().count("--scale full") == len(EXPERIMENTS) + 1
+    assert measured(archive) == {"done"}
+    # On another machine: nothing is there but what came back.
+    places |= {"SGR_SCRATCH": str(tmp_path / "other"), "SGR_SECONDS": "26"}
+    again = run(tmp_path, "mnist", **places, LONG="1")
+    assert "stopped after 1" in again.stdout
+    assert (tmp_path / "other" / "mnist" / "measurements" / "done.json").is_file()
+    assert measured(archive) == {"done", "begun"}
+
+
+def test_a_part_has_no_more_time_than_there_is(tmp_path: Path) -> None:
+    for name in ("mnist", "cifar10"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    places = {"SGR_DATA": str(tmp_path / "data"), "SGR_SCRATCH": str(tmp_path / "scratch")}
+    result = run(tmp_path, "mnist", "cifar10", **places, LONG="1", SGR_SECONDS="26")
+    assert "stopped after 1" in result.stdout
+    assert re.search(r"cifar10 .*left out: no time", result.stdout)
+
+
+def test_a_damaged_archive_is_told_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "data" / "mnist").mkdir(parents=True)
+    places = {"SGR_DATA": str(tmp_path / "data"), "SGR_SCRATCH": str(tmp_path / "scratch"), "SGR_SECONDS": "60"}
+    assert run(tmp_path, "mnist", **places).returncode == 0
+    archive = tmp_path / "out" / "mnist.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-20])
+    damaged = archive.read_bytes()
+    result = run(tmp_path, "mnist", **places | {"SGR_SCRATCH": str(tmp_path / "other")})
+    assert result.returncode == 1
+    assert f"left out: cannot read {archive}" in result.stdout
+    assert archive.read_bytes() == damaged
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:

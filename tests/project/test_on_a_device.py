@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import sgr_kernels as sgr
 from benchmarks.step import CAPTURED
@@ -77,6 +78,10 @@ def test_the_stand_in_fails_where_a_gpu_does() -> None:
             lambda: torch.cat([x, host]),
             lambda: host[torch.tensor([1], device=device)],
             lambda: torch.where(host > 0, x, x),
+            lambda: x + torch.zeros(2, 3),
+            lambda: torch.stack([x.sum(), torch.tensor(1.0)]),
+            lambda: x.masked_fill(host > 2, 0.0),
+            lambda: nn.functional.cross_entropy(x, torch.zeros(2, dtype=torch.long)),
         ):
             with pytest.raises(RuntimeError, match="at least two devices"):
                 mixed()

@@ -18,6 +18,7 @@ from sgr_kernels.cli import main
 from sgr_kernels.reproduce import certified, claims, ensemble, lab, lrc, paper, pictures, smooth, stats, transfer
 from sgr_kernels.reproduce.covariance import second_moments
 from sgr_kernels.reproduce.lab import Lab
+from sgr_kernels.reproduce.measurements import MeasurementError
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce, show
 from sgr_kernels.reproduce.scales import METHODS, SCALES, Beyond, SearchScale
 from sgr_kernels.reproduce.smoothness import softmax_along
@@ -144,6 +145,77 @@ def test_what_was_measured_needs_no_networks(jobs, whole, tmp_path):
     assert started == ["training gn (seed 0, strength 1)", "training lrc (seed 0)"]
     assert all(path.is_file() for path in lost)
     assert len(list((tmp_path / "networks").iterdir())) == 2
+
+
+def measured(folder):
+    """Files of measurements, but for searches'."""
+    return [path for path in (folder / "measurements").rglob("*.json") if path.parent.name != "search"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_network_is_measured_before_all_are_trained(jobs, tmp_path):
+    """So that an interruption, after which the networks may be lost, takes little."""
+    counts = []
+
+    def say(line):
+        if line.startswith("trained") and "trial" not in line:
+            counts.append(len(measured(tmp_path)))
+
+    lab = lab_in(tmp_path, say)
+    lab.jobs = jobs
+    EXPERIMENTS["lrc"].measure(lab)
+    assert len(counts) > 5
+    assert counts[3] > 0
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+    # Every measurement of a network is among those that are made at once; the rest needs none anew.
+    shutil.rmtree(tmp_path / "networks")
+    said = []
+    EXPERIMENTS["lrc"].measure(lab_in(tmp_path, said.append))
+    assert not said
+
+
+def test_a_damaged_measurement_is_made_again(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    place = next((tmp_path / "copy" / "measurements" / "leaking").iterdir())
+    content = place.read_bytes()
+    place.write_bytes(content[:100])
+    EXPERIMENTS["leaking"].measure(lab_in(tmp_path / "copy"))
+    assert json.loads(place.read_text())["found"] == json.loads(content)["found"]
+
+
+def test_an_experiment_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
+    def broken(lab):
+        raise MeasurementError("no memory")
+
+    monkeypatch.setattr(EXPERIMENTS["table1"], "measure", broken)
+    said = []
+    with pytest.raises(MeasurementError, match="no memory"):
+        reproduce(lab_in(tmp_path, said.append), ["table1", "smoothness"], "MNIST, tiny")
+    assert "table1: no memory" in said
+    assert set(load(tmp_path / "results")) == {"search", "smoothness"}
+
+
+def test_networks_that_were_trained_twice_are_named(whole, tmp_path):
+    """As on another machine, which rounds differently."""
+    shutil.copytree(whole / "measurements", tmp_path / "measurements")
+    (one,) = (path for path in (tmp_path / "measurements" / "leaking").iterdir() if path.name.startswith("gn"))
+    kept = json.loads(one.read_text())
+    one.write_text(json.dumps(kept | {"weights": dict.fromkeys(kept["weights"], "0123456789ab")}))
+    reproduce(lab_in(tmp_path), ["leaking"], "MNIST, tiny")
+    assert "Trained more than once" not in (tmp_path / "results" / "README.md").read_text()
+    reproduce(lab_in(tmp_path), ["leaking", "table1"], "MNIST, tiny")
+    (sentence,) = re.findall(r"Trained more than once.*: (.*)\.", (tmp_path / "results" / "README.md").read_text())
+    assert sentence == "gn-seed0"
+
+
+def test_pages_of_fewer_seeds_are_told_from_those_of_more(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "more")
+    reproduce(lab_in(tmp_path / "more", scale=replace(TINY, seeds=3)), ["table1"], "MNIST, tiny")
+    summary = (tmp_path / "more" / "results" / "README.md").read_text()
+    assert "2 seeds of clean, sgr_exp" in summary
+    assert "More seeds: White-box attacks (3)." in summary
+    assert "More seeds" not in (whole / "results" / "README.md").read_text()
 
 
 def test_a_result_names_what_measured_it(whole, tmp_path, monkeypatch):
@@ -393,6 +465,7 @@ def test_as_many_seeds_as_asked_for(dataset, scale, tmp_path, monkeypatch):
     assert usual == SCALES[dataset][scale]
     assert one.seeds_of("sgr_exp") == (0,)
     assert four.seeds_of("sgr_exp") == (0, 1, 2, 3)
+    assert not any(one.has_twin(method) for method in METHODS)
     assert (one.beyond.seeds, four.beyond.seeds) == (1, 4)
 
 
