@@ -141,7 +141,7 @@ def _require_one_place(function: Any, args: Any, kwargs: Any) -> None:
     checked = [*args[:1], *args[2:]] if function in _INDEXED and isinstance(args[0], Device) else [*args]
     leaves = [leaf for leaf in tree_leaves((checked, kwargs)) if isinstance(leaf, Tensor)]
     on_device = [leaf for leaf in leaves if isinstance(leaf, Device)]
-    numbers = torch.Tag.pointwise in function.tags or function in _INDEXED
+    numbers = torch.Tag.pointwise in function.tags or function in _INDEXED or function is _aten.fill_.Tensor
     host = [leaf for leaf in leaves if not isinstance(leaf, Device) and (leaf.dim() or not numbers)]
     # Zeros that stand for absent derivatives autograd makes where the wrapper lies, which is on the host.
     if forward_ad._current_level >= 0 or (function in _OF_BACKWARD and not torch.is_grad_enabled()):
