@@ -23,6 +23,7 @@ import torch
 from sgr_kernels.training.checkpoint import TrainingError
 
 _SHARED = "shared"
+_PATIENCE = 10.0  # seconds for a process to end in order
 _LOOK = 1.0  # seconds between looks at how far tasks are, and whether there is still somebody to work for
 
 
@@ -70,7 +71,7 @@ class Workers:
 
         Args:
             tasks: What to do.
-            jobs: At a time.
+            jobs: At a time; so many processes there will be, if there is a task.
             say: Told when a task begins and ends.
             progress: Whether a task that runs in this process shows a bar.
             watch: Called now and then while others run.
@@ -80,7 +81,6 @@ class Workers:
         Raises:
             Exception: A task's failure. Those that were running with it are stopped.
         """
-        jobs = min(jobs, len(tasks))
         if jobs <= 1:
             left = list(tasks)
             while left:
@@ -109,7 +109,7 @@ class Workers:
         self._workers[:] = [worker for worker in self._workers if worker not in dead]
         _end(dead)
         # All at once, so that none waits for another's imports.
-        while len(self._workers) < jobs:
+        while tasks and len(self._workers) < jobs:
             with _interrupts_held_back():
                 self._workers.append(_Worker())
         threads = max(1, torch.get_num_threads() // jobs)
@@ -169,9 +169,12 @@ def _end(workers: list[_Worker]) -> None:
     """Stop processes, whatever they do, and forget them."""
     for worker in workers:
         worker.process.terminate()
-    for worker in workers:
-        worker.process.join()
         worker.connection.close()
+    for worker in workers:
+        worker.process.join(_PATIENCE)
+        if worker.process.is_alive():  # the exit was caught by what it ran, a library that tries an import, say
+            worker.process.kill()
+            worker.process.join()
     workers.clear()
 
 

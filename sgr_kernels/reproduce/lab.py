@@ -143,7 +143,7 @@ class Lab:
         """
         wanted = {network.folder: network.training for network in networks if network.training is not None}
         missing = [training for training in wanted.values() if not training.done()]
-        self._workers.run(missing, self.jobs, self.say, self.progress)
+        self._workers.run(missing, min(self.jobs, len(missing)), self.say, self.progress)
 
     def _training(self, settings: Settings, name: str, data: DataSet, epochs: int | None) -> Training:
         epochs = epochs or self.scale.epochs
@@ -275,13 +275,15 @@ class Lab:
             MeasurementError: If one of several at a time fails.
         """
         missing = [measurement for measurement in wanted if self._known(measurement) is None]
-        if min(self.jobs, len(missing)) > 1:
-            self._measure_at_a_time(missing, description)
+        jobs = min(self.jobs, len(missing))
+        if jobs > 1:
+            self._measure_at_a_time(missing, jobs, description)
         return [self._made(measurement) for measurement in self.bar(wanted, description)]
 
-    def _measure_at_a_time(self, missing: Sequence[Measurement], description: str) -> None:
+    def _measure_at_a_time(self, missing: Sequence[Measurement], jobs: int, description: str) -> None:
         """Each as soon as its networks are trained, so that an interruption takes little."""
-        untrained = {t.folder: t for m in missing for t in m.trainings() if not t.done()}
+        trainings = {t.folder: t for measurement in missing for t in measurement.trainings()}
+        untrained = {folder: training for folder, training in trainings.items() if not training.done()}
         waiting: dict[frozenset[Path], list[Measurement]] = {}
         for measurement in missing:
             needed = frozenset(t.folder for t in measurement.trainings() if t.folder in untrained)
@@ -291,7 +293,7 @@ class Lab:
             if isinstance(task, Training):
                 del untrained[task.folder]
             ready = [needed for needed in waiting if not any(folder in untrained for folder in needed)]
-            parts = [group[k :: self.jobs] for group in map(waiting.pop, ready) for k in range(self.jobs)]
+            parts = [group[k::jobs] for group in map(waiting.pop, ready) for k in range(jobs)]
             return [Share(description, self._made, part) for part in parts if part]
 
         with self._tqdm(total=len(missing), desc=description) as bar:
@@ -300,7 +302,7 @@ class Lab:
                 bar.update(sum(self._path(measurement).is_file() for measurement in missing) - bar.n)
 
             first: list[Task] = [*then(None), *untrained.values()]
-            self._workers.run(first, self.jobs, self.say, watch=watch, then=then, shared=self)
+            self._workers.run(first, jobs, self.say, watch=watch, then=then, shared=self)
 
     def _path(self, measurement: Measurement) -> Path:
         """Where it is remembered."""

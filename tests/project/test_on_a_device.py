@@ -49,11 +49,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "smooth": {"activation": "gelu", "pooling": "average", "normalize": ((0.1,), (0.3,))},
 }
 
+# A checkpoint of one place goes on on the other.
+RESUMED = ("clean", "fgsm_sgr", "full", "parts")
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data") / "digits"
-    write_idx(folder, 64, 20)
+    write_idx(folder, 32, 10)
     return str(folder)
 
 
@@ -103,7 +106,7 @@ def test_the_stand_in_fails_where_a_gpu_does() -> None:
 @pytest.mark.parametrize("name", TRAININGS)
 def test_trainings_are_those_of_the_host(name: str, digits: str, tmp_path: Path) -> None:
     """To rounding: a sum may be taken in another order where memory lies elsewhere."""
-    settings = Settings("mnist", batch_size=32, **{"strength": 0.1, **TRAININGS[name]})
+    settings = Settings("mnist", batch_size=16, **{"strength": 0.1, **TRAININGS[name]})
     data = load_data(digits)
 
     def train(device: str) -> Trainer:
@@ -117,6 +120,8 @@ def test_trainings_are_those_of_the_host(name: str, digits: str, tmp_path: Path)
         assert all(isinstance(parameter, Device) for parameter in found.model.parameters())
         for key in ("loss", "cross_entropy", "penalty", "train_accuracy"):
             assert found.history[0][key] == pytest.approx(expected.history[0][key], rel=1e-3, abs=1e-6), key
+        if name not in RESUMED:
+            return
         resumed = Trainer(settings, data, device="cuda")
         resumed.resume(tmp_path / "cpu")
         resumed.run(2, progress=False)

@@ -1,5 +1,6 @@
 """Trainings and measurements several at a time: the same as one after the other, whatever ends them."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -161,6 +162,29 @@ def test_a_process_that_is_killed_is_said_to_be(tmp_path):
     with pytest.raises(MeasurementError, match=r"^numbers: its process ended with exit code 3"):
         parallel(tmp_path).measured(wanted, "numbers")
     assert not _children(os.getpid())
+
+
+def _stubborn():
+    """Goes on when told to exit, as code may that catches everything."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(SystemExit):
+            time.sleep(0.1)
+
+
+def test_a_task_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgr_kernels.reproduce.jobs._PATIENCE", 1.0)
+    wanted = [Measurement("x", "long", [], _stubborn), Measurement("x", "bad", [], partial(_soon, 3))]
+    started = time.monotonic()
+    with pytest.raises(MeasurementError, match="too late"):
+        parallel(tmp_path).measured(wanted, "numbers")
+    assert time.monotonic() - started < 30
+    assert not _children(os.getpid())
+
+
+def _soon(seconds):
+    time.sleep(seconds)
+    raise ValueError("too late")
 
 
 def _children(parent):
