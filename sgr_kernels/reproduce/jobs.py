@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import torch
 from sgr_kernels.training.checkpoint import TrainingError
 
 _SHARED = "shared"
-_PATIENCE = 10.0  # seconds for a process to end in order
+_PATIENCE = 5.0  # seconds for a process to end in order
 _LOOK = 1.0  # seconds between looks at how far tasks are, and whether there is still somebody to work for
 
 
@@ -237,9 +238,17 @@ def _work(parent: int, connection: Connection) -> None:
         except Exception as problem:
             traceback.print_exc()
             error = f"{type(problem).__name__}: {problem}"
-        del brought, content, task  # the next one may need the memory
+        del brought, content, task
+        _give_memory_back()
         with contextlib.suppress(BrokenPipeError):
             connection.send(error)
+
+
+def _give_memory_back() -> None:
+    """For the next task, here or in another process: what cycles hold, CUDA graphs say, and what the allocator does."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _end_with(parent: int) -> None:
