@@ -32,6 +32,7 @@ from torch import nn
 import sgr_kernels as sgr
 from benchmarks.memory import ENVIRONMENT
 from benchmarks.networks import NETWORKS
+from sgr_kernels.commands.common import whole
 from sgr_kernels.penalty.statistics import Criterion
 from sgr_kernels.reproduce import machine
 from sgr_kernels.training import cuda_graphs
@@ -305,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _rounds(text: str) -> int:
     """Argument type: so many that they have quartiles."""
-    rounds = int(text)
+    rounds = whole(text)
     if rounds < 2:
         raise argparse.ArgumentTypeError(f"expected at least 2, got {text}")
     return rounds

@@ -19,17 +19,21 @@ from sgr_kernels.training.records import require_folder
 
 def whole(text: str) -> int:
     """Argument type: an integer >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
-    return value
+    return _integer(text, 1)
 
 
 def natural(text: str) -> int:
     """Argument type: an integer >= 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text}")
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text}")
     return value
 
 
@@ -44,7 +48,10 @@ def seed(text: str) -> int:
 def nonnegative(text: str) -> float:
     """Argument type: a finite number >= 0, or a fraction such as 1/8."""
     above, stroke, below = text.partition("/")
-    value = float(above) / float(below) if stroke and float(below) else float(text)
+    try:
+        value = float(above) / float(below) if stroke and float(below) else float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
     return value
@@ -63,7 +70,7 @@ def image_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     try:
         sizes = [whole(side) for side in sides]
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         sizes = []
     if len(sizes) not in (1, 2):
         raise argparse.ArgumentTypeError(f"expected a number of pixels or ROWSxCOLUMNS, got {text}")

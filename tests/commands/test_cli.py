@@ -105,8 +105,14 @@ def test_numbers_may_be_fractions(text, value):
 
 @pytest.mark.parametrize("text", ["1/0", "1/", "/8", "1/8/2", "one", "-1/8", "0/3", "inf"])
 def test_what_is_no_positive_number_is_refused(text):
-    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^expected a (finite )?number >"):
         common.positive(text)
+
+
+@pytest.mark.parametrize("text", ["1e3", "0", "-1", "2.0", "many", ""])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^expected a whole number >= 1, got {text}$"):
+        common.whole(text)
 
 
 def test_train_on_cifar10_flips_and_pads_mid_range(cifar, tmp_path, capsys):
