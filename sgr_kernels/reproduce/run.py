@@ -141,7 +141,7 @@ def summarize(folder: Path, question: dict[str, Any]) -> None:
     notes = [f"More seeds: {', '.join(more)}."] if (more := _more(seeds)) else []
     if again := _trained_again(results):
         notes.append(
-            "Trained more than once, on machines that round differently, so that what was measured is of several "
+            "Trained more than once, and not to the same bits, so that what was measured is of several "
             f"networks of the same settings: {', '.join(again)}."
         )
     for note in notes:

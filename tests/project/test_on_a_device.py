@@ -18,15 +18,13 @@ from sgr_kernels.attacks import correlated_noise, deepfool, fgm, fgsm, pgd, unif
 from sgr_kernels.cli import main
 from sgr_kernels.functional import covariance_product, covariance_quadratic_form, displacement_covariance
 from sgr_kernels.models import carlini_wagner
-from sgr_kernels.reproduce.lab import Lab
 from sgr_kernels.reproduce.run import EXPERIMENTS, load, reproduce
-from sgr_kernels.reproduce.scales import SCALES, SearchScale
 from sgr_kernels.training import Settings, Trainer
-from sgr_kernels.training.datasets import DataSet
 from sgr_kernels.training.datasets import load as load_data
 from tests.commands.outcomes import refuses
 from tests.data_files import write_idx
 from tests.device_stand_in import Device, stand_in
+from tests.tiny_lab import TINY, lab_in
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which the GPU's tests use")
 
@@ -209,31 +207,10 @@ def test_commands(command: str, trained: Path, digits: str, tmp_path: Path) -> N
 
 
 def test_the_paper(tmp_path: Path) -> None:
-    scale = replace(
-        SCALES["mnist"]["smoke"],
-        train_images=48,
-        methods=("clean", "pgd", "gn", "sgr_sign", "sgr_exp"),
-        repeated=(),
-        twins=("clean",),
-        search=SearchScale((1.0,), 32, 1, 20, 10, (16.0,), (0.7,), 2),
-        eps=(0.0, 32.0),
-        attack_images=10,
-        deepfool_images=2,
-        pgd_steps=2,
-        sanity_images=4,
-        noise_images=10,
-        draws=2,
-        limit_lengths=(16.0,),
-        covariance_images=10,
-        leaking_images=10,
-        line_images=6,
-        line_points=5,
-    )
-    train, test = load_data("mnist-sample")
+    methods = ("clean", "pgd", "gn", "sgr_sign", "sgr_exp")
+    scale = replace(TINY, methods=methods, repeated=(), twins=("clean",), limit_lengths=(16.0,))
     with stand_in():
-        data = DataSet(train.first(200), test.first(60))
-        lab = Lab("mnist", scale, data, tmp_path, say=lambda line: None, progress=False, device="cuda")
-        reproduce(lab, list(EXPERIMENTS), "MNIST, tiny")
+        reproduce(lab_in(tmp_path, scale=scale, device="cuda"), list(EXPERIMENTS), "MNIST, tiny")
     for name, found in load(tmp_path / "results").items():
         assert {entry["device"] for entry in found["machines"]} == {"a stand-in for an H100"}, name
 

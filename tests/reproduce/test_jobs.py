@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reproduce import TINY, lab_in
 
 from sgr_kernels.reproduce import leaking
 from sgr_kernels.reproduce.measurements import Measurement, MeasurementError
 from sgr_kernels.training.loop import TrainingError
 from sgr_kernels.training.methods import Settings
+from tests.tiny_lab import TINY, lab_in
 
 METHODS = ["clean", "sgr_exp", "lrc"]
 LONG = replace(TINY, epochs=100_000)
